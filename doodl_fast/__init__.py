@@ -1,0 +1,60 @@
+"""doodl_fast: exact, memory-lean gradients through whole diffusion chains, for DOODL (arXiv 2303.13703)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import guidance, shapes
+    from .chain import Chain
+    from .denoiser import Denoiser
+    from .diffusion import EDICT
+    from .doodl import Result, StepInfo, optimize
+    from .latents import UpdateSettings
+    from .pipeline import Decoder, encode_prompt
+    from .schedule import Schedule
+
+__all__ = [
+    "EDICT",
+    "Chain",
+    "Decoder",
+    "Denoiser",
+    "Result",
+    "Schedule",
+    "StepInfo",
+    "UpdateSettings",
+    "encode_prompt",
+    "guidance",
+    "optimize",
+    "shapes",
+]
+
+_HOMES = {
+    "Chain": "chain",
+    "Decoder": "pipeline",
+    "Denoiser": "denoiser",
+    "EDICT": "diffusion",
+    "Result": "doodl",
+    "Schedule": "schedule",
+    "StepInfo": "doodl",
+    "UpdateSettings": "latents",
+    "encode_prompt": "pipeline",
+    "optimize": "doodl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # lazy, so that `import doodl_fast` costs nothing beyond torch
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)
+    value = getattr(module, name) if name in _HOMES else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

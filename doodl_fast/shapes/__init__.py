@@ -1,0 +1,79 @@
+"""The embedded pipeline: a small Stable Diffusion for pictures of coloured shapes, with the models and the measure around it.
+
+It has the classes, file formats and code paths of Stable Diffusion, was trained from scratch by `doodl_fast.shapes.train`, and
+comes with the package, so that tests and the demo need no download.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .measure import Reading, Verdict, judge, read
+from .scenes import COLOURS, RELATIONS, SHAPES, SIZE, VARIETIES, VARIETY_NAMES, Object, Prompt, Scene, Thing
+from .scenes import place, prompts, render, sample
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+__all__ = [
+    "COLOURS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZE",
+    "VARIETIES",
+    "VARIETY_NAMES",
+    "WEIGHTS",
+    "Object",
+    "Prompt",
+    "Reading",
+    "Scene",
+    "Thing",
+    "Verdict",
+    "judge",
+    "load_classifier",
+    "load_clip",
+    "load_pipeline",
+    "place",
+    "prompts",
+    "read",
+    "render",
+    "sample",
+]
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def _folder(name: str) -> Path:
+    folder = WEIGHTS / name
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: the embedded weights are missing; reinstall doodl-fast, or train them with "
+            "`python -m doodl_fast.shapes.train --work DIR`"
+        )
+    return folder
+
+
+def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+    """The diffusers pipeline: 64 x 64 pixels, latents (B, 4, 16, 16), DDIM. dtype: float32 by default (stored in fp16)."""
+    from ..pipeline import load_pipeline as load
+
+    return load(_folder("pipeline"), device=device, **({} if dtype is None else {"dtype": dtype}))
+
+
+def load_clip(device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """The guide: (transformers CLIPModel, its processor), float32, in eval mode."""
+    from transformers import AutoProcessor, CLIPModel
+
+    folder = _folder("clip")
+    return CLIPModel.from_pretrained(folder).float().to(device).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def load_classifier(device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """The fine-grained classifier over `VARIETY_NAMES`: (transformers model, its image processor), float32, in eval mode."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    folder = _folder("classifier")
+    model = AutoModelForImageClassification.from_pretrained(folder).float().to(device).eval()
+    return model, AutoImageProcessor.from_pretrained(folder)

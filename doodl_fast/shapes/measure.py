@@ -1,0 +1,199 @@
+"""Reads shapes, colours and relations off a picture's pixels, without any network.
+
+Guidance that is judged by the network that guided it would grade itself. This measure only knows geometry: it takes
+the border's median as the background, groups the pixels that differ from it into connected regions, and compares every
+region's outline with all varieties' (analysis by synthesis: intersection over union of normalised masks).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .scenes import COLOURS, RELATIONS, SHAPE_OF, VARIETY_NAMES, Prompt, Thing, coverage
+
+CONTRAST = 0.16
+"""distance from the background, as a share of the RGB cube's diagonal, from which a pixel belongs to an object"""
+MIN_AREA = 24
+"""pixels; a smaller region is a speck"""
+MIN_IOU = 0.72
+"""a region that fits no outline better than this has no shape"""
+MAX_COLOUR_DISTANCE = 75.0
+"""Euclidean distance in RGB (0..255) from the palette, beyond which a region has no colour"""
+GRID = 36
+"""side of the normalised mask; the object's equal-area radius is GRID / 5"""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One object found: names are None where nothing fits; centre in pixels; ``iou`` of the best outline."""
+
+    colour: str | None
+    shape: str | None
+    variety: str | None
+    x: float
+    y: float
+    area: float
+    iou: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a picture answers a prompt: ``correct`` is all or nothing, ``score`` the share of the named attributes that hold."""
+
+    correct: bool
+    score: float
+    readings: tuple[Reading, ...]
+
+
+def as_pixels(image: object) -> NDArray[np.float64]:
+    """(H, W, 3) floats in 0..255 from a PIL image, a uint8 (H, W, 3) array, or a (3, H, W) tensor in [-1, 1]."""
+    if hasattr(image, "detach"):
+        array = np.asarray(image.detach().float().cpu())
+        if array.ndim != 3 or array.shape[0] != 3:
+            raise ValueError(f"image: expected a (3, H, W) tensor in [-1, 1], got shape {tuple(array.shape)}")
+        return (array.transpose(1, 2, 0).clip(-1, 1) + 1) * 127.5
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ValueError(
+            f"image: expected (H, W, 3) uint8, got {array.dtype} {array.shape}; convert with PIL's .convert('RGB')"
+        )
+    return array.astype(float)
+
+
+def read(image: object) -> tuple[Reading, ...]:
+    """All objects in a picture, largest first."""
+    pixels = as_pixels(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = np.median(border, 0)
+    distance = np.sqrt(((pixels - background) ** 2).sum(-1))
+    readings = [_read_region(pixels, distance, region) for region in _regions(distance > CONTRAST * 441)]
+    return tuple(sorted(readings, key=lambda r: -r.area))
+
+
+def judge(image: object, prompt: Prompt | str, variety: str | None = None) -> Verdict:
+    """Compares a picture with a prompt: as many objects as named, each colour and shape, and the relation of the
+    centres.
+
+    ``variety`` asks for one fine-grained variety besides (pictures of one object).
+    """
+    wanted = Prompt.parse(prompt) if isinstance(prompt, str) else prompt
+    found = read(image)
+    first = _match(wanted, found)
+    hits = [(r is not None and r.colour == t.colour, r is not None and r.shape == t.shape) for t, r in first]
+    checks = [hit for pair in hits for hit in pair]
+    if wanted.relation:
+        (_, a), (_, b) = first
+        checks.append(a is not None and b is not None and related(a, b, wanted.relation))
+    if variety is not None:
+        checks.append(first[0][1] is not None and first[0][1].variety == variety)
+    checks.append(len(found) == len(wanted.things))
+    return Verdict(all(checks), sum(checks) / len(checks), found)
+
+
+def related(a: Reading, b: Reading, relation: str) -> bool:
+    """Whether a's centre lies in the relation's direction from b's, and more so than sideways."""
+    dx, dy = a.x - b.x, a.y - b.y
+    ux, uy = RELATIONS[relation]
+    along, across = dx * ux + dy * uy, abs(dx * uy) + abs(dy * ux)
+    return along > across
+
+
+def _match(prompt: Prompt, found: tuple[Reading, ...]) -> list[tuple[Thing, Reading | None]]:
+    """Assigns readings to the prompt's things so that most attributes (and the relation) hold."""
+    padded = list(found[:4]) + [None] * len(prompt.things)
+    if len(prompt.things) == 1:
+        options = [[r] for r in padded]
+    else:
+        options = [[a, b] for i, a in enumerate(padded) for j, b in enumerate(padded) if i != j]
+
+    def quality(option: list[Reading | None]) -> float:
+        same = sum(
+            (r is not None) * 0.1 + (r is not None and r.colour == t.colour) + (r is not None and r.shape == t.shape)
+            for t, r in zip(prompt.things, option, strict=True)
+        )
+        if prompt.relation and option[0] and option[1]:
+            same += 0.5 * related(option[0], option[1], prompt.relation)
+        return same
+
+    return list(zip(prompt.things, max(options, key=quality), strict=True))
+
+
+def _regions(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """4-connected regions of at least MIN_AREA pixels."""
+    todo = mask.copy()
+    height, width = mask.shape
+    regions = []
+    while todo.any():
+        seed = divmod(int(todo.argmax()), width)
+        region = np.zeros_like(mask)
+        stack = [seed]
+        todo[seed] = False
+        while stack:
+            y, x = stack.pop()
+            region[y, x] = True
+            for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if 0 <= v < height and 0 <= u < width and todo[v, u]:
+                    todo[v, u] = False
+                    stack.append((v, u))
+        if region.sum() >= MIN_AREA:
+            regions.append(region)
+    return regions
+
+
+def _read_region(pixels: NDArray, distance: NDArray, region: NDArray[np.bool_]) -> Reading:
+    core = region & (distance >= 0.8 * np.percentile(distance[region], 75))
+    rgb = np.median(pixels[core], 0)
+    contrast = np.median(distance[core])
+    names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=float)
+    gaps = np.sqrt(((palette - rgb) ** 2).sum(-1))
+    colour = names[int(gaps.argmin())] if gaps.min() <= MAX_COLOUR_DISTANCE else None
+    # the share of each pixel that the object covers; its one-pixel rim lies below the contrast threshold
+    rim = region | np.pad(region, 1)[2:, 1:-1] | np.pad(region, 1)[:-2, 1:-1] | np.pad(region, 1)[1:-1, 2:]
+    rim |= np.pad(region, 1)[1:-1, :-2]
+    occupancy = np.clip(distance / contrast, 0, 1) * rim
+    area = occupancy.sum()
+    ys, xs = np.mgrid[: region.shape[0], : region.shape[1]] + 0.5
+    x, y = (occupancy * xs).sum() / area, (occupancy * ys).sum() / area
+    mask = _normalise(occupancy, x, y, math.sqrt(area / math.pi))
+    templates = _templates()
+    iou = np.minimum(templates, mask).sum((-1, -2)) / np.maximum(templates, mask).sum((-1, -2))
+    best = int(iou.max(1).argmax())
+    fits = iou[best].max() >= MIN_IOU
+    variety = VARIETY_NAMES[best] if fits else None
+    return Reading(colour, SHAPE_OF[variety] if variety else None, variety, x, y, float(area), float(iou[best].max()))
+
+
+def _normalise(occupancy: NDArray, x: float, y: float, radius: float) -> NDArray[np.float64]:
+    """Resamples (bilinear) the region onto a grid in which it is centred and has equal-area radius GRID / 5."""
+    step = radius / (GRID / 5)
+    offsets = (np.arange(GRID) + 0.5 - GRID / 2) * step
+    padded = np.pad(occupancy, 2)
+    rows = np.clip(y + offsets - 0.5 + 2, 0, padded.shape[0] - 1.001)
+    columns = np.clip(x + offsets - 0.5 + 2, 0, padded.shape[1] - 1.001)
+    r0, c0 = rows.astype(int), columns.astype(int)
+    fr, fc = (rows - r0)[:, None], (columns - c0)[None, :]
+    top = padded[np.ix_(r0, c0)] * (1 - fc) + padded[np.ix_(r0, c0 + 1)] * fc
+    bottom = padded[np.ix_(r0 + 1, c0)] * (1 - fc) + padded[np.ix_(r0 + 1, c0 + 1)] * fc
+    return top * (1 - fr) + bottom * fr
+
+
+@cache
+def _templates() -> NDArray[np.float64]:
+    """(varieties, angles, GRID, GRID): every outline drawn at several angles, then normalised like a region."""
+    size, radius = 96, 24.0
+    ys, xs = np.mgrid[:size, :size] + 0.5
+    stacks = []
+    for variety in VARIETY_NAMES:
+        drawn = []
+        for angle in np.deg2rad(np.arange(-12, 13, 4)):
+            mask = coverage(variety, xs - size / 2, ys - size / 2, radius, float(angle))
+            area = mask.sum()
+            x, y = (mask * xs).sum() / area, (mask * ys).sum() / area
+            drawn.append(_normalise(mask, x, y, math.sqrt(area / math.pi)))
+        stacks.append(drawn)
+    return np.array(stacks)

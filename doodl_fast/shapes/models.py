@@ -1,0 +1,147 @@
+"""Architectures of the embedded pipeline: the same classes as Stable Diffusion's, small enough to train on two CPU cores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .scenes import COLOURS, RELATIONS, SHAPES, SIZE, VARIETY_NAMES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetForImageClassification
+
+MAX_TOKENS = 16
+TEXT_WIDTH = 128
+LATENT_SIZE = SIZE // 4
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """Builds a byte-level CLIP tokenizer in which every word of the captions is one token, through files in ``folder``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    words = ["a", *COLOURS, *SHAPES, *" ".join(RELATIONS).split(), "picture", "photo", "and", "the"]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(
+        words * 4, trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
+    )
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = (
+        alphabet + [s + "</w>" for s in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(dict.fromkeys(symbols))}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    built = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS)
+    for word in words:
+        if len(built(word).input_ids) != 3:
+            raise RuntimeError(f"tokenizer: {word!r} is not one token: {built.tokenize(word)}")
+    return built
+
+
+def text_config(words: CLIPTokenizer, layers: int) -> dict[str, object]:
+    return {
+        "vocab_size": len(words),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+        "projection_dim": TEXT_WIDTH,
+    }
+
+
+def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(**text_config(words, layers=2)))
+
+
+def vae() -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=SIZE,
+        block_out_channels=(8, 24, 48),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.x's noise schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=0,
+        prediction_type="epsilon",
+    )
+
+
+def clip(words: CLIPTokenizer) -> CLIPModel:
+    from transformers import CLIPConfig, CLIPModel
+
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": 8,
+        "projection_dim": TEXT_WIDTH,
+    }
+    return CLIPModel(
+        CLIPConfig(text_config=text_config(words, layers=3), vision_config=vision, projection_dim=TEXT_WIDTH)
+    )
+
+
+def classifier() -> ResNetForImageClassification:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=24,
+            hidden_sizes=[24, 48, 96],
+            depths=[1, 1, 1],
+            layer_type="basic",
+            num_labels=len(VARIETY_NAMES),
+            id2label=dict(enumerate(VARIETY_NAMES)),
+            label2id={name: i for i, name in enumerate(VARIETY_NAMES)},
+        )
+    )

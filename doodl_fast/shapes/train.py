@@ -1,0 +1,317 @@
+"""Trains the embedded pipeline from scratch: ``python -m doodl_fast.shapes.train --work DIR [--out DIR] [STAGE ...]``.
+
+Stages: ``vae``, ``unet`` (with its text encoder), ``clip``, ``classifier``; then ``export`` writes fp16 safetensors in
+diffusers' and transformers' folders. Everything is seeded; each stage stores a checkpoint every minute and continues
+from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import models
+from .data import Pictures, pictures
+from .scenes import COLOURS, RELATIONS, Prompt, Thing
+
+SECONDS_BETWEEN_CHECKPOINTS = 60
+CAPTION_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A stage's hyperparameters; the learning rate warms up and then falls as a cosine."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    ema: float | None = None
+
+
+RECIPES = {
+    "vae": Recipe(steps=3200, batch=8, learning_rate=2e-3, weight_decay=0.0, ema=0.99),
+    "unet": Recipe(steps=3600, batch=64, learning_rate=1.2e-3, ema=0.999),
+    "clip": Recipe(steps=2200, batch=64, learning_rate=8e-4, weight_decay=0.05, ema=0.995),
+    "classifier": Recipe(steps=1200, batch=64, learning_rate=2e-3, weight_decay=0.05),
+}
+
+
+def pixels(batch: np.ndarray) -> Tensor:
+    """(N, 64, 64, 3) uint8 to (N, 3, 64, 64) float32 in [-1, 1], channels last."""
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def batches(indices: np.ndarray, size: int, seed: int, start: int) -> Iterator[np.ndarray]:
+    """Endless shuffled batches, the same ones for the same seed; ``start`` skips to a step without drawing the others."""
+    per_epoch = len(indices) // size
+    step = start
+    while True:
+        epoch, position = divmod(step, per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(indices)
+        for i in range(position, per_epoch):
+            yield order[i * size : (i + 1) * size]
+            step += 1
+
+
+def fit(
+    name: str,
+    work: Path,
+    module: nn.Module,
+    indices: np.ndarray,
+    loss: Callable[[np.ndarray, int], Tensor],
+    seed: int = 0,
+) -> nn.Module:
+    """Runs one stage to its end, from its checkpoint if there is one; returns the averaged (EMA) module in eval mode."""
+    recipe, path = RECIPES[name], work / f"{name}.ckpt"
+    optimizer = torch.optim.AdamW(
+        module.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+    )
+    average = copy.deepcopy(module)
+    step, recent = 0, math.nan
+    if path.exists():
+        stored = torch.load(path, weights_only=True)
+        module.load_state_dict(stored["module"])
+        average.load_state_dict(stored["average"])
+        optimizer.load_state_dict(stored["optimizer"])
+        step, recent = stored["step"], stored["loss"]
+
+    def save() -> None:
+        state = {"module": module.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({**state, "step": step, "loss": recent}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    module.train()
+    saved = time.monotonic()
+    with tqdm(total=recipe.steps, initial=step, desc=name, mininterval=5) as bar:
+        for chosen in batches(indices, recipe.batch, seed, step):
+            if step >= recipe.steps:
+                break
+            torch.manual_seed(seed * 1_000_003 + step)
+            warm, done = min(1.0, (step + 1) / 100), step / recipe.steps
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            value = loss(chosen, step)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            decay = min(recipe.ema or 0.0, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for mean, live in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
+                    mean.lerp_(live, 1 - decay) if mean.is_floating_point() else mean.copy_(live)
+            recent = float(value) if math.isnan(recent) else 0.98 * recent + 0.02 * float(value)
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{recent:.4f}", refresh=False)
+            if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                save()
+                saved = time.monotonic()
+    save()
+    return average.eval().requires_grad_(False)
+
+
+def train_vae(work: Path, data: Pictures) -> nn.Module:
+    torch.manual_seed(1)
+    vae = models.vae()
+
+    def loss(chosen: np.ndarray, step: int) -> Tensor:
+        image = pixels(data.images[chosen])
+        posterior = vae.encode(image).latent_dist
+        rebuilt = vae.decode(posterior.sample()).sample
+        edges = sum((rebuilt.diff(dim=d) - image.diff(dim=d)).abs().mean() for d in (-1, -2))
+        return F.l1_loss(rebuilt, image) + F.mse_loss(rebuilt, image) + edges + 2e-5 * posterior.kl().mean() / 12.0
+
+    return fit("vae", work, vae, np.arange(len(data)), loss)
+
+
+@torch.no_grad()
+def latents(work: Path, vae: nn.Module, data: Pictures) -> tuple[Tensor, float]:
+    """The whole set's latents, scaled to unit standard deviation, and the scaling factor; cached."""
+    path = work / "latents.pt"
+    if not path.exists():
+        parts = [
+            vae.encode(pixels(data.images[i : i + 100])).latent_dist.mean
+            for i in tqdm(range(0, len(data), 100), "encode")
+        ]
+        encoded = torch.cat(parts)
+        factor = round(1 / float(encoded.std()), 5)
+        torch.save({"latents": encoded * factor, "factor": factor}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    stored = torch.load(path, weights_only=True)
+    return stored["latents"], stored["factor"]
+
+
+class TextToNoise(nn.Module):
+    """The UNet and its text encoder, trained together."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.text_encoder = models.text_encoder(tokenizer)
+        self.unet = models.unet().to(memory_format=torch.channels_last)
+
+
+def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
+    return torch.tensor(
+        tokenizer(captions, padding="max_length", truncation=True, max_length=models.MAX_TOKENS).input_ids
+    )
+
+
+def train_unet(work: Path, data: Pictures, vae: nn.Module) -> TextToNoise:
+    """Noise prediction with min-SNR weighting (Hang et al., ICCV 2023, arXiv 2303.09556), gamma = 5."""
+    torch.manual_seed(2)
+    tokenizer = models.tokenizer(work / "tokenizer")
+    pair = TextToNoise(tokenizer)
+    encoded, _ = latents(work, vae, data)
+    alphas = models.scheduler().alphas_cumprod
+    ids, empty = tokens(tokenizer, data.captions), tokens(tokenizer, [""])
+
+    def loss(chosen: np.ndarray, step: int) -> Tensor:
+        clean = encoded[chosen]
+        noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(chosen),))
+        alpha = alphas[t][:, None, None, None]
+        noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        caption = torch.where((torch.rand(len(chosen)) < CAPTION_DROPOUT)[:, None], empty, ids[chosen])
+        eps = pair.unet(noisy, t, encoder_hidden_states=pair.text_encoder(caption)[0]).sample
+        snr = alphas[t] / (1 - alphas[t])
+        return ((eps - noise).square().mean((1, 2, 3)) * snr.clamp(max=5.0) / snr).mean() * 4
+
+    return fit("unet", work, pair, np.flatnonzero(~data.held_out), loss)  # type: ignore[return-value]
+
+
+def confusions(rng: np.random.Generator, caption: str) -> list[str]:
+    """Captions that differ from the given one in a single respect: the negatives that teach binding."""
+    prompt = Prompt.parse(caption)
+    names, changed = list(COLOURS), []
+    first, *rest = prompt.things
+    from .scenes import SHAPES
+
+    def other(options: list[str], current: str) -> str:
+        return str(rng.choice([o for o in options if o != current]))
+
+    changed.append(Prompt((Thing(other(names, first.colour), first.shape), *rest), prompt.relation))
+    changed.append(Prompt((Thing(first.colour, other(list(SHAPES), first.shape)), *rest), prompt.relation))
+    if rest:
+        second = rest[0]
+        changed.append(Prompt((first, Thing(other(names, second.colour), second.shape)), prompt.relation))
+        changed.append(Prompt((first, Thing(second.colour, other(list(SHAPES), second.shape))), prompt.relation))
+        changed.append(Prompt((second, first), prompt.relation))
+        changed.append(Prompt((Thing(second.colour, first.shape), Thing(first.colour, second.shape)), prompt.relation))
+        changed.append(Prompt(prompt.things, other(list(RELATIONS), prompt.relation or "")))
+        changed.append(Prompt((first,)))
+    else:
+        changed.append(
+            Prompt((first, Thing(names[rng.integers(len(names))], SHAPES[rng.integers(len(SHAPES))])), "left of")
+        )
+    return [str(c) for c in changed if c != prompt]
+
+
+def train_clip(work: Path, data: Pictures) -> nn.Module:
+    """Contrastive pairs (CLIP, arXiv 2103.00020) with hard negative captions beside the batch's own."""
+    torch.manual_seed(3)
+    tokenizer = models.tokenizer(work / "tokenizer")
+    clip = models.clip(tokenizer)
+
+    def loss(chosen: np.ndarray, step: int) -> Tensor:
+        rng = np.random.default_rng([3, step])
+        captions = [data.captions[i] for i in chosen]
+        hard = [str(rng.choice(confusions(rng, c))) for c in captions + captions + captions]
+        image = degrade(pixels(data.images[chosen]))
+        out = clip(input_ids=tokens(tokenizer, captions + hard), pixel_values=image)
+        same = torch.tensor([[a == b for b in captions + hard] for a in captions])
+        positive = same.float() / same.sum(1, keepdim=True)
+        by_image = -(positive * out.logits_per_image.log_softmax(1)).sum(1).mean()
+        square = same[:, : len(captions)].float()
+        by_text = -(square / square.sum(0) * out.logits_per_image[:, : len(captions)].log_softmax(0)).sum(0).mean()
+        return (by_image + by_text) / 2
+
+    return fit("clip", work, clip, np.arange(len(data)), loss)
+
+
+def degrade(image: Tensor) -> Tensor:
+    """Blurs, shifts and adds noise, so that a guide does not hang on single pixels."""
+    shift = torch.randint(-3, 4, (2,)).tolist()
+    image = image.roll(shift, (-2, -1))
+    if torch.rand(()) < 0.5:
+        image = F.interpolate(F.avg_pool2d(image, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    return image + torch.rand(len(image), 1, 1, 1) * 0.25 * torch.randn_like(image)
+
+
+def train_classifier(work: Path, data: Pictures) -> nn.Module:
+    torch.manual_seed(4)
+    classifier = models.classifier()
+    varieties = torch.from_numpy(data.varieties)
+
+    def loss(chosen: np.ndarray, step: int) -> Tensor:
+        logits = classifier(degrade(pixels(data.images[chosen]))).logits
+        return F.cross_entropy(logits, varieties[chosen], label_smoothing=0.05)
+
+    return fit("classifier", work, classifier, np.flatnonzero(data.varieties >= 0), loss)
+
+
+def export(work: Path, out: Path, data: Pictures) -> None:
+    """Writes the pipeline, the CLIP model and the classifier as fp16 safetensors."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPImageProcessor, CLIPProcessor
+
+    vae = train_vae(work, data)
+    _, factor = latents(work, vae, data)
+    vae.register_to_config(scaling_factor=factor)  # type: ignore[operator]
+    pair = train_unet(work, data, vae)
+    tokenizer = models.tokenizer(work / "tokenizer")
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=pair.text_encoder,
+        tokenizer=tokenizer,
+        unet=pair.unet,
+        scheduler=models.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(out / "pipeline", safe_serialization=True)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    train_clip(work, data).half().save_pretrained(out / "clip")  # type: ignore[operator]
+    CLIPProcessor(processor, tokenizer).save_pretrained(out / "clip")
+    train_classifier(work, data).half().save_pretrained(out / "classifier")  # type: ignore[operator]
+    processor.save_pretrained(out / "classifier")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", choices=[*RECIPES, "export"], help="default: all, then export")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the drawn pictures and the checkpoints")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where export writes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    data = pictures(args.work)
+    for stage in args.stages or [*RECIPES, "export"]:
+        if stage == "vae":
+            train_vae(args.work, data)
+        elif stage == "unet":
+            train_unet(args.work, data, train_vae(args.work, data))
+        elif stage == "clip":
+            train_clip(args.work, data)
+        elif stage == "classifier":
+            train_classifier(args.work, data)
+        else:
+            export(args.work, args.out, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""EDICT: exact diffusion inversion via coupled transformations (Wallace, Gokul, Naik, arXiv 2211.12446)."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+from ..program import Coupling, Program, compact
+from ..schedule import Schedule
+
+
+def edict_program(schedule: Schedule, mix_weight: float = 0.93) -> Program:
+    """The couplings of EDICT from noise to image, in the order of the DOODL code (arXiv 2303.13703).
+
+    Step i with `A = sqrt(abar_prev / abar_t)` and `B = sqrt(1 - abar_prev) - A sqrt(1 - abar_t)`: for even i
+    `x <- A x + B eps(y)`, then `y <- A y + B eps(x)`; for odd i y first. After every step, the last one included, the
+    mixing `x <- p x + (1 - p) y`, `y <- p y + (1 - p) x` with p = mix_weight.
+
+    Tags are timesteps, targets 0 = x and 1 = y. Networks that predict v or the sample need no other engine: eps is
+    linear in their output and in the point of evaluation, so the difference goes into the coefficients.
+
+    Raises ValueError unless 0 < mix_weight <= 1 (undoing the mixing divides by p).
+    """
+    if isinstance(mix_weight, bool) or not isinstance(mix_weight, Real) or not 0 < mix_weight <= 1:
+        raise ValueError(f"mix_weight: expected a number in (0, 1], got {mix_weight!r}; EDICT and DOODL use 0.93")
+    p = float(mix_weight)
+    couplings: list[Coupling] = []
+    rows = zip(schedule.timesteps, schedule.alphas_cumprod, schedule.alphas_cumprod_prev, strict=True)
+    for step, (t, alpha, alpha_prev) in enumerate(rows):
+        a, c, b = ddim_coefficients(alpha, alpha_prev, schedule.prediction_type)
+        first = step % 2
+        couplings += [Coupling(target, a, c, b, step, t) for target in (first, 1 - first)]
+        couplings += [Coupling(target, p, 1 - p, 0.0, step, None) for target in (0, 1)]
+    return compact(couplings)
+
+
+def ddim_coefficients(alpha: float, alpha_prev: float, prediction_type: str) -> tuple[float, float, float]:
+    """`(a, c, b)` of one DDIM update (arXiv 2010.02502): `target <- a target + c source + b network(source)`.
+
+    alpha, alpha_prev: cumulative alpha before and after the step. With v-prediction (arXiv 2202.00512)
+    `eps = sqrt(alpha) v + sqrt(1 - alpha) source`; with sample prediction `eps = (source - sqrt(alpha) x0) / sqrt(1 -
+    alpha)`.
+    """
+    a = math.sqrt(alpha_prev / alpha)
+    per_eps = math.sqrt(1 - alpha_prev) - a * math.sqrt(1 - alpha)
+    if prediction_type == "epsilon":
+        return a, 0.0, per_eps
+    if prediction_type == "v_prediction":
+        return a, per_eps * math.sqrt(1 - alpha), per_eps * math.sqrt(alpha)
+    if prediction_type == "sample":
+        return a, per_eps / math.sqrt(1 - alpha), -per_eps * math.sqrt(alpha) / math.sqrt(1 - alpha)
+    raise ValueError(f"prediction_type: unknown {prediction_type!r}")

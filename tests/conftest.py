@@ -1,0 +1,150 @@
+"""What the tests of the chain share: the recorded numbers, tiny networks, ways to count and compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from doodl_fast.denoiser import Denoiser
+from doodl_fast.diffusion import EDICT
+from doodl_fast.schedule import Schedule
+
+GOLDEN = Path(__file__).parent / "golden"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+MEMORIES = ("checkpoint", 1, 3, "reversible")
+
+settings.register_profile("doodl", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("doodl")
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+@cache
+def golden(name: str) -> dict[str, Tensor]:
+    """The tensors of one recorded file. Shared: clone before changing."""
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| in fp64."""
+    assert actual.shape == expected.shape
+    expected = expected.detach().double()
+    return float((actual.detach().double() - expected).norm() / expected.norm())
+
+
+@cache
+def golden_unet(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The recorded diffusers UNet. Shared: leave its mode and its flags as they are."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(**json.loads((GOLDEN / "unet_config.json").read_text()))
+    weights = {key[5:]: value for key, value in golden("models").items() if key.startswith("unet/")}
+    unet.load_state_dict(weights)
+    return unet.to(dtype).eval()
+
+
+def golden_denoiser(dtype: torch.dtype, guidance_scale: float = 7.5) -> Denoiser:
+    models = golden("models")
+    cond, uncond = models["embedding_conditional"].to(dtype), models["embedding_unconditional"].to(dtype)
+    return Denoiser(golden_unet(dtype), cond, uncond, guidance_scale)
+
+
+def sd_scheduler(**changes: Any) -> Any:
+    """Stable Diffusion's noise schedule."""
+    from diffusers import DDIMScheduler
+
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    return DDIMScheduler(**{**options, "set_alpha_to_one": False, **changes})
+
+
+def recorded_schedule(scheduler: str, steps: int) -> Schedule:
+    """A schedule of the alphas that the reference itself used."""
+    table = {key: golden("schedule")[f"{scheduler}/T{steps}/{key}"].tolist() for key in ("t", "alpha", "alpha_prev")}
+    return Schedule(tuple(int(t) for t in table["t"]), tuple(table["alpha"]), tuple(table["alpha_prev"]))
+
+
+class TinyNet(nn.Module):
+    """A smooth network for latents of any rank, called as `(x, t, cond)`."""
+
+    def __init__(self, channels: int = 3, features: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        width = 6
+        self.inside = nn.Parameter(torch.randn(width, channels, generator=generator) / channels**0.5)
+        self.outside = nn.Parameter(torch.randn(channels, width, generator=generator) / width**0.5)
+        self.project = nn.Parameter(torch.randn(width, features, generator=generator) / features**0.5)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        hidden = torch.einsum("hc,bc...->bh...", self.inside, x) + t.to(x.dtype) / 1000
+        if cond is not None:
+            added = torch.einsum("hf,blf->bh", self.project, cond) / cond.shape[1]
+            hidden = hidden + added.reshape(*added.shape, *[1] * (x.ndim - 2))
+        if shift is not None:
+            hidden = hidden + shift.reshape(-1, *[1] * (x.ndim - 1))
+        return torch.einsum("ch,bh...->bc...", self.outside, torch.tanh(hidden))
+
+
+class Counting(nn.Module):
+    """A network that records each call: (batch size, with a graph?)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.calls: list[tuple[int, bool]] = []
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        self.calls.append((x.shape[0], torch.is_grad_enabled() and x.requires_grad))
+        return self.network(x, t, cond)
+
+
+def conditions(batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """cond and uncond for TinyNet."""
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(2, batch, 5, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return both[0].clone(), both[1].clone()
+
+
+def latents(
+    *shape: int, dtype: torch.dtype = torch.float64, seed: int = 2, grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    return both[0].clone().requires_grad_(grad), both[1].clone().requires_grad_(grad)
+
+
+def tiny_chain(
+    steps: int = 4,
+    memory: str | int = "checkpoint",
+    guidance_scale: float = 3.0,
+    prediction_type: str = "epsilon",
+    network: Callable[..., Any] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> EDICT:
+    """EDICT on a tiny network, guided unless guidance_scale is 1."""
+    cond, uncond = conditions(dtype=dtype)
+    denoiser = Denoiser(TinyNet().to(dtype) if network is None else network, cond, uncond, guidance_scale)
+    schedule = Schedule.from_scheduler(sd_scheduler(prediction_type=prediction_type), steps)
+    return EDICT(denoiser, schedule, memory=memory, **options)
+
+
+def pull(outputs: tuple[Tensor, Tensor], inputs: list[Tensor], seed: int = 3) -> tuple[Tensor, ...]:
+    """Gradients of a fixed random linear loss that weighs both outputs differently."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum(
+        (out.double() * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum() for out in outputs
+    )
+    return torch.autograd.grad(loss, inputs, retain_graph=True)  # conditions may have a graph of their own
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

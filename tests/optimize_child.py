@@ -1,0 +1,25 @@
+"""A run that test_optimize.py kills and resumes: prints the exact result."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_optimize import noisy_loss, optimize
+
+folder, flags = Path(sys.argv[1]), sys.argv[2:]
+
+
+def loss(image: torch.Tensor) -> torch.Tensor:
+    if "--slow" in flags:
+        time.sleep(0.02)
+    return noisy_loss(image)
+
+
+if "--resume" in flags:
+    torch.manual_seed(5)
+result = optimize(num_optimization_steps=12, loss=loss, folder=folder, resume="--resume" in flags)
+print([value.hex() for value in [*result.losses, result.final_loss]])
+print([float(value).hex() for value in result.latents[0].flatten()])
