@@ -1,8 +1,8 @@
 """`doodl-fast demo`: the whole of DOODL on the embedded pipeline, in a few minutes on a CPU.
 
-Two tasks: CLIP guidance on a prompt of two objects that the pipeline gets wrong, and classifier guidance to a fine-grained variety
-that captions cannot name. Each is done without guidance, with one-step classifier guidance (the paper's baseline) and with DOODL;
-beside the guide's own loss stands a measure that uses no network.
+Two tasks: CLIP guidance on a prompt of two objects that the pipeline gets wrong, and classifier guidance to a
+fine-grained variety that captions cannot name. Each is done without guidance, with one-step classifier guidance (the
+paper's baseline) and with DOODL; beside the guide's own loss stands a measure that uses no network.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def guide(task: Task) -> Callable[[Tensor], Tensor]:
 
 
 def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimization_steps: int) -> Report:
-    from .guidance import OneStepGuidance
+    from .guidance import one_step
     from .pipeline import Decoder, encode_prompt, initial_latents
 
     cond, uncond, kwargs = encode_prompt(pipeline, task.prompt)
@@ -111,15 +111,15 @@ def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimizati
     def note(method: str, images: Tensor, start: float) -> None:
         seconds = time.perf_counter() - start
         correct, score = judge(task, images)
-        with torch.no_grad():
-            outcomes.append(Outcome(method, images, float(loss(images)), correct, score, seconds))
+        outcomes.append(Outcome(method, images, float(loss(images)), correct, score, seconds))
 
     start = time.perf_counter()
     with torch.no_grad():
         note("no guidance", decode(chain(latents)[0]), start)
     start = time.perf_counter()
-    one_step = OneStepGuidance(denoiser, schedule, decode, loss, task.one_step_scale * len(latents))
-    note("one-step classifier guidance", decode(one_step.sample(latents)[0]), start)
+    guided = one_step(chain, latents, decode, loss, task.one_step_scale)[0]
+    with torch.no_grad():
+        note("one-step classifier guidance", decode(guided), start)
 
     steps: list[tuple[int, Tensor]] = []
     start = time.perf_counter()
@@ -134,7 +134,8 @@ def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimizati
         clip_grad_value=CLIP_GRAD_VALUE,
         callback=lambda info: _keep(steps, info, num_optimization_steps),
     )
-    note("DOODL", result.images[0], start)
+    with torch.no_grad():
+        note("DOODL", result.images[0], start)
     return Report(task, outcomes, steps, [*result.losses, result.final_loss])
 
 
@@ -221,9 +222,7 @@ def run(out: Path, num_inference_steps: int, num_optimization_steps: int) -> lis
         {
             "task": asdict(r.task),
             "losses": r.losses,
-            "outcomes": [
-                {k: v for k, v in vars(o).items() if k != "images"} for o in r.outcomes
-            ],
+            "outcomes": [{k: v for k, v in vars(o).items() if k != "images"} for o in r.outcomes],
         }
         for r in reports
     ]

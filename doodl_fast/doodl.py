@@ -193,7 +193,8 @@ class _Objective:
         gradients = list(torch.autograd.grad(ends, start, cotangents))
         if not all(bool(torch.isfinite(g).all()) for g in gradients):
             raise FloatingPointError(
-                f"gradient: NaN or Inf at optimisation step {step}; try a lower learning_rate or guidance_scale, or dtype float32"
+                f"gradient: NaN or Inf at optimisation step {step}; try a lower learning_rate or guidance_scale, or "
+                "float32 networks"
             )
         return tuple(losses), tuple(images), gradients
 

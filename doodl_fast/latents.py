@@ -1,4 +1,7 @@
-"""The latent update of DOODL: clipped momentum SGD on a pair of latents, tied, perturbed and renormalised (arXiv 2303.13703, section 4)."""
+"""The latent update of DOODL: clipped momentum SGD on a pair of latents, tied, perturbed and renormalised.
+
+Wallace et al., arXiv 2303.13703, section 4.
+"""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
         optimize(folder=tmp_path)
     with pytest.raises(ValueError, match=r"resume: .* had learning_rate=5.0, got 2.0"):
         optimize(resume=tmp_path, learning_rate=2.0)
-    with pytest.raises(ValueError, match="resume: .* had start="):
+    with pytest.raises(ValueError, match=r"resume: .* had start="):
         optimize(resume=tmp_path, latents=problem(seed=1)["latents"])
     with pytest.raises(ValueError, match="the saved run used no optimizer"):
         optimize(resume=tmp_path, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))

@@ -1,7 +1,7 @@
-"""The embedded pipeline: a small Stable Diffusion for pictures of coloured shapes, with the models and the measure around it.
+"""The embedded pipeline: a small Stable Diffusion for pictures of coloured shapes, its guides and its measure.
 
-It has the classes, file formats and code paths of Stable Diffusion, was trained from scratch by `doodl_fast.shapes.train`, and
-comes with the package, so that tests and the demo need no download.
+It has the classes, file formats and code paths of Stable Diffusion, was trained from scratch by
+`doodl_fast.shapes.train`, and comes with the package, so that tests and the demo need no download.
 """
 
 from __future__ import annotations
@@ -10,8 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .measure import Reading, Verdict, judge, read
-from .scenes import COLOURS, RELATIONS, SHAPES, SIZE, VARIETIES, VARIETY_NAMES, Object, Prompt, Scene, Thing
-from .scenes import place, prompts, render, sample
+from .scenes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZE,
+    VARIETIES,
+    VARIETY_NAMES,
+    Object,
+    Prompt,
+    Scene,
+    Thing,
+    place,
+    prompts,
+    render,
+    sample,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -56,24 +70,24 @@ def _folder(name: str) -> Path:
 
 
 def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
-    """The diffusers pipeline: 64 x 64 pixels, latents (B, 4, 16, 16), DDIM. dtype: float32 by default (stored in fp16)."""
+    """The diffusers pipeline: 64 x 64 pixels, latents (B, 4, 16, 16), DDIM. dtype: float32 by default (stored fp16)."""
+    import torch
+
     from ..pipeline import load_pipeline as load
 
-    return load(_folder("pipeline"), device=device, **({} if dtype is None else {"dtype": dtype}))
+    pipeline: StableDiffusionPipeline = load(_folder("pipeline"), device, dtype or torch.float32)
+    return pipeline
 
 
 def load_clip(device: str | torch.device = "cpu") -> tuple[Any, Any]:
     """The guide: (transformers CLIPModel, its processor), float32, in eval mode."""
-    from transformers import AutoProcessor, CLIPModel
+    from ..guidance.clip import load_clip as load
 
-    folder = _folder("clip")
-    return CLIPModel.from_pretrained(folder).float().to(device).eval(), AutoProcessor.from_pretrained(folder)
+    return load(_folder("clip"), device)
 
 
 def load_classifier(device: str | torch.device = "cpu") -> tuple[Any, Any]:
-    """The fine-grained classifier over `VARIETY_NAMES`: (transformers model, its image processor), float32, in eval mode."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    """The classifier over `VARIETY_NAMES`: (transformers model, its image processor), float32, in eval mode."""
+    from ..guidance.classifier import load_classifier as load
 
-    folder = _folder("classifier")
-    model = AutoModelForImageClassification.from_pretrained(folder).float().to(device).eval()
-    return model, AutoImageProcessor.from_pretrained(folder)
+    return load(_folder("classifier"), device)

@@ -1,4 +1,4 @@
-"""The training set of the embedded pipeline: pictures, captions and varieties, drawn once from a seed and cached on disk."""
+"""The training set of the embedded pipeline: pictures, captions and varieties, drawn from a seed, cached on disk."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a picture answers a prompt: ``correct`` is all or nothing, ``score`` the share of the named attributes that hold."""
+    """A picture against a prompt: ``correct`` is all or nothing, ``score`` the share of its attributes that hold."""
 
     correct: bool
     score: float
@@ -105,7 +105,8 @@ def related(a: Reading, b: Reading, relation: str) -> bool:
 
 def _match(prompt: Prompt, found: tuple[Reading, ...]) -> list[tuple[Thing, Reading | None]]:
     """Assigns readings to the prompt's things so that most attributes (and the relation) hold."""
-    padded = list(found[:4]) + [None] * len(prompt.things)
+    padded: list[Reading | None] = [*found[:4], *[None] * len(prompt.things)]
+    options: list[list[Reading | None]]
     if len(prompt.things) == 1:
         options = [[r] for r in padded]
     else:
@@ -120,7 +121,8 @@ def _match(prompt: Prompt, found: tuple[Reading, ...]) -> list[tuple[Thing, Read
             same += 0.5 * related(option[0], option[1], prompt.relation)
         return same
 
-    return list(zip(prompt.things, max(options, key=quality), strict=True))
+    best = max(options, key=quality)
+    return list(zip(prompt.things, best, strict=True))
 
 
 def _regions(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:

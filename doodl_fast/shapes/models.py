@@ -1,4 +1,4 @@
-"""Architectures of the embedded pipeline: the same classes as Stable Diffusion's, small enough to train on two CPU cores."""
+"""Architectures of the embedded pipeline: Stable Diffusion's classes, small enough to train on two CPU cores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LATENT_SIZE = SIZE // 4
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
-    """Builds a byte-level CLIP tokenizer in which every word of the captions is one token, through files in ``folder``."""
+    """A byte-level CLIP tokenizer to which every word of the captions is one token, built from files in ``folder``."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -109,7 +109,7 @@ def scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=0,
+        steps_offset=1,
         prediction_type="epsilon",
     )
 

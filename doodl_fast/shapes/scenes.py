@@ -1,8 +1,8 @@
 """Captioned pictures of coloured shapes: the world that the embedded pipeline is trained on.
 
-A scene holds one or two objects on a pale background. Its caption names colour, shape and relation ("a red star left of a
-blue circle"); the *variety* of a shape (how many points a star has, whether a circle is a disc or a ring) shows in the
-picture but never in the caption, so that a classifier has something fine-grained to steer.
+A scene holds one or two objects on a pale background. Its caption names colour, shape and relation ("a red star left of
+a blue circle"); the *variety* of a shape (how many points a star has, whether a circle is a disc or a ring) shows in
+the picture but never in the caption, so that a classifier has something fine-grained to steer.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _thing(words: str, text: str) -> Thing:
 
 
 def prompts(num_objects: int, held_out: bool | None = None) -> Iterator[Prompt]:
-    """All prompts with one or two objects; ``held_out`` keeps only those that training left out (True) or saw (False)."""
+    """All prompts with one or two objects; ``held_out`` keeps those that training left out (True) or saw (False)."""
     if num_objects not in (1, 2):
         raise ValueError(f"num_objects: expected 1 or 2, got {num_objects!r}")
     things = [Thing(colour, shape) for colour in COLOURS for shape in SHAPES]

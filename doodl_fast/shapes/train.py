@@ -43,7 +43,7 @@ class Recipe:
 
 RECIPES = {
     "vae": Recipe(steps=3200, batch=8, learning_rate=2e-3, weight_decay=0.0, ema=0.99),
-    "unet": Recipe(steps=3600, batch=64, learning_rate=1.2e-3, ema=0.999),
+    "unet": Recipe(steps=6000, batch=32, learning_rate=1e-3, ema=0.999),
     "clip": Recipe(steps=2200, batch=64, learning_rate=8e-4, weight_decay=0.05, ema=0.995),
     "classifier": Recipe(steps=1200, batch=64, learning_rate=2e-3, weight_decay=0.05),
 }
@@ -55,7 +55,7 @@ def pixels(batch: np.ndarray) -> Tensor:
 
 
 def batches(indices: np.ndarray, size: int, seed: int, start: int) -> Iterator[np.ndarray]:
-    """Endless shuffled batches, the same ones for the same seed; ``start`` skips to a step without drawing the others."""
+    """Endless shuffled batches, the same ones for the same seed; ``start`` skips to a step at no cost."""
     per_epoch = len(indices) // size
     step = start
     while True:
@@ -74,7 +74,7 @@ def fit(
     loss: Callable[[np.ndarray, int], Tensor],
     seed: int = 0,
 ) -> nn.Module:
-    """Runs one stage to its end, from its checkpoint if there is one; returns the averaged (EMA) module in eval mode."""
+    """Runs one stage to its end, from its checkpoint if there is one; returns the averaged (EMA) module."""
     recipe, path = RECIPES[name], work / f"{name}.ckpt"
     optimizer = torch.optim.AdamW(
         module.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
@@ -138,7 +138,7 @@ def train_vae(work: Path, data: Pictures) -> nn.Module:
 
 
 @torch.no_grad()
-def latents(work: Path, vae: nn.Module, data: Pictures) -> tuple[Tensor, float]:
+def latents(work: Path, vae: Any, data: Pictures) -> tuple[Tensor, float]:
     """The whole set's latents, scaled to unit standard deviation, and the scaling factor; cached."""
     path = work / "latents.pt"
     if not path.exists():

@@ -1,0 +1,384 @@
+"""The command `doodl-fast`: one subcommand an entry of COMMANDS. torch and the models are imported when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .doodl import Result, StepInfo
+
+EMBEDDED = "shapes"
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+SETTINGS, RESULT, STATE = "run.json", "result.json", "state"
+OUTPUTS = ("before.png", "after.png", "best.png", "losses.png", SETTINGS, RESULT, STATE)
+MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "device")
+"""options with which a run may be continued differently from how it began"""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be parsed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: one line of help, what declares its arguments, what runs it (and gives an exit code)."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and gives its exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    parser = _parser()
+    resumable = False
+    try:
+        args = parser.parse_args(argv)
+        resumable = hasattr(args, "resume")
+        return COMMANDS[args.command].run(args) or 0
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume continues" if resumable else ""
+        print(f"\ndoodl-fast: interrupted{hint}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"doodl-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="doodl-fast", description="Optimises a diffusion model's latents for a loss on its pictures.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.arguments(sub)
+    return parser
+
+
+# demo
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
+    parser.add_argument("--steps", type=int, default=None, help="diffusion steps (default: the demo's own)")
+    parser.add_argument("--optimization-steps", type=int, default=None, help="(default: the demo's own)")
+
+
+def _demo(args: argparse.Namespace) -> int | None:
+    from . import demo
+
+    code: int | None = demo.main(args)
+    return code
+
+
+# run
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model and picture")
+    model.add_argument("--model", required=True, help=f"diffusers folder, hub id, or {EMBEDDED!r} for the embedded one")
+    model.add_argument("--variant", help="of the model's weight files, e.g. fp16")
+    model.add_argument("--prompt", required=True)
+    model.add_argument("--negative-prompt", default="")
+    model.add_argument("--steps", type=int, default=50, help="diffusion steps")
+    model.add_argument("--guidance-scale", type=float, default=7.5, help="of classifier-free guidance")
+    model.add_argument("--mix-weight", type=float, default=0.93, help="EDICT's p")
+    model.add_argument("--height", type=int, help="in pixels (default: the model's own)")
+    model.add_argument("--width", type=int, help="in pixels (default: the model's own)")
+    model.add_argument("--seed", type=int, default=0)
+    model.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    model.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the networks")
+    guide = parser.add_argument_group("guidance")
+    guide.add_argument("--guidance", required=True, choices=tuple(GUIDES))
+    guide.add_argument("--guidance-prompt", help="for clip-text (default: the prompt)")
+    guide.add_argument("--guidance-image", nargs="+", metavar="FILE", help="for clip-image")
+    guide.add_argument("--label", help="for classifier: a class's name or index")
+    guide.add_argument("--direction", choices=("horizontal", "vertical"), default="horizontal", help="for symmetry")
+    guide.add_argument("--guidance-model", help=f"folder or hub id (default for CLIP: {DEFAULT_CLIP}; {EMBEDDED}: its)")
+    guide.add_argument("--num-cutouts", type=int, default=0, help="random squares that CLIP looks at; 0: whole picture")
+    guide.add_argument("--cut-power", type=float, default=0.3, help="lower prefers larger squares")
+    update = parser.add_argument_group("optimisation")
+    update.add_argument("--optimization-steps", type=int, default=50)
+    update.add_argument("--learning-rate", type=float, default=1.0, help="multiplies the gradient before clipping")
+    update.add_argument("--momentum", type=float, default=0.9)
+    update.add_argument("--nesterov", action="store_true")
+    update.add_argument("--clip-grad-value", type=_float_or_none, default=1e-3, help="or none")
+    update.add_argument("--perturbation-scale", type=float, default=1e-4)
+    update.add_argument("--no-tied", dest="tied", action="store_false", help="let the two latents part")
+    update.add_argument("--no-renormalize", dest="renormalize", action="store_false")
+    update.add_argument("--first-image-only", action="store_true", help="decode and score one of the two pictures")
+    update.add_argument("--memory", type=_memory, default="checkpoint", help="checkpoint, reversible, naive or an int")
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path, required=True, help="folder for pictures, losses and state")
+    files.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
+    files.add_argument("--save-every", type=int, default=1, metavar="N", help="optimisation steps between pictures")
+
+
+def _float_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+def _memory(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    continued = _check_out(args, settings)
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice would bury our one line
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    import torch
+
+    from .denoiser import Denoiser
+    from .diffusion import EDICT
+    from .doodl import optimize
+    from .pipeline import Decoder, encode_prompt, initial_latents
+    from .schedule import Schedule
+
+    device, dtype = _device(args.device), getattr(torch, DTYPES[args.dtype])
+    pipeline = _load_pipeline(args, device, dtype)
+    latents = initial_latents(pipeline, args.height, args.width, args.seed)
+    schedule = Schedule.from_scheduler(pipeline.scheduler, args.steps)
+    cond, uncond, extra = encode_prompt(
+        pipeline, args.prompt, args.negative_prompt, height=args.height, width=args.width
+    )
+    denoiser = Denoiser(pipeline.unet, cond, uncond, args.guidance_scale, **extra)
+    chain = EDICT(denoiser, schedule, args.mix_weight, args.memory)
+    loss = GUIDES[args.guidance](args, device, dtype)
+    began = time.perf_counter()
+    # the losses' random cutouts come from the global generator
+    torch.manual_seed(args.seed)
+    result = optimize(
+        chain,
+        latents,
+        Decoder(pipeline.vae),
+        loss,
+        args.optimization_steps,
+        learning_rate=args.learning_rate,
+        momentum=args.momentum,
+        nesterov=args.nesterov,
+        clip_grad_value=args.clip_grad_value,
+        tied_latents=args.tied,
+        renormalize_latents=args.renormalize,
+        perturbation_scale=args.perturbation_scale,
+        first_image_only=args.first_image_only,
+        seed=args.seed,
+        callback=_Writer(args.out, settings, args.save_every),
+        folder=args.out / STATE,
+        resume=continued,
+    )
+    _write_result(args.out, settings, result, time.perf_counter() - began)
+    print(
+        f"loss {result.losses[0]:.5g} -> {result.final_loss:.5g}, best {result.best_loss:.5g} after "
+        f"{result.best_step} steps; pictures and {RESULT} in {args.out}"
+    )
+    return 0
+
+
+def _check_out(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
+    """Whether a stored state is continued. Raises ValueError when the folder is taken; writes nothing."""
+    out: Path = args.out
+    if args.save_every < 1:
+        raise ValueError(f"--save-every: expected at least 1, got {args.save_every}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {str(out)!r}")
+    taken = [name for name in OUTPUTS if (out / name).exists()] + [p.name for p in out.glob("step_*.png")]
+    if not taken:
+        return False
+    if not args.resume:
+        raise ValueError(
+            f"--out: {str(out)!r} already holds a run ({taken[0]}); pass --resume to continue it, or another folder"
+        )
+    if not (out / SETTINGS).is_file():
+        raise ValueError(f"--resume: expected {SETTINGS} in {str(out)!r}, got none; start in another folder")
+    try:
+        stored = json.loads((out / SETTINGS).read_text())
+    except ValueError as error:
+        raise ValueError(f"--resume: {str(out / SETTINGS)!r} is damaged ({error}); start in another folder") from error
+    for key, value in settings.items():
+        if key not in MAY_CHANGE and stored.get(key) != value:
+            raise ValueError(
+                f"--resume: the run in {str(out)!r} had --{key.replace('_', '-')} {stored.get(key)!r}, got {value!r}; "
+                "pass what it was started with, or another --out"
+            )
+    return (out / STATE / "state.json").exists()
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a CUDA device that PyTorch sees, got none; use --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _load_pipeline(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Any:
+    if args.model == EMBEDDED:
+        from . import shapes
+
+        return shapes.load_pipeline(device=device, dtype=dtype)
+    from .pipeline import load_pipeline
+
+    return load_pipeline(args.model, device, dtype, args.variant)
+
+
+# one function a guide: (args, device, dtype) -> loss on pixels
+
+
+def _clip(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
+        from . import shapes
+
+        model, processor = shapes.load_clip()
+        return model.to(device, dtype), processor
+    from .guidance.clip import load_clip
+
+    return load_clip(args.guidance_model or DEFAULT_CLIP, device, dtype)
+
+
+def _clip_text(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    from .guidance import ClipText
+
+    model, processor = _clip(args, device, dtype)
+    text = args.prompt if args.guidance_prompt is None else args.guidance_prompt
+    return ClipText(model, processor, text, args.num_cutouts, args.cut_power)
+
+
+def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    from .guidance import ClipImage
+
+    if not args.guidance_image:
+        raise ValueError("--guidance-image: expected one or more files with --guidance clip-image, got none")
+    model, processor = _clip(args, device, dtype)
+    return ClipImage(model, args.guidance_image, processor, args.num_cutouts, args.cut_power)
+
+
+def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    from .guidance import Classifier
+
+    if args.label is None:
+        raise ValueError("--label: expected a class's name or index with --guidance classifier, got none")
+    if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
+        from . import shapes
+
+        model, processor = shapes.load_classifier()
+        return Classifier(model.to(device, dtype), processor, args.label)
+    if args.guidance_model is None:
+        raise ValueError("--guidance-model: expected an image classifier with --guidance classifier, got none")
+    return Classifier.from_pretrained(args.guidance_model, args.label, device, dtype)
+
+
+def _symmetry(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    from .guidance import Symmetry
+
+    return Symmetry(args.direction)
+
+
+# what a run writes
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """The callback that stores the settings and pictures as the run goes; its first call creates the folder."""
+
+    out: Path
+    settings: dict[str, Any]
+    every: int
+
+    def __call__(self, info: StepInfo) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        _write_json(self.out / SETTINGS, self.settings)
+        if info.step == 0:
+            _write_picture(self.out / "before.png", info.images[0])
+        if info.step % self.every == 0:
+            _write_picture(self.out / f"step_{info.step:03d}.png", info.images[0])
+
+
+def _write_result(out: Path, settings: dict[str, Any], result: Result, seconds: float) -> None:
+    import torch
+
+    from . import __version__
+
+    _write_picture(out / "after.png", result.images[0])
+    _write_picture(out / "best.png", result.best_images[0])
+    _plot(out / "losses.png", [*result.losses, result.final_loss], settings["guidance"])
+    summary = {
+        "losses": result.losses,
+        "pair_losses": result.pair_losses,
+        "final_loss": result.final_loss,
+        "best_loss": result.best_loss,
+        "best_step": result.best_step,
+        "seconds": round(seconds, 3),
+        "versions": {"doodl_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "options": settings,
+    }
+    _write_json(out / RESULT, summary)
+
+
+def _plot(path: Path, losses: Sequence[float], name: str) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(len(losses)), losses, marker="." if len(losses) < 60 else "")
+    axes.set(xlabel="optimisation steps done", ylabel=f"loss ({name})")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    _replace(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+
+
+def _write_picture(path: Path, images: Tensor) -> None:
+    from .pipeline import to_pil
+
+    _replace(path, lambda partial: to_pil(images[:1])[0].save(partial, format="PNG"))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside `path` and then renames: whoever is interrupted leaves no half file under that name."""
+    partial = path.with_name(path.name + ".tmp")
+    write(partial)
+    os.replace(partial, path)
+
+
+GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Callable[[Tensor], Tensor]]] = {
+    "clip-text": _clip_text,
+    "clip-image": _clip_image,
+    "classifier": _classifier,
+    "symmetry": _symmetry,
+}
+COMMANDS = {
+    "demo": Command("optimise latents of the embedded pipeline and show what changes", _demo_arguments, _demo),
+    "run": Command("optimise latents of a diffusers pipeline for a guide", _run_arguments, _run),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
