@@ -78,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _quiet_libraries() -> None:
+    """Their advice and their bars for every file would bury what we print."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+
+
 # demo
 
 
@@ -88,6 +99,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int | None:
+    _quiet_libraries()
     from . import demo
 
     code: int | None = demo.main(args)
@@ -148,8 +160,7 @@ def _memory(text: str) -> str | int:
 def _run(args: argparse.Namespace) -> int:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     continued = _check_out(args, settings)
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice would bury our one line
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    _quiet_libraries()
     import torch
 
     from .denoiser import Denoiser

@@ -12,9 +12,15 @@ from test_optimize import noisy_loss, optimize
 folder, flags = Path(sys.argv[1]), sys.argv[2:]
 
 
+calls = 0
+
+
 def loss(image: torch.Tensor) -> torch.Tensor:
+    global calls
+    calls += 1
     if "--slow" in flags:
-        time.sleep(0.02)
+        # the victim never finishes, however late it is killed
+        time.sleep(0.02 if calls < 16 else 3600)
     return noisy_loss(image)
 
 

@@ -172,16 +172,17 @@ def test_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
     victim = child(tmp_path / "killed", "--slow")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / runstate.INDEX).exists() and time.monotonic() < deadline:
+        assert victim.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     time.sleep(0.15)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     step = runstate.load(tmp_path / "killed")["step"]
     assert 1 <= step < 12, "the run must have been cut in the middle"
-    resumed, _ = child(tmp_path / "killed", "--resume").communicate(timeout=60)
-    whole, _ = child(tmp_path / "whole").communicate(timeout=60)
+    resumed, _ = child(tmp_path / "killed", "--resume").communicate(timeout=300)
+    whole, _ = child(tmp_path / "whole").communicate(timeout=300)
     assert resumed == whole and len(whole) > 100
 
 

@@ -92,7 +92,7 @@ def judge(image: object, prompt: Prompt | str, variety: str | None = None) -> Ve
     if variety is not None:
         checks.append(first[0][1] is not None and first[0][1].variety == variety)
     checks.append(len(found) == len(wanted.things))
-    return Verdict(all(checks), sum(checks) / len(checks), found)
+    return Verdict(bool(all(checks)), float(sum(checks) / len(checks)), found)
 
 
 def related(a: Reading, b: Reading, relation: str) -> bool:

@@ -11,7 +11,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import models
 from .data import Pictures, pictures
-from .scenes import COLOURS, RELATIONS, Prompt, Thing
+from .scenes import COLOURS, RELATIONS, SHAPES, Prompt, Thing
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
 CAPTION_DROPOUT = 0.1
@@ -191,31 +191,41 @@ def train_unet(work: Path, data: Pictures, vae: nn.Module) -> TextToNoise:
     return fit("unet", work, pair, np.flatnonzero(~data.held_out), loss)  # type: ignore[return-value]
 
 
-def confusions(rng: np.random.Generator, caption: str) -> list[str]:
-    """Captions that differ from the given one in a single respect: the negatives that teach binding."""
-    prompt = Prompt.parse(caption)
-    names, changed = list(COLOURS), []
-    first, *rest = prompt.things
-    from .scenes import SHAPES
+def confusions(rng: np.random.Generator, caption: str, unchanged: bool = False) -> list[str]:
+    """Captions that differ from the given one in a single respect: the negatives that teach binding.
 
-    def other(options: list[str], current: str) -> str:
+    For two objects: first colour, first shape, second colour, second shape, objects swapped, colours swapped, relation,
+    and the first object alone. Changes that change nothing (equal colours swapped) are left out unless ``unchanged``.
+    """
+    prompt = Prompt.parse(caption)
+    first, *rest = prompt.things
+
+    def other(options: Iterable[str], current: str | None) -> str:
         return str(rng.choice([o for o in options if o != current]))
 
-    changed.append(Prompt((Thing(other(names, first.colour), first.shape), *rest), prompt.relation))
-    changed.append(Prompt((Thing(first.colour, other(list(SHAPES), first.shape)), *rest), prompt.relation))
+    def recoloured(thing: Thing) -> Thing:
+        return Thing(other(COLOURS, thing.colour), thing.shape)
+
+    def reshaped(thing: Thing) -> Thing:
+        return Thing(thing.colour, other(SHAPES, thing.shape))
+
     if rest:
-        second = rest[0]
-        changed.append(Prompt((first, Thing(other(names, second.colour), second.shape)), prompt.relation))
-        changed.append(Prompt((first, Thing(second.colour, other(list(SHAPES), second.shape))), prompt.relation))
-        changed.append(Prompt((second, first), prompt.relation))
-        changed.append(Prompt((Thing(second.colour, first.shape), Thing(first.colour, second.shape)), prompt.relation))
-        changed.append(Prompt(prompt.things, other(list(RELATIONS), prompt.relation or "")))
-        changed.append(Prompt((first,)))
+        second, relation = rest[0], prompt.relation
+        swapped = (Thing(second.colour, first.shape), Thing(first.colour, second.shape))
+        changed = [
+            Prompt((recoloured(first), second), relation),
+            Prompt((reshaped(first), second), relation),
+            Prompt((first, recoloured(second)), relation),
+            Prompt((first, reshaped(second)), relation),
+            Prompt((second, first), relation),
+            Prompt(swapped, relation),
+            Prompt(prompt.things, other(RELATIONS, relation)),
+            Prompt((first,)),
+        ]
     else:
-        changed.append(
-            Prompt((first, Thing(names[rng.integers(len(names))], SHAPES[rng.integers(len(SHAPES))])), "left of")
-        )
-    return [str(c) for c in changed if c != prompt]
+        company = Thing(other(COLOURS, None), other(SHAPES, None))
+        changed = [Prompt((recoloured(first),)), Prompt((reshaped(first),)), Prompt((first, company), "left of")]
+    return [str(c) for c in changed if unchanged or c != prompt]
 
 
 def train_clip(work: Path, data: Pictures) -> nn.Module:
