@@ -160,27 +160,27 @@ def table(report: Report) -> str:
 
 
 def describe(image: Tensor, task: Task) -> str:
-    """What the measure reads off a picture, for its title."""
-    found = shapes.read(image)
-    names = [f"{r.colour or '?'} {(r.variety if task.variety else r.shape) or '?'}" for r in found[:3]]
+    """What the measure reads off a picture, from left to right, for its title."""
+    found = sorted(shapes.read(image)[:3], key=lambda reading: reading.x)
+    names = [f"{r.colour or '?'} {(r.variety if task.variety else r.shape) or '?'}" for r in found]
     return ",\n".join(names) or "nothing"
 
 
 def contact_sheet(reports: list[Report], path: Path) -> None:
+    """Side by side for each task: a row a seed; before, on the way, after, and the baseline; the readings below."""
     from matplotlib.figure import Figure
 
-    columns = [["before: no guidance", "one-step guidance"], ["after: DOODL"]]
-    rows = sum(len(r.task.seeds) for r in reports)
-    width = 3 + len(reports[0].steps)
-    figure = Figure(figsize=(1.75 * width, 1.95 * rows + 0.9 * len(reports)))
-    parts = figure.subfigures(len(reports), 1, squeeze=False)[:, 0]
+    rows = max(len(r.task.seeds) for r in reports)
+    columns = 3 + len(reports[0].steps)
+    figure = Figure(figsize=(1.3 * columns * len(reports), 1.62 * rows + 0.75))
+    parts = figure.subfigures(1, len(reports), squeeze=False)[0]
     for part, report in zip(parts, reports, strict=True):
         before, baseline, after = report.outcomes
-        strip = [(columns[0][1], baseline.images), (columns[0][0], before.images)]
-        strip += [(f"step {step}", images) for step, images in report.steps] + [(columns[1][0], after.images)]
+        strip = [("before:\nno guidance", before.images)]
+        strip += [(f"DOODL,\nstep {step}", images) for step, images in report.steps]
+        strip += [("after:\nDOODL", after.images), ("for comparison:\none-step guidance", baseline.images)]
         part.suptitle(f'{report.task.title}\nprompt: "{report.task.prompt}"', fontsize=10)
-        axes = part.subplots(len(report.task.seeds), len(strip), squeeze=False)
-        for row, cells in enumerate(axes):
+        for row, cells in enumerate(part.subplots(rows, columns, squeeze=False)):
             for axis, (title, images) in zip(cells, strip, strict=True):
                 image = images[row]
                 axis.imshow((image.clamp(-1, 1).permute(1, 2, 0).float().cpu().numpy() + 1) / 2)
@@ -189,8 +189,8 @@ def contact_sheet(reports: list[Report], path: Path) -> None:
                 axis.set_xticks([])
                 axis.set_yticks([])
                 if row == 0:
-                    axis.set_title(title, fontsize=8)
-        part.subplots_adjust(top=0.86, bottom=0.06, hspace=0.42, wspace=0.08, left=0.02, right=0.98)
+                    axis.set_title(title, fontsize=7.5)
+        part.subplots_adjust(top=0.85, bottom=0.06, hspace=0.32, wspace=0.08, left=0.02, right=0.98)
     figure.savefig(path, dpi=110)
 
 
@@ -235,5 +235,9 @@ def run(out: Path, num_inference_steps: int, num_optimization_steps: int) -> lis
 
 
 def main(args: Any) -> int:
-    run(Path(args.out), args.steps or 10, args.optimization_steps or 15)
+    run(
+        Path(args.out),
+        12 if args.steps is None else args.steps,
+        15 if args.optimization_steps is None else args.optimization_steps,
+    )
     return 0
