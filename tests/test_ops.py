@@ -343,7 +343,7 @@ def test_latent_update_against_torch(backend, dtype, settings):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 4, 5, 1031), (2,), (0, 4), (2, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1031), (2,), (0, 4), (2, 0)], ids=str)
 def test_latent_update_agrees(backend, shape, dtype):
     """Bit for bit without the norm; with it up to the order of a float64 sum."""
     x, y, noise = operands(shape, dtype, dtype, False)
