@@ -1,10 +1,11 @@
 # make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint and types.
+# make bench: ops against eager, compiled eager and a copy.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check install clean
+.PHONY: demo test check bench install clean
 
 demo: $(READY)
 	$(BIN)/doodl-fast demo --out demo
@@ -17,15 +18,20 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(READY)
+	$(BIN)/python bench/ops.py
+
 install: $(READY)
 
 # torch is pinned for development only: this release has a small CPU build for every platform
-$(READY): pyproject.toml setup.py
+# setuptools is installed beforehand, and the build not isolated, so that setup.py finds torch's headers for the kernels
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q 'setuptools>=77'
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo
+	rm -rf $(VENV) build *.egg-info demo doodl_fast/_native*

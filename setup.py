@@ -1,5 +1,181 @@
-"""Build script; the metadata is in pyproject.toml."""
+"""Builds the native kernels in csrc/, where that is possible; the metadata is in pyproject.toml.
 
-from setuptools import setup
+The libraries use torch's stable ABI and no Python API at all, so one binary serves every torch from 2.11 and every
+Python from 3.10. They are optional: without a compiler, without torch's headers, without CUDA, or with
+DOODL_FAST_NO_NATIVE=1 / DOODL_FAST_NO_CUDA=1 in the environment the install goes on in pure Python, says what is
+missing, and writes it down for `doodl-fast doctor`.
 
-setup()
+torch is not imported, only looked for on disk: pip's isolated builds hide the environment's packages, and declaring
+torch as a build requirement would download it once more. In a build environment of another interpreter it is not found;
+then use --no-build-isolation, or DOODL_FAST_TORCH=/path/to/site-packages/torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: headers of a newer torch keep to it
+PYTHON = "cp310"
+DEFINES = [("TORCH_TARGET_VERSION", TARGET)]
+# No contraction into fused multiply-adds (csrc/scalar.h). The other two change no result: they let loops be vectorised.
+CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+ARCHITECTURES = ("80", "90")
+CPU, CUDA = "doodl_fast._native", "doodl_fast._native_cuda"
+KINDS = {CPU: "cpu", CUDA: "cuda"}
+
+
+class Missing(Exception):
+    """Why a library is not built."""
+
+
+def switched_off(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no")
+
+
+def find_torch() -> Path:
+    """torch's directory, without importing it. Raises Missing."""
+    places = [Path(os.environ["DOODL_FAST_TORCH"])] if "DOODL_FAST_TORCH" in os.environ else []
+    folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]
+    places += [Path(folder) / "torch" for folder in folders if folder]
+    for place in places:
+        if (place / "include/torch/csrc/stable/library.h").is_file() and (place / "version.py").is_file():
+            return place
+    raise Missing("torch was not found; install it first, then build with --no-build-isolation")
+
+
+def torch_says(torch: Path, name: str) -> str:
+    """A string constant in torch/version.py, "" where it is None or absent."""
+    found = re.search(rf"^{name}\b[^=\n]*=\s*['\"]([^'\"]*)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def torch_for_building() -> Path:
+    if switched_off("DOODL_FAST_NO_NATIVE"):
+        raise Missing("DOODL_FAST_NO_NATIVE is set")
+    torch = find_torch()
+    version = torch_says(torch, "__version__")
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < OLDEST_TORCH:
+        raise Missing(f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}")
+    return torch
+
+
+def find_nvcc(torch: Path) -> Path:
+    """nvcc of the CUDA that torch was built with. Raises Missing."""
+    if switched_off("DOODL_FAST_NO_CUDA"):
+        raise Missing("DOODL_FAST_NO_CUDA is set")
+    wanted = torch_says(torch, "cuda")
+    if not wanted:
+        raise Missing(f"torch {torch_says(torch, '__version__')} is a build without CUDA")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = str(Path(home) / "bin/nvcc") if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = Path(found).resolve()
+    if not nvcc.is_file():
+        raise Missing(f"no nvcc at {nvcc}; install the CUDA {wanted} toolkit or set CUDA_HOME")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)", said)
+    if release is None or release.group(1) != wanted.split(".")[0]:
+        raise Missing(f"nvcc is of CUDA {release.group(1) if release else '?'}, torch of CUDA {wanted}")
+    return nvcc
+
+
+class BuildNative(build_ext):
+    """Builds what can be built; what cannot is reported and left out."""
+
+    report: dict[str, str]
+
+    def run(self) -> None:
+        self.report = {}
+        super().run()
+        for folder in {Path(self.build_lib) / "doodl_fast", *([ROOT / "doodl_fast"] if self.inplace else [])}:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_native_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        for kind, outcome in self.report.items():
+            if outcome != "built":
+                print(f"doodl_fast: no native {kind} kernels: {outcome}", file=sys.stderr)
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            torch = torch_for_building()
+            ext.include_dirs += [str(torch / "include")]
+            ext.library_dirs += [str(torch / "lib")]
+            if ext.name == CUDA:
+                self.prepare_cuda(ext, torch)
+            super().build_extension(ext)
+            self.report[KINDS[ext.name]] = "built"
+        except Exception as error:  # an optional part: no failure of a foreign tool may stop the install
+            self.report[KINDS[ext.name]] = str(error) or type(error).__name__
+
+    def prepare_cuda(self, ext: Extension, torch: Path) -> None:
+        """Compiles the .cu files; the rest of the build links them."""
+        nvcc = find_nvcc(torch)
+        code = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
+        code += [f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        for source in sorted((ROOT / "csrc").glob("*.cu")):
+            target = Path(self.build_temp) / f"{source.stem}_cu.o"
+            defines = [f"-D{name}={value}" for name, value in DEFINES]
+            command = [nvcc, *NVCC_FLAGS, *code, *defines, f"-I{torch / 'include'}", "-c", source, "-o", target]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise Missing(f"nvcc failed on {source.name}: {done.stderr.strip()[-2000:]}")
+            ext.extra_objects.append(str(target))
+        toolkit = nvcc.parent.parent
+        ext.library_dirs += [str(toolkit / "lib64"), str(toolkit / "targets/x86_64-linux/lib")]
+
+    def copy_extensions_to_source(self) -> None:
+        built = [ext for ext in self.extensions if self.report[KINDS[ext.name]] == "built"]
+        everything, self.extensions = self.extensions, built
+        super().copy_extensions_to_source()
+        self.extensions = everything
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+class Wheel(bdist_wheel):
+    """Tags a wheel without libraries as pure Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        command = self.get_finalized_command("build_ext")
+        report = getattr(command, "report", None)
+        if report is not None and "built" not in report.values():
+            return ("py3", "none", "any")
+        return super().get_tag()
+
+
+def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
+    return Extension(
+        name,
+        sources,
+        language="c++",
+        define_macros=DEFINES,
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))],
+        extra_compile_args=CXX_FLAGS,
+        libraries=libraries,
+        py_limited_api=True,
+    )
+
+
+setup(
+    ext_modules=[
+        extension(CPU, ["csrc/cpu.cpp", "csrc/cpu_default.cpp", "csrc/cpu_avx2.cpp"], ["torch", "torch_cpu"]),
+        extension(CUDA, [], ["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"]),
+    ],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    options={"bdist_wheel": {"py_limited_api": PYTHON}},
+)

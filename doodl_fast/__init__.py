@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import guidance, shapes
+    from . import guidance, ops, shapes
     from .chain import Chain
     from .denoiser import Denoiser
     from .diffusion import EDICT
     from .doodl import Result, StepInfo, optimize
     from .latents import UpdateSettings
+    from .ops import backend
     from .pipeline import Decoder, encode_prompt
     from .schedule import Schedule
 
@@ -26,8 +27,10 @@ __all__ = [
     "Schedule",
     "StepInfo",
     "UpdateSettings",
+    "backend",
     "encode_prompt",
     "guidance",
+    "ops",
     "optimize",
     "shapes",
 ]
@@ -41,6 +44,7 @@ _HOMES = {
     "Schedule": "schedule",
     "StepInfo": "doodl",
     "UpdateSettings": "latents",
+    "backend": "ops",
     "encode_prompt": "pipeline",
     "optimize": "doodl",
 }

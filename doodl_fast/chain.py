@@ -12,44 +12,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from . import arithmetic
+from .arithmetic import Eps, Group
+from .evaluator import Evaluator, Raw, raw_method
 from .program import Coupling, Program, count_network_calls, invert, step_boundaries
 
 Memory = str | int
 STORES = ("checkpoint", "reversible", "naive")
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_FLOAT64 = frozenset({"mps"})
-
-
-class Evaluator(Protocol):
-    """What the engine asks of the function f in a coupling."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        t: Any,
-        tensors: Sequence[Tensor] | None = None,
-        latents_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """f(x, tag) in x's shape and dtype, with `tensors` in place of its own; the same value at every call."""
-        ...
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The other tensors it depends on; those that require grad are given gradients."""
-        ...
-
-    def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
-        """The dtype it computes in (cotangents are scaled for fp16 and bf16)."""
-        ...
-
-    def running(self) -> contextlib.AbstractContextManager[None]:
-        """Entered for the length of a forward or backward run."""
-        ...
 
 
 class Chain:
@@ -130,7 +107,7 @@ class Chain:
                 # autograd keeps the conditions: copies leave the caller free to change his own
                 tensors = tuple(t.clone() for t in tensors)
             state = run.enter(x, y)
-            run.forward(state, tensors)
+            run.plain_forward(state, tensors) if differentiable else run.forward(state, tensors)
             return run.leave(state)
 
 
@@ -139,7 +116,9 @@ class _Run:
     """Everything that one run and its gradient share. It holds no latents: those go through autograd's own storage."""
 
     evaluator: Evaluator
+    raw: Raw | None
     program: Program
+    groups: tuple[Group, ...]
     stores: bool
     anchors: frozenset[int] | None
     """Positions in the program whose state is stored; None: the sources of all evaluations instead."""
@@ -160,7 +139,9 @@ class _Run:
         half = chain.evaluator.compute_dtype(x.dtype) in (torch.float16, torch.bfloat16)
         return cls(
             evaluator=chain.evaluator,
+            raw=raw_method(chain.evaluator),
             program=program,
+            groups=arithmetic.group(program, anchors or ()),
             stores=store,
             anchors=anchors,
             latents_dtype=x.dtype,
@@ -177,46 +158,53 @@ class _Run:
         """The state as tensors of the caller's dtype that share no memory with anything kept."""
         return state[0].to(self.latents_dtype, copy=True), state[1].to(self.latents_dtype, copy=True)
 
-    def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Tensor:
-        value = self.evaluator(source, coupling.tag, tensors, self.latents_dtype)
-        if value.shape != source.shape:
-            raise ValueError(f"evaluator: expected a value of shape {tuple(source.shape)}, got {tuple(value.shape)}")
-        return value
+    def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps:
+        """f at a source, as the ops take it."""
+        arguments = (source, coupling.tag, tensors, self.latents_dtype)
+        eps = Eps(*self.raw(*arguments)) if self.raw is not None else Eps(self.evaluator(*arguments))
+        _check_value(eps, source)
+        return eps
+
+    def plain_forward(self, state: list[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Runs the program on `state` in plain differentiable torch: no ops, no peephole, nothing kept. The oracle."""
+        for coupling in self.program:
+            value = None
+            if coupling.calls_network:
+                value = self.evaluator(state[coupling.source], coupling.tag, tensors, self.latents_dtype)
+                _check_value(Eps(value), state[coupling.source])
+            state[coupling.target] = _plain(coupling, state[coupling.target], state[coupling.source], value)
 
     def forward(self, state: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Runs the program on `state`, in place of its entries; returns what the gradient will need."""
         kept: list[Tensor] = []
-        for position, coupling in enumerate(self.program, start=1):
-            source, value = state[coupling.source], None
-            if coupling.calls_network:
+        for group in self.groups:
+            eps = None
+            if group.coupling is not None and group.calls_network:
+                source = state[group.coupling.source]
                 if self.anchors is None and self.stores:
                     kept.append(source)
-                value = self.evaluate(source, coupling, tensors)
-            state[coupling.target] = _apply(coupling, state[coupling.target], source, value)
-            if self.stores and self.anchors is not None and position in self.anchors:
+                eps = self.evaluate(source, group.coupling, tensors)
+            arithmetic.apply(group, state, eps)
+            if self.stores and self.anchors is not None and group.end in self.anchors:
                 kept += state
         return kept
 
     def backward(self, kept: list[Tensor], cotangents: list[Tensor], pull: _NetworkPull) -> None:
         """Replaces the cotangents of the run's result by those of its start; consumes `kept`."""
         state: list[Tensor] = []
-        for position in range(len(self.program), 0, -1):
-            coupling = self.program[position - 1]
-            if self.anchors is not None and position in self.anchors:
+        for group in reversed(self.groups):
+            if self.anchors is not None and group.end in self.anchors:
                 state = [kept.pop(-2), kept.pop(-1)]
-            cotangent = cotangents[coupling.target]
-            to_source = [coupling.c * cotangent] if coupling.c else []
-            source, value = state[coupling.source] if state else None, None
-            if coupling.calls_network:
-                source = kept.pop() if source is None else source
-                value, pulled = pull(source, coupling, coupling.b * cotangent)
-                to_source += [] if pulled is None else [pulled]
-            for part in to_source:
-                cotangents[coupling.source] = cotangents[coupling.source] + part
-            if coupling.a != 1:
-                cotangents[coupling.target] = coupling.a * cotangent
-            if state and source is not None:
-                state[coupling.target] = _apply(coupling.inverse(), state[coupling.target], source, value)
+            if state:
+                arithmetic.undo_mixing(group, state)
+            eps = None
+            if group.coupling is not None and group.calls_network:
+                source = state[group.coupling.source] if state else kept.pop()
+                eps = pull(source, group, cotangents)
+            else:
+                arithmetic.transpose(group, cotangents, None, None)
+            if state:
+                arithmetic.undo_coupling(group, state, eps)
 
 
 class _NetworkPull:
@@ -231,23 +219,29 @@ class _NetworkPull:
         self.wanted = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
         self.sums: list[Tensor | None] = [None] * len(self.wanted)
 
-    def __call__(self, source: Tensor, coupling: Coupling, cotangent: Tensor) -> tuple[Tensor, Tensor | None]:
-        run = self.run
+    def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor]) -> Eps:
+        """f at the source of a group's coupling; takes the cotangents back through the whole group."""
+        run, coupling = self.run, group.coupling
+        assert coupling is not None
         with torch.enable_grad():
             leaf = source.detach().requires_grad_()
             with torch.autocast(**run.autocast) if run.autocast else contextlib.nullcontext():
-                value = run.evaluate(leaf, coupling, self.tensors)
-        if not value.requires_grad:  # f is constant
-            return value, None
-        power = _power_of_two(cotangent) if run.scaled else None
-        scaled = cotangent if power is None else cotangent / power
-        pulled, *others = torch.autograd.grad(value, [leaf, *self.wanted], scaled, allow_unused=True)
+                eps = run.evaluate(leaf, coupling, self.tensors)
+        if not eps.value.requires_grad:  # f is constant
+            arithmetic.transpose(group, cotangents, None, None)
+            return eps
+        power = arithmetic.network_power(group, cotangents) if run.scaled else None
+        scale = None if power is None else power.reciprocal()
+        cotangent = arithmetic.transpose(group, cotangents, eps, scale)
+        pulled, *others = torch.autograd.grad(eps.value, [leaf, *self.wanted], cotangent, allow_unused=True)
         for index, gradient in enumerate(others):
             if gradient is not None:
                 gradient = _unscale(gradient.to(run.state_dtype), power)
                 total = self.sums[index]
                 self.sums[index] = gradient if total is None else total + gradient
-        return value.detach(), None if pulled is None else _unscale(pulled, power)
+        if pulled is not None:
+            cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
+        return eps.detach()
 
 
 class _ChainFunction(torch.autograd.Function):
@@ -301,31 +295,24 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def _apply(coupling: Coupling, target: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
-    """`a target + c source + b value` in the state's dtype; the one place where it is computed, so all modes round
-    alike."""
+def _check_value(eps: Eps, source: Tensor) -> None:
+    batch = source.shape[0] * (1 if eps.g is None else 2)
+    if eps.value.shape != (batch, *source.shape[1:]):
+        raise ValueError(
+            f"evaluator: expected a value of shape {(batch, *source.shape[1:])}, got {tuple(eps.value.shape)}"
+        )
+
+
+def _plain(coupling: Coupling, target: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
+    """`a target + c source + b value` in the state's dtype. In the order of `ops.coupling`, and each operation on its
+    own (torch.add with alpha would contract two roundings into one on some devices): all modes give the same bits."""
     if coupling.a != 1:
         target = target * coupling.a
     if coupling.c:
-        target = torch.add(target, source, alpha=coupling.c)
+        target = target + source * coupling.c
     if value is not None:
-        target = torch.add(target, value, alpha=coupling.b)
+        target = target + value * coupling.b
     return target
-
-
-def _power_of_two(cotangent: Tensor) -> Tensor:
-    """The power of two just below the largest magnitude, on the device; 1 where there is none (all zero, Inf or NaN).
-
-    A VJP is linear in its cotangent, so scaling by it is exact, and keeps an fp16 network's backward pass in range
-    whatever the loss's scale or the depth. Masking the bits of the exponent is exact for every number and needs no
-    synchronisation.
-    """
-    if cotangent.numel() == 0:
-        return cotangent.new_ones(())
-    largest = cotangent.abs().amax()
-    integers, exponent = (torch.int64, 0x7FF << 52) if largest.dtype == torch.float64 else (torch.int32, 0xFF << 23)
-    power = (largest.view(integers) & exponent).view(largest.dtype)
-    return torch.where(torch.isfinite(power) & (power > 0), power, torch.ones_like(power))
 
 
 def _unscale(gradient: Tensor, power: Tensor | None) -> Tensor:
@@ -362,7 +349,7 @@ def _check_latents(x: Tensor, y: Tensor | None) -> None:
             expected, got = getattr(x, what), getattr(y, what)
             if expected != got:
                 fix = "y=None starts from y = x" if what == "shape" else f"use y.to(x.{what})"
-                raise ValueError(f"y: expected x's {what} {_plain(expected)}, got {_plain(got)}; {fix}")
+                raise ValueError(f"y: expected x's {what} {_tuple(expected)}, got {_tuple(got)}; {fix}")
     finite = torch.stack([torch.isfinite(latent.detach()).all() for latent in latents.values()])
     if not finite.all():  # the only synchronisation of a run
         name = next(name for name, good in zip(latents, finite.tolist(), strict=True) if not good)
@@ -371,5 +358,5 @@ def _check_latents(x: Tensor, y: Tensor | None) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, torch.Size) else value

@@ -106,6 +106,15 @@ def _demo(args: argparse.Namespace) -> int | None:
     return code
 
 
+# doctor
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    return doctor.main(args)
+
+
 # run
 
 
@@ -388,6 +397,7 @@ GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Call
 COMMANDS = {
     "demo": Command("optimise latents of the embedded pipeline and show what changes", _demo_arguments, _demo),
     "run": Command("optimise latents of a diffusers pipeline for a guide", _run_arguments, _run),
+    "doctor": Command("say which kernel backends there are, and why others are missing", lambda parser: None, _doctor),
 }
 
 

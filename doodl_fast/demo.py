@@ -45,19 +45,19 @@ TASKS = (
     Task(
         "clip",
         "CLIP guidance on a prompt of two objects",
-        "a purple star left of a yellow heart",
+        "a black triangle above a green circle",
         (0, 1, 2, 3),
-        learning_rate=1.0,
+        learning_rate=10.0,
         one_step_scale=1.0,
     ),
     Task(
         "classifier",
-        'Classifier guidance to a variety that captions do not name: "8-pointed star"',
+        'Classifier guidance to a variety that captions do not name: "5-pointed star"',
         "a red star",
         (0, 1, 2, 3),
-        learning_rate=1.0,
-        one_step_scale=1.0,
-        variety="8-pointed star",
+        learning_rate=10.0,
+        one_step_scale=3.0,
+        variety="5-pointed star",
     ),
 )
 

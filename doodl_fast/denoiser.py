@@ -149,8 +149,26 @@ class Denoiser:
 
         x: (B, ...) floating. t: the timestep. tensors: replacements for `tensors()`, in that order.
         latents_dtype: what a callable without weights computes in (default: x's dtype).
-        Guidance is combined in at least float32. Raises ValueError when the network's output has another shape than its
-        input.
+        Guidance is combined in at least float32. Raises as `raw`.
+        """
+        eps, scale = self.raw(x, t, tensors, latents_dtype)
+        eps = eps.to(torch.promote_types(x.dtype, torch.float32))
+        if scale is not None:
+            eps_uncond, eps_cond = eps.chunk(2)
+            eps = eps_uncond + scale * (eps_cond - eps_uncond)
+        return eps.to(x.dtype)
+
+    def raw(
+        self,
+        x: Tensor,
+        t: int | Tensor,
+        tensors: Sequence[Tensor] | None = None,
+        latents_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, float | None]:
+        """The network's own output, in its own dtype: (eps, None), or under guidance ([uncond; cond], guidance_scale).
+
+        Arguments as in `__call__`. For the engine, whose fused ops combine, cast and differentiate it in one pass.
+        Raises ValueError when the network's output has another shape than its input.
         """
         conditions = self._conditions()
         if tensors is not None:
@@ -175,11 +193,9 @@ class Denoiser:
                 f"unet: expected an output of its input's shape {tuple(network_x.shape)}, got {tuple(eps.shape)}; "
                 "wrap a network that also predicts a variance, or takes more channels, as (x, t, cond) -> eps"
             )
-        eps = eps.to(torch.promote_types(x.dtype, torch.float32))
-        if self.guided:
-            eps_uncond, eps_cond = eps.chunk(2)
-            eps = torch.add(eps_uncond, eps_cond - eps_uncond, alpha=self._guidance_scale)
-        return eps.to(x.dtype)
+        if eps.dtype not in FLOAT_DTYPES:  # a storage format
+            eps = eps.float()
+        return eps, self._guidance_scale if self.guided else None
 
     def _conditions(self) -> dict[str, Any]:
         """The tree of everything that eps is conditioned on; uncond is left out where it is not used."""

@@ -1,6 +1,6 @@
 """The latent update of DOODL: clipped momentum SGD on a pair of latents, tied, perturbed and renormalised.
 
-Wallace et al., arXiv 2303.13703, section 4.
+Wallace et al., arXiv 2303.13703, section 4. The arithmetic is that of `ops.latent_update`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import ops
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -56,8 +58,8 @@ class UpdateSettings:
 
 
 def norms(latents: Tensor) -> Tensor:
-    """Euclidean norm of every sample: (B, 1, ...)."""
-    return torch.linalg.vector_norm(latents, dim=tuple(range(1, latents.ndim)), keepdim=True)
+    """Euclidean norm of every sample, in float64 as `ops.latent_update` takes it: (B, 1, ...)."""
+    return torch.linalg.vector_norm(latents, dim=tuple(range(1, latents.ndim)), keepdim=True, dtype=torch.float64)
 
 
 class LatentUpdate:
@@ -100,37 +102,54 @@ class LatentUpdate:
     @torch.no_grad()
     def step(self, grad_x: Tensor, grad_y: Tensor) -> None:
         """One update from d(loss_x + loss_y)/dx and /dy, each of the latents' shape."""
+        dtype = self.latents[0].dtype
+        gradients = [gradient.to(dtype) for gradient in (grad_x, grad_y)]
+        noise = None
+        if self.settings.perturbation_scale:
+            # drawn on the CPU, so that a seed means the same on every device
+            noise = torch.randn(self.latents[0].shape, generator=self.generator, dtype=torch.float32)
+            noise = noise.to(self.latents[0])
+        if self.optimizer is None:
+            self._descend(gradients, noise)
+        else:
+            self._delegate(gradients, noise)
+
+    def _descend(self, gradients: list[Tensor], noise: Tensor | None) -> None:
         settings = self.settings
-        gradients = [0.5 * settings.learning_rate * g.to(self.latents[0].dtype) for g in (grad_x, grad_y)]
+        latents, momenta = ops.latent_update(
+            self.latents,
+            self.momenta,
+            gradients,
+            noise,
+            self.start_norms if settings.renormalize_latents else None,
+            rate=0.5 * settings.learning_rate,
+            clip=settings.clip_grad_value,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            tied=settings.tied_latents,
+            sigma=settings.perturbation_scale,
+        )
+        self.latents, self.momenta = list(latents), list(momenta)
+
+    def _delegate(self, gradients: list[Tensor], noise: Tensor | None) -> None:
+        """The same around the caller's optimizer."""
+        settings = self.settings
+        gradients = [0.5 * settings.learning_rate * gradient for gradient in gradients]
         if settings.tied_latents:
             mean = 0.5 * (gradients[0] + gradients[1])
             gradients = [mean, mean]
         if settings.clip_grad_value is not None:
             gradients = [g.clamp(-settings.clip_grad_value, settings.clip_grad_value) for g in gradients]
-        if self.optimizer is None:
-            self._descend(gradients)
-        else:
-            self._delegate(gradients)
-        if settings.perturbation_scale:
-            # drawn on the CPU, so that a seed means the same on every device
-            noise = torch.randn(self.latents[0].shape, generator=self.generator, dtype=torch.float32)
-            noise = settings.perturbation_scale * noise.to(self.latents[0])
-            self.latents = [z + noise for z in self.latents]
+        self._step_optimizer(gradients)
+        if noise is not None:
+            self.latents = [z + settings.perturbation_scale * noise for z in self.latents]
         if settings.tied_latents:
             self._tie()
         if settings.renormalize_latents:
-            self.latents = [z * start / norms(z) for z, start in zip(self.latents, self.start_norms, strict=True)]
+            factors = [start / norms(z) for z, start in zip(self.latents, self.start_norms, strict=True)]
+            self.latents = [z * factor.to(z.dtype) for z, factor in zip(self.latents, factors, strict=True)]
 
-    def _descend(self, gradients: list[Tensor]) -> None:
-        momentum = self.settings.momentum
-        self.momenta = [momentum * b + g for b, g in zip(self.momenta, gradients, strict=True)]
-        if self.settings.nesterov:
-            moves = [g + momentum * b for g, b in zip(gradients, self.momenta, strict=True)]
-        else:
-            moves = self.momenta
-        self.latents = [z - move for z, move in zip(self.latents, moves, strict=True)]
-
-    def _delegate(self, gradients: list[Tensor]) -> None:
+    def _step_optimizer(self, gradients: list[Tensor]) -> None:
         assert self.optimizer is not None
         for parameter, latent, gradient in zip(self.parameters, self.latents, gradients, strict=False):
             parameter.copy_(latent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ MEMORIES = ("checkpoint", 1, 3, "reversible")
 
 settings.register_profile("doodl", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("doodl")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, in its interpreter
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 

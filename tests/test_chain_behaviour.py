@@ -20,7 +20,8 @@ from conftest import (
 )
 from torch import nn
 
-from doodl_fast.chain import Chain, _power_of_two
+from doodl_fast.arithmetic import power_of_two
+from doodl_fast.chain import Chain
 from doodl_fast.denoiser import Denoiser
 from doodl_fast.diffusion import EDICT
 from doodl_fast.program import Coupling
@@ -315,7 +316,8 @@ def test_results_and_gradients_have_the_inputs_dtype(dtype, network, memory):
     assert {t.dtype for t in (*out, *grads)} == {DTYPES[dtype]}
     truth = tiny_chain(3, "naive")
     xs, ys = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
-    bound = 4 * max(torch.finfo(DTYPES[dtype]).eps, torch.finfo(DTYPES[network]).eps)
+    # rebuilding three steps divides every rounding by p six times; the others need 4
+    bound = 8 * max(torch.finfo(DTYPES[dtype]).eps, torch.finfo(DTYPES[network]).eps)
     for got, want in zip((*out, *grads), (*truth(xs, ys), *pull(truth(xs, ys), [xs, ys])), strict=True):
         assert relative(got, want) < bound
 
@@ -374,12 +376,12 @@ def test_scaling_reaches_the_conditions_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_power_of_two(dtype):
+def testpower_of_two(dtype):
     for value, power in [(1.0, 1.0), (1.999, 1.0), (-6.5, 4.0), (3e-30, 2.0**-99), (2.0**100, 2.0**100)]:
-        assert _power_of_two(torch.tensor([[0.0, value]], dtype=dtype)).item() == power
+        assert power_of_two(torch.tensor([[0.0, value]], dtype=dtype)).item() == power
     for value in (0.0, float("inf"), float("nan"), 1e-320):
-        assert _power_of_two(torch.tensor([value], dtype=dtype)).item() == 1.0
-    assert _power_of_two(torch.empty(0, 3, dtype=dtype)).item() == 1.0
+        assert power_of_two(torch.tensor([value], dtype=dtype)).item() == 1.0
+    assert power_of_two(torch.empty(0, 3, dtype=dtype)).item() == 1.0
 
 
 @pytest.mark.parametrize("value", [0.0, float("inf")])

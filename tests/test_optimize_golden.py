@@ -114,6 +114,8 @@ def test_momentum_of_the_reference() -> None:
     update = LatentUpdate(start, start, UpdateSettings(perturbation_scale=0), torch.Generator())
     gradient = recorded["default/step1/raw_grad"]
     update.step(gradient[:1], gradient[1:])
-    assert relative(torch.cat(update.latents), pairwise(recorded["default/step1/latent"])) < 1e-7
+    # the reference's fp32 norm lets its latents grow by 2e-7 where ours, summed in float64, holds the norm
+    assert relative(torch.cat(update.latents), pairwise(recorded["default/step1/latent"])) < 3e-7
+    assert abs(float(update.latents[0].double().norm() / start.double().norm()) - 1) < 2e-8
     momentum = torch.cat(update.momenta)
     assert relative(-probe(momentum), recorded["default/step1/momentum_probe"]) < 1e-5

@@ -1,0 +1,146 @@
+// The CPU side of the native backend: registration against torch's stable ABI, checks, and the split over torch's threads.
+#include "bindings.h"
+#include "cpu_kernels.h"
+
+#include <torch/csrc/stable/ops.h>
+
+namespace {
+
+using namespace doodl_fast;
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = [] {
+#if defined(__x86_64__)
+    if (kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return kernels_avx2();
+#endif
+    return &kernels_default();
+  }();
+  return *chosen;
+}
+
+// Below this many elements a second thread costs more than it brings.
+constexpr int64_t GRAIN = 32768;
+
+template <class F>
+void split(int64_t n, const F& work) {
+  if (n <= GRAIN)
+    work(int64_t(0), n);
+  else
+    torch::stable::parallel_for(0, n, GRAIN, work);
+}
+
+void coupling(Tensor out, Tensor target, MaybeTensor source, MaybeTensor eps, double a, double c, double b,
+              std::optional<double> g) {
+  CouplingCall call = coupling_call(out, target, source, eps, a, c, b, g);
+  split(call.n, [&](int64_t begin, int64_t end) { kernels().coupling(call, begin, end); });
+}
+
+void coupling_mix(Tensor out_target, Tensor out_source, Tensor target, Tensor source, MaybeTensor eps,
+                  bool target_first, double a0, double c0, double a1, double c1, double a, double c, double b,
+                  std::optional<double> g) {
+  CouplingCall call = coupling_call(out_target, target, source, eps, a, c, b, g);
+  add_mixing(call, target_first, a0, c0, a1, c1);
+  call.out_source = output("out_source", out_source, target, call.n);
+  split(call.n, [&](int64_t begin, int64_t end) { kernels().coupling(call, begin, end); });
+}
+
+double value_of(const MaybeTensor& scale) {
+  if (!scale) return 1;
+  const Dtype dtype = dtype_of("scale", *scale);
+  STD_TORCH_CHECK(scale->numel() == 1 && (dtype == Dtype::f32 || dtype == Dtype::f64), "scale: expected one float");
+  const void* data = scale->const_data_ptr();
+  return dtype == Dtype::f64 ? *static_cast<const double*>(data) : double(*static_cast<const float*>(data));
+}
+
+void coupling_vjp(Tensor out, MaybeTensor out_source, MaybeTensor out_eps, Tensor grad, MaybeTensor scale, double a,
+                  double c, double b, std::optional<double> g) {
+  VjpCall call = vjp_call(out, out_source, out_eps, grad, a, c, b, g);
+  call.scale = value_of(scale);
+  split(call.n, [&](int64_t begin, int64_t end) { kernels().vjp(call, begin, end); });
+}
+
+void coupling_mix_vjp(Tensor out_target, Tensor out_source, MaybeTensor out_eps, Tensor grad_target,
+                      Tensor grad_source, MaybeTensor scale, bool target_first, double a0, double c0, double a1,
+                      double c1, double a, double c, double b, std::optional<double> g) {
+  VjpCall call = vjp_call(out_target, out_source, out_eps, grad_target, a, c, b, g);
+  add_mixing(call, target_first, a0, c0, a1, c1);
+  call.grad_source = input("grad_source", grad_source, grad_target, call.n);
+  call.scale = value_of(scale);
+  split(call.n, [&](int64_t begin, int64_t end) { kernels().vjp(call, begin, end); });
+}
+
+// Sums of squares are taken over pieces of this fixed length and added up in order: the result does not depend on the
+// number of threads.
+constexpr int64_t PIECE = 4096;
+
+void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, MaybeTensor squares, Tensor in_x, Tensor in_y,
+                   Tensor in_mx, Tensor in_my, Tensor gx, Tensor gy, MaybeTensor noise, double rate, double clip,
+                   double momentum, bool nesterov, bool tied, double sigma) {
+  UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise);
+  call.rate = rate, call.clip = clip, call.momentum = momentum, call.sigma = sigma;
+  call.nesterov = nesterov, call.tied = tied;
+  const int64_t batch = in_x.size(0), sample = in_x.numel() / batch, pieces = (sample + PIECE - 1) / PIECE;
+  std::vector<double> sums(squares ? 2 * batch * pieces : 0);
+  const auto work = [&](int64_t first, int64_t last) {
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t begin = index / pieces * sample + index % pieces * PIECE;
+      const int64_t end = std::min(begin + PIECE, (index / pieces + 1) * sample);
+      double* sum = squares ? &sums[2 * index] : nullptr;
+      kernels().update(call, begin, end, sum, sum ? sum + 1 : nullptr);
+    }
+  };
+  torch::stable::parallel_for(0, batch * pieces, GRAIN / PIECE, work);
+  if (!squares) return;
+  double* totals = static_cast<double*>(squares->mutable_data_ptr());
+  for (int64_t which = 0; which < 2; ++which)
+    for (int64_t b = 0; b < batch; ++b) {
+      double total = 0;
+      for (int64_t piece = 0; piece < pieces; ++piece) total += sums[2 * (b * pieces + piece) + which];
+      totals[which * batch + b] = total;
+    }
+}
+
+void scale_samples(Tensor x, Tensor y, Tensor factors) {
+  const bool is_double = dtype_of("x", x) == Dtype::f64;
+  const int64_t batch = x.size(0), sample = x.numel() / batch;
+  STD_TORCH_CHECK(factors.numel() == 2 * batch && dtype_of("factors", factors) == dtype_of("x", x),
+                  "factors: expected (2, B) of x's dtype");
+  const void* values = factors.const_data_ptr();
+  for (int64_t which = 0; which < 2; ++which)
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t at = which * batch + b;
+      const double factor =
+          is_double ? static_cast<const double*>(values)[at] : double(static_cast<const float*>(values)[at]);
+      void* data = (which ? y : x).mutable_data_ptr();
+      split(sample, [&](int64_t begin, int64_t end) {
+        kernels().scale(data, is_double, factor, b * sample + begin, b * sample + end);
+      });
+    }
+}
+
+std::string instruction_set() { return kernels().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(doodl_fast_native, library) {
+  library.def(SCHEMA_COUPLING);
+  library.def(SCHEMA_COUPLING_VJP);
+  library.def(SCHEMA_COUPLING_MIX);
+  library.def(SCHEMA_COUPLING_MIX_VJP);
+  library.def(SCHEMA_LATENT_UPDATE);
+  library.def(SCHEMA_SCALE_SAMPLES);
+  library.def("instruction_set() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(doodl_fast_native, CPU, library) {
+  library.impl("coupling", TORCH_BOX(&coupling));
+  library.impl("coupling_vjp", TORCH_BOX(&coupling_vjp));
+  library.impl("coupling_mix", TORCH_BOX(&coupling_mix));
+  library.impl("coupling_mix_vjp", TORCH_BOX(&coupling_mix_vjp));
+  library.impl("latent_update", TORCH_BOX(&latent_update));
+  library.impl("scale_samples", TORCH_BOX(&scale_samples));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(doodl_fast_native, CompositeExplicitAutograd, library) {
+  library.impl("instruction_set", TORCH_BOX(&instruction_set));
+}

@@ -1,0 +1,150 @@
+// The latent update on CUDA. One block takes one piece of one sample; its sums of squares are added in a fixed tree, and
+// the pieces' sums in order by a second kernel: no atomics, the same bits at every run.
+#include "bindings.h"
+#include "scalar.h"
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+
+namespace {
+
+using namespace doodl_fast;
+
+constexpr int THREADS = 256;
+constexpr int PIECE = 4096;
+
+template <class T>
+struct UpdatePointers {
+  T *x, *y, *mx, *my;
+  const T *in_x, *in_y, *in_mx, *in_my, *gx, *gy, *noise;
+};
+
+// The block's sum, in thread 0; `room` has THREADS doubles.
+__device__ __forceinline__ double block_sum(double value, double* room) {
+  room[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = THREADS / 2; half; half /= 2) {
+    if (threadIdx.x < half) room[threadIdx.x] += room[threadIdx.x + half];
+    __syncthreads();
+  }
+  const double sum = room[0];
+  __syncthreads();
+  return sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    update_kernel(UpdatePointers<T> p, double* sums, int64_t sample, int64_t pieces, int64_t batch, Momentum<T> k) {
+  __shared__ double room[THREADS];
+  for (int64_t index = blockIdx.x; index < batch * pieces; index += gridDim.x) {
+    const int64_t first = index / pieces * sample, begin = index % pieces * PIECE;
+    const int64_t end = begin + PIECE < sample ? begin + PIECE : sample;
+    double square_x = 0, square_y = 0;
+    for (int64_t inside = begin + threadIdx.x; inside < end; inside += THREADS) {
+      const int64_t i = first + inside;
+      T x = p.in_x[i], y = p.in_y[i], mx = p.in_mx[i], my = p.in_my[i];
+      update(x, y, mx, my, p.gx[i], p.gy[i], k.noisy ? p.noise[i] : T(0), k);
+      p.x[i] = x, p.y[i] = y, p.mx[i] = mx, p.my[i] = my;
+      square_x += double(x) * double(x);
+      square_y += double(y) * double(y);
+    }
+    if (!sums) continue;
+    square_x = block_sum(square_x, room);
+    square_y = block_sum(square_y, room);
+    if (threadIdx.x == 0) sums[index] = square_x, sums[batch * pieces + index] = square_y;
+  }
+}
+
+__global__ void __launch_bounds__(THREADS)
+    total_kernel(const double* sums, double* totals, int64_t rows, int64_t pieces) {
+  __shared__ double room[THREADS];
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    double sum = 0;
+    for (int64_t piece = threadIdx.x; piece < pieces; piece += THREADS) sum += sums[row * pieces + piece];
+    sum = block_sum(sum, room);
+    if (threadIdx.x == 0) totals[row] = sum;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    scale_kernel(T* x, T* y, const T* factors, int64_t batch, int64_t sample) {
+  const int64_t n = batch * sample, stride = int64_t(gridDim.x) * THREADS;
+  for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < n; i += stride) {
+    const int64_t row = i / sample;
+    x[i] = x[i] * factors[row];
+    y[i] = y[i] * factors[batch + row];
+  }
+}
+
+cudaStream_t stream_of(const Tensor& like) {
+  void* current = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &current));
+  return static_cast<cudaStream_t>(current);
+}
+
+unsigned blocks(int64_t wanted) { return unsigned(std::min<int64_t>(std::max<int64_t>(wanted, 1), 1 << 16)); }
+
+template <class T>
+void launch_update(const UpdateCall& call, double* sums, int64_t batch, int64_t sample, cudaStream_t stream) {
+  const auto out = [](void* data) { return static_cast<T*>(data); };
+  const auto in = [](const void* data) { return static_cast<const T*>(data); };
+  const UpdatePointers<T> p{out(call.x),     out(call.y),     out(call.mx), out(call.my), in(call.in_x), in(call.in_y),
+                            in(call.in_mx),  in(call.in_my),  in(call.gx),  in(call.gy),  in(call.noise)};
+  const Momentum<T> k{T(call.rate), T(call.clip), T(call.momentum), T(call.sigma), call.nesterov, call.tied,
+                      call.noise != nullptr};
+  const int64_t pieces = (sample + PIECE - 1) / PIECE;
+  update_kernel<T><<<blocks(batch * pieces), THREADS, 0, stream>>>(p, sums, sample, pieces, batch, k);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, MaybeTensor squares, Tensor in_x, Tensor in_y,
+                   Tensor in_mx, Tensor in_my, Tensor gx, Tensor gy, MaybeTensor noise, double rate, double clip,
+                   double momentum, bool nesterov, bool tied, double sigma) {
+  const torch::stable::accelerator::DeviceGuard guard(in_x.get_device());
+  UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise);
+  call.rate = rate, call.clip = clip, call.momentum = momentum, call.sigma = sigma;
+  call.nesterov = nesterov, call.tied = tied;
+  const int64_t batch = in_x.size(0), sample = in_x.numel() / batch, pieces = (sample + PIECE - 1) / PIECE;
+  const cudaStream_t stream = stream_of(in_x);
+  MaybeTensor room;
+  double* sums = nullptr;
+  if (squares) {
+    room = torch::stable::new_empty(*squares, {2 * batch * pieces});
+    sums = static_cast<double*>(room->mutable_data_ptr());
+  }
+  call.is_double ? launch_update<double>(call, sums, batch, sample, stream)
+                 : launch_update<float>(call, sums, batch, sample, stream);
+  if (!squares) return;
+  total_kernel<<<blocks(2 * batch), THREADS, 0, stream>>>(sums, static_cast<double*>(squares->mutable_data_ptr()),
+                                                          2 * batch, pieces);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class T>
+void launch_scale(const Tensor& x, const Tensor& y, const Tensor& factors) {
+  const int64_t batch = x.size(0), sample = x.numel() / batch;
+  scale_kernel<T><<<blocks((x.numel() + THREADS - 1) / THREADS), THREADS, 0, stream_of(x)>>>(
+      static_cast<T*>(x.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+      static_cast<const T*>(factors.const_data_ptr()), batch, sample);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void scale_samples(Tensor x, Tensor y, Tensor factors) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const Dtype dtype = dtype_of("x", x);
+  STD_TORCH_CHECK(factors.numel() == 2 * x.size(0) && dtype_of("factors", factors) == dtype,
+                  "factors: expected (2, B) of x's dtype");
+  dtype == Dtype::f64 ? launch_scale<double>(x, y, factors) : launch_scale<float>(x, y, factors);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(doodl_fast_native, CUDA, library) {
+  library.impl("latent_update", TORCH_BOX(&latent_update));
+  library.impl("scale_samples", TORCH_BOX(&scale_samples));
+}

@@ -1,0 +1,34 @@
+"""Fused operators on latents, each with an eager reference, a Triton and a native (C++ and CUDA) implementation.
+
+    from doodl_fast import ops
+    x = ops.coupling(x, y, eps, a=0.9, b=-0.1, g=7.5)      # eps: the network's batched output, [uncond; cond]
+    with ops.backend("eager"): ...                          # or the environment: DOODL_FAST_BACKEND=eager
+
+They are registered with PyTorch as `torch.ops.doodl_fast.*`: they have fake implementations and gradients, and compile
+without a graph break.
+"""
+
+from __future__ import annotations
+
+from .coupling import coupling, coupling_inverse, coupling_vjp
+from .coupling_mix import Mixing, coupling_mix, coupling_mix_vjp, mix, mix_inverse
+from .latent_update import latent_update
+from .registry import NAMES, BackendUnavailable, backend, choice, resolve, why_not
+
+__all__ = [
+    "NAMES",
+    "BackendUnavailable",
+    "Mixing",
+    "backend",
+    "choice",
+    "coupling",
+    "coupling_inverse",
+    "coupling_mix",
+    "coupling_mix_vjp",
+    "coupling_vjp",
+    "latent_update",
+    "mix",
+    "mix_inverse",
+    "resolve",
+    "why_not",
+]

@@ -1,0 +1,187 @@
+"""The Triton backend: CUDA devices, and with `TRITON_INTERPRET=1` the CPU, in Triton's interpreter (slow, for tests).
+
+Nothing is autotuned: the kernels stream through memory once, and one block size gives the widest loads for every dtype.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import compute_dtype
+from .registry import Kernel
+
+OLDEST = (3, 6)
+BLOCK = 1024
+WARPS = 4
+
+
+def why_not(device_type: str) -> str | None:
+    """Why it cannot compute on a device type; None when it can."""
+    try:
+        import triton
+    except Exception as error:  # a broken install raises whatever it likes
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "Triton compiles for no CPU; TRITON_INTERPRET=1, set before the first use, runs its interpreter"
+    if device_type != "cuda":
+        return "the kernels are tested for CUDA alone"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def kernels() -> dict[str, Kernel]:
+    """The kernels behind the registry's names."""
+    return {
+        "coupling": coupling,
+        "coupling_vjp": coupling_vjp,
+        "coupling_mix": coupling_mix,
+        "coupling_mix_vjp": coupling_mix_vjp,
+        "latent_update": latent_update,
+        "scale_samples": scale_samples,
+    }
+
+
+def _launch(name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any) -> None:
+    from . import triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    if like.is_cpu:  # the interpreter
+        kernel[grid](*arguments, **constants, BLOCK=BLOCK)
+        return
+    with torch.cuda.device(like.device):
+        kernel[grid](*arguments, **constants, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def _compute(*tensors: Tensor | None) -> Any:
+    import triton.language as tl
+
+    wide = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None)) == torch.float64
+    return tl.float64 if wide else tl.float32
+
+
+def _blocks(n: int) -> int:
+    return -(-n // BLOCK)
+
+
+def coupling(
+    out: Tensor,
+    target: Tensor,
+    source: Tensor | None,
+    eps: Tensor | None,
+    *coefficients: Any,
+    out_source: Tensor | None = None,
+    mixing: tuple[Any, ...] = (True, 1.0, 0.0, 1.0, 0.0),
+) -> None:
+    """Fills `out`, and `out_source` when the mixing is to follow."""
+    a, c, b, g = coefficients
+    target_first, a0, c0, a1, c1 = mixing
+    n = target.numel()
+    _launch(
+        "coupling_kernel",
+        (_blocks(n),),
+        target,
+        *(out, out_source, target, source, eps, n),
+        *(float(number) for number in (a, c, b, g or 0.0, a0, c0, a1, c1)),
+        COMPUTE=_compute(target, eps),
+        SOURCE=source is not None and c != 0,
+        EPS=eps is not None,
+        GUIDED=g is not None,
+        MIXES=out_source is not None,
+        TARGET_FIRST=target_first,
+        HAS_C0=c0 != 0,
+        HAS_C1=c1 != 0,
+    )
+
+
+def coupling_mix(
+    out_target: Tensor, out_source: Tensor, target: Tensor, source: Tensor, eps: Tensor | None, *numbers: Any
+) -> None:
+    """Fills both outputs."""
+    coupling(out_target, target, source, eps, *numbers[5:], out_source=out_source, mixing=numbers[:5])
+
+
+def coupling_vjp(
+    out: Tensor,
+    to_source: Tensor | None,
+    to_eps: Tensor | None,
+    grad: Tensor,
+    scale: Tensor | None,
+    *coefficients: Any,
+    grad_source: Tensor | None = None,
+    mixing: tuple[Any, ...] = (True, 1.0, 0.0, 1.0, 0.0),
+) -> None:
+    """Fills the cotangents that are given."""
+    a, c, b, g = coefficients
+    target_first, a0, c0, a1, c1 = mixing
+    n = grad.numel()
+    _launch(
+        "vjp_kernel",
+        (_blocks(n),),
+        grad,
+        *(out, to_source, to_eps, grad, grad_source, scale, n),
+        *(float(number) for number in (a, c, b, g or 0.0, a0, c0, a1, c1)),
+        COMPUTE=_compute(grad, to_eps),
+        SOURCE=to_source is not None,
+        EPS=to_eps is not None,
+        SCALED=scale is not None,
+        GUIDED=g is not None,
+        MIXES=grad_source is not None,
+        TARGET_FIRST=target_first,
+        HAS_C=c != 0,
+        HAS_C0=c0 != 0,
+        HAS_C1=c1 != 0,
+    )
+
+
+def coupling_mix_vjp(
+    to_target: Tensor,
+    to_source: Tensor,
+    to_eps: Tensor | None,
+    grad_target: Tensor,
+    grad_source: Tensor,
+    scale: Tensor | None,
+    *numbers: Any,
+) -> None:
+    """Fills the cotangents that are given."""
+    coupling_vjp(
+        *(to_target, to_source, to_eps, grad_target, scale, *numbers[5:]), grad_source=grad_source, mixing=numbers[:5]
+    )
+
+
+def latent_update(*arguments: Any) -> None:
+    """Fills x, y, mx, my, and the sums of squares when they are wanted."""
+    outs, squares, inputs, noise = arguments[:4], arguments[4], arguments[5:11], arguments[11]
+    rate, clip, momentum, nesterov, tied, sigma = arguments[12:]
+    x = inputs[0]
+    batch = x.shape[0]
+    sample = x.numel() // batch
+    blocks = _blocks(sample)
+    sums = None if squares is None else x.new_empty(2, batch, blocks, dtype=torch.float64)
+    _launch(
+        "update_kernel",
+        (blocks, batch),
+        x,
+        *(*outs, sums, *inputs, noise, sample),
+        *(float(number) for number in (rate, clip, momentum, sigma)),
+        COMPUTE=_compute(x),
+        SQUARES=sums is not None,
+        NESTEROV=nesterov,
+        TIED=tied,
+        NOISY=noise is not None,
+    )
+    if squares is not None and sums is not None:
+        torch.sum(sums, dim=2, out=squares)
+
+
+def scale_samples(x: Tensor, y: Tensor, factors: Tensor) -> None:
+    """x, y <- each sample times its factor, in place."""
+    batch = x.shape[0]
+    sample = x.numel() // batch
+    _launch("scale_kernel", (_blocks(sample), batch), x, x, y, factors, sample)

@@ -1,0 +1,407 @@
+"""Every op, on every backend that this machine has, in every dtype and layout: against float64, and bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import DTYPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_cases import (
+    BACKENDS,
+    LAYOUTS,
+    SHAPES,
+    STATE_EPS,
+    Linear,
+    check,
+    guided_eps,
+    operands,
+    require,
+    same_bits,
+)
+from torch import Tensor
+
+from doodl_fast import ops
+
+A, C, B, G = 0.9123, -0.31, 0.4567, 7.5
+MIXINGS = [
+    ops.Mixing(True, 0.93, 0.07, 0.93, 0.07),
+    ops.Mixing(False, 0.93, 0.07, 0.93, 0.07),
+    ops.Mixing(True, 0.7, 0.0, 1.0, -0.3),
+    ops.Mixing(True, 0.93, 0.07, 0.93, 0.07).inverse(),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    require(request.param)
+    with ops.backend(request.param):
+        yield request.param
+
+
+def mixed(first: Linear, second: Linear, m: ops.Mixing) -> tuple[Linear, Linear]:
+    first = first * m.a0 + second * m.c0
+    return first, second * m.a1 + first * m.c1
+
+
+# Against float64
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("state", "eps_dtype"), STATE_EPS)
+def test_coupling(backend, state, eps_dtype, guided):
+    target, source, eps = operands((2, 4, 9, 13), state, eps_dtype, guided)
+    g = G if guided else None
+    truth = Linear(target) * A + Linear(source) * C + guided_eps(eps, g) * B
+    check(ops.coupling(target, source, eps, A, C, B, g), truth.value, truth.magnitude)
+    truth = Linear(target) * A + guided_eps(eps, g) * B
+    check(ops.coupling(target, None, eps, A, 0.0, B, g), truth.value, truth.magnitude)
+    truth = Linear(target) * A + Linear(source) * C
+    check(ops.coupling(target, source, None, A, C), truth.value, truth.magnitude)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("state", "eps_dtype"), STATE_EPS)
+def test_coupling_inverse(backend, state, eps_dtype, guided):
+    target, source, eps = operands((2, 4, 9, 13), state, eps_dtype, guided)
+    g = G if guided else None
+    truth = (Linear(target) + Linear(source) * -C + guided_eps(eps, g) * -B) * (1 / A)
+    check(ops.coupling_inverse(target, source, eps, A, C, B, g), truth.value, truth.magnitude)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("state", "eps_dtype"), STATE_EPS)
+def test_coupling_vjp(backend, state, eps_dtype, guided):
+    grad, *_ = operands((2, 4, 9, 13), state, eps_dtype, guided)
+    g, scale = (G if guided else None), torch.tensor(2.0**-3, dtype=grad.dtype)
+    to_target, to_source, to_eps = ops.coupling_vjp(grad, A, C, B, g, scale, DTYPES[eps_dtype], want_source=True)
+    exact = Linear(grad)
+    check(to_target, (exact * A).value, (exact * A).magnitude)
+    check(to_source, (exact * C).value, (exact * C).magnitude)
+    assert to_eps.dtype == DTYPES[eps_dtype]
+    halves = [exact * (B / 8)] if g is None else [exact * (B / 8) + exact * (-g * B / 8), exact * (g * B / 8)]
+    for got, want in zip(to_eps.split(2), halves, strict=True):
+        check(got, want.value, want.magnitude)
+    assert ops.coupling_vjp(grad, A)[1:] == (None, None)
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("state", "eps_dtype"), STATE_EPS)
+def test_coupling_mix(backend, state, eps_dtype, guided, mixing):
+    target, source, eps = operands((2, 4, 5, 13), state, eps_dtype, guided)
+    g = G if guided else None
+    middle = Linear(target) * A + Linear(source) * C + guided_eps(eps, g) * B
+    first, second = mixed(*((middle, Linear(source)) if mixing.target_first else (Linear(source), middle)), mixing)
+    want = (first, second) if mixing.target_first else (second, first)
+    for got, truth in zip(ops.coupling_mix(target, source, eps, mixing, A, C, B, g), want, strict=True):
+        check(got, truth.value, truth.magnitude)
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("state", "eps_dtype"), STATE_EPS)
+def test_coupling_mix_vjp(backend, state, eps_dtype, guided, mixing):
+    """The adjoint identity, in float64 from the very numbers that came out: <vjp(w), z> = <w, op(z)>."""
+    wt, ws, _ = operands((2, 4, 5, 13), state, eps_dtype, guided)
+    zt, zs, ze = operands((2, 4, 5, 13), "fp64", "fp64", guided, seed=1)
+    g, scale = (G if guided else None), torch.tensor(0.25, dtype=wt.dtype)
+    gt, gs, ge = ops.coupling_mix_vjp(wt, ws, mixing, A, C, B, g, scale, DTYPES[eps_dtype])
+    assert gt.dtype == gs.dtype == wt.dtype and ge.dtype == DTYPES[eps_dtype]
+    with ops.backend("eager"):
+        ot, os = ops.coupling_mix(zt, zs, ze, mixing, A, C, B, g)
+    left = [gt.double() * zt, gs.double() * zs, ge.double() * ze * 4]
+    right = [wt.double() * ot, ws.double() * os]
+    error = abs(sum(part.sum() for part in left) - sum(part.sum() for part in right))
+    magnitude = sum(part.abs().sum() for part in left + right)
+    assert error <= 2 * max(torch.finfo(wt.dtype).eps, torch.finfo(ge.dtype).eps) * magnitude
+
+
+def test_mix_and_its_inverse(backend):
+    x, y, _ = operands((2, 3, 5), "fp64", "fp64", False)
+    for mixing in MIXINGS:
+        for got, want in zip(ops.mix_inverse(*ops.mix(x, y, mixing), mixing), (x, y), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-13)
+
+
+# Bit for bit
+
+
+def every_result(state: str, eps_dtype: str, shape: tuple[int, ...], layout=None, seed: int = 0) -> list[Tensor]:
+    found: list[Tensor | None] = []
+    for guided in (False, True):
+        target, source, eps = operands(shape, state, eps_dtype, guided, seed)
+        if layout is not None:
+            target, source, eps = (layout(z) for z in (target, source, eps))
+        g = G if guided else None
+        scale = torch.tensor(2.0**-5, dtype=target.dtype)
+        found += [ops.coupling(target, source, eps, A, C, B, g), ops.coupling(target, None, eps, 1.0, 0.0, B, g)]
+        found += ops.coupling_vjp(target, A, C, B, g, scale, eps.dtype, want_source=True)
+        for mixing in MIXINGS:
+            found += ops.coupling_mix(target, source, eps, mixing, A, 0.0, B, g)
+            found += ops.coupling_mix(target, source, None, mixing, A, C)
+            found += ops.coupling_mix_vjp(target, source, mixing, A, C, B, g, scale, eps.dtype)
+    return [result for result in found if result is not None]
+
+
+@pytest.mark.parametrize(("state", "eps_dtype"), STATE_EPS)
+def test_backends_agree_to_the_last_bit(backend, state, eps_dtype):
+    got = every_result(state, eps_dtype, (2, 4, 5, 13))
+    with ops.backend("eager"):
+        want = every_result(state, eps_dtype, (2, 4, 5, 13))
+    assert len(got) == len(want) and all(same_bits(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, layout):
+    """Any strides give the bits of the contiguous operands; channels_last stays channels_last."""
+    got = every_result("fp32", "fp16", (2, 4, 5, 6), LAYOUTS[layout])
+    want = every_result("fp32", "fp16", (2, 4, 5, 6))
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+        assert g.is_contiguous(
+            memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        )
+
+
+def test_operands_of_different_layouts(backend):
+    target, source, eps = operands((2, 4, 5, 6), "fp32", "fp32", True)
+    want = ops.coupling(target, source, eps, A, C, B, G)
+    for layouts in itertools.product(LAYOUTS.values(), repeat=3):
+        got = ops.coupling(*(layout(z) for layout, z in zip(layouts, (target, source, eps), strict=True)), A, C, B, G)
+        assert torch.equal(got, want)
+    expanded = source[:1, :1].expand(2, 4, 5, 6)
+    assert torch.equal(ops.coupling(target, expanded, None, A, C), ops.coupling(target, expanded.clone(), None, A, C))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(backend, shape):
+    got = every_result("fp64", "bf16", shape)
+    with ops.backend("eager"):
+        want = every_result("fp64", "bf16", shape)
+    assert all(same_bits(g, w) for g, w in zip(got, want, strict=True))
+    assert ops.coupling(torch.tensor(2.0), None, torch.tensor(3.0), 2.0, 0.0, 0.5).item() == 5.5
+
+
+def test_large_enough_for_several_threads(backend):
+    """More than one thread's share on the CPU, and an odd end."""
+    size = 5000 if backend == "triton" else 150_001
+    x, y, eps = operands((1, size), "fp32", "fp32", True)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append([*ops.coupling_mix(x, y, eps, MIXINGS[0], A, C, B, G), *update(x, y, seed=3)])
+    finally:
+        torch.set_num_threads(threads)
+    with ops.backend("eager"):
+        assert torch.equal(results[0][0], ops.coupling_mix(x, y, eps, MIXINGS[0], A, C, B, G)[0])
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_special_values(backend):
+    """Signed zeros, infinities, NaN, subnormals, overflow to fp16, ties: as in the reference, wherever they stand."""
+    values = torch.tensor(
+        [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 6e-8, 65519.9, 65520.0, 3e38, 1.00048828125, 1e-300],
+        dtype=torch.float64,
+    )
+    grid = torch.cartesian_prod(values, values)
+    for state, eps_dtype in STATE_EPS:
+        target, eps = grid[None, :, 0].to(DTYPES[state]), grid[None, :, 1].to(DTYPES[eps_dtype])
+        results = []
+        for name in (backend, "eager"):
+            with ops.backend(name):
+                results.append(
+                    [
+                        ops.coupling(target, target.flip(1), eps, 1.0, 0.5, 1.0),
+                        *ops.coupling_vjp(target, 1.0, 0.0, 1.0, None, None, eps.dtype)[::2],
+                        *ops.coupling_mix(target, target.flip(1), eps, MIXINGS[2], 1.0, 0.0, 1.0),
+                        *ops.coupling_mix_vjp(target, target.flip(1), MIXINGS[2], 1.0, 0.0, 1.0, 3.0, None, eps.dtype),
+                    ]
+                )
+        assert all(same_bits(got, want) for got, want in zip(*results, strict=True)), (state, eps_dtype)
+
+
+def test_fp64_is_rounded_once(backend):
+    """A float64 just above the middle between two fp16 numbers: by way of fp32 it would be taken for the middle."""
+    for dtype, above in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)):
+        grad = torch.tensor([[1 + above + 2.0**-40, 1 + above, -1 - above - 2.0**-40]], dtype=torch.float64)
+        got = ops.coupling_vjp(grad, 1.0, 0.0, 1.0, eps_dtype=dtype)[2]
+        up = 1 + 2 * above
+        assert got.tolist() == [[up, 1.0, -up]]
+
+
+def test_no_fused_multiply_add(backend):
+    """`a t + c s` where the product's rounding shows: exactly zero without an fma, 2^-46 with one."""
+    number = 1 + 2.0**-12
+    target, source = torch.tensor([[number] * 9]), torch.tensor([[number * number] * 9])
+    assert float(source[0, 0]) != number * number
+    assert ops.coupling(target, source, None, number, -1.0).abs().max() == 0
+    mixing = ops.Mixing(True, number, -1.0, 1.0, 0.0)
+    assert ops.coupling_mix(target, source, None, mixing)[0].abs().max() == 0
+
+
+def test_deterministic(backend):
+    assert all(
+        same_bits(a, b)
+        for a, b in zip(
+            every_result("fp32", "fp16", (2, 4, 16, 16)), every_result("fp32", "fp16", (2, 4, 16, 16)), strict=True
+        )
+    )
+
+
+def test_operands_are_left_alone(backend):
+    tensors = operands((2, 4, 5), "fp32", "fp16", True)
+    before = [z.clone() for z in tensors]
+    target, source, eps = tensors
+    ops.coupling(target, source, eps, A, C, B, G)
+    ops.coupling_mix(target, source, eps, MIXINGS[0], A, C, B, G)
+    update(target, source)
+    assert all(torch.equal(z, b) for z, b in zip(tensors, before, strict=True))
+    out = ops.coupling(target)
+    assert torch.equal(out, target) and out.data_ptr() != target.data_ptr()
+
+
+floats = st.floats(-3, 3, allow_nan=False)
+
+
+@settings(max_examples=25)
+@given(floats, floats, floats, st.none() | floats, st.integers(1, 70), st.sampled_from(STATE_EPS), st.integers(0, 99))
+def test_any_coefficients_agree(a, c, b, g, size, dtypes, seed):
+    for name in ("native",):
+        require(name)
+        target, source, eps = operands((1, size), *dtypes, g is not None, seed)
+        results = []
+        for used in (name, "eager"):
+            with ops.backend(used):
+                results.append(
+                    [
+                        ops.coupling(target, source, eps, a, c, b, g),
+                        *ops.coupling_mix(target, source, eps, ops.Mixing(seed % 2 == 0, a, b, c, a), a, c, b, g),
+                    ]
+                )
+        assert all(same_bits(got, want) for got, want in zip(*results, strict=True))
+
+
+# The latent update
+
+
+def update(x: Tensor, y: Tensor, noise=None, starts=None, seed: int = 5, **settings):
+    generator = torch.Generator().manual_seed(seed)
+    gx, gy, mx, my = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for _ in range(4))
+    options = {"rate": 0.5, "clip": 0.4, "momentum": 0.9, "nesterov": False, "tied": True, "sigma": 0.1, **settings}
+    latents, momenta = ops.latent_update((x, y), (mx, my), (gx, gy), noise, starts, **options)
+    return [*latents, *momenta]
+
+
+UPDATES = [
+    {"nesterov": nesterov, "tied": tied, "clip": clip}
+    for nesterov, tied, clip in itertools.product([False, True], [False, True], [None, 0.4])
+]
+
+
+@pytest.mark.parametrize("settings", UPDATES, ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_latent_update_against_torch(backend, dtype, settings):
+    """torch's own SGD and clamp, in float64."""
+    x, y, _ = operands((2, 4, 9, 11), dtype, dtype, False)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(x.dtype)
+    starts = [torch.tensor([3.0, 5.0]), torch.tensor([2.0, 7.0])]
+    got = update(x, y, noise, starts, **settings)
+    generator = torch.Generator().manual_seed(5)
+    gx, gy, mx, my = (
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype).double() for _ in range(4)
+    )
+    grads = [gx / 2, gy / 2]
+    if settings["tied"]:
+        grads = [(grads[0] + grads[1]) / 2] * 2
+    if settings["clip"]:
+        grads = [torch.clamp(grad, -0.4, 0.4) for grad in grads]
+    ends, momenta = [], []
+    for z, momentum, grad in ((x, mx, grads[0]), (y, my, grads[1])):
+        parameter = z.double().requires_grad_()
+        parameter.grad = grad
+        optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.9, nesterov=settings["nesterov"])
+        optimizer.state[parameter]["momentum_buffer"] = momentum.clone()
+        optimizer.step()
+        ends.append(parameter.detach() + 0.1 * noise.double())
+        momenta.append(optimizer.state[parameter]["momentum_buffer"])
+    if settings["tied"]:
+        ends = [(ends[0] + ends[1]) / 2] * 2
+    ends = [
+        z * (start.double() / z.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1)
+        for z, start in zip(ends, starts, strict=True)
+    ]
+    tolerance = {"fp32": 3e-6, "fp64": 1e-14}[dtype]
+    for result, want in zip(got, [*ends, *momenta], strict=True):
+        assert result.dtype == x.dtype
+        torch.testing.assert_close(result.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1031), (2,), (0, 4), (2, 0)], ids=str)
+def test_latent_update_agrees(backend, shape, dtype):
+    """Bit for bit without the norm; with it up to the order of a float64 sum."""
+    x, y, noise = operands(shape, dtype, dtype, False)
+    starts = [torch.rand(shape[0]) + 1, torch.rand(shape[0]) + 1]
+    for options in UPDATES:
+        got, scaled = update(x, y, noise, **options), update(x, y, noise, starts, **options)
+        with ops.backend("eager"):
+            want, want_scaled = update(x, y, noise, **options), update(x, y, noise, starts, **options)
+        assert all(same_bits(g, w) for g, w in zip(got, want, strict=True))
+        for g, w in zip(scaled, want_scaled, strict=True):
+            torch.testing.assert_close(g, w, rtol=2e-15 if dtype == "fp64" else 1.3e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_latent_update_layouts(backend, layout):
+    x, y, noise = operands((2, 4, 5, 6), "fp32", "fp32", False)
+    want = update(x, y, noise, [torch.ones(2), torch.ones(2)])
+    got = update(*(LAYOUTS[layout](z) for z in (x, y, noise)), [torch.ones(2), torch.ones(2)])
+    assert all(torch.allclose(g, w, rtol=2e-7, atol=0) for g, w in zip(got, want, strict=True))
+
+
+def test_latent_update_keeps_nan(backend):
+    x = torch.tensor([[1.0, math.nan, 2.0]])
+    assert torch.isnan(update(x, x.clone())[0]).tolist() == [[False, True, False]]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 3, dtype=torch.int32),), "target: expected fp16"),
+        ((torch.ones(2, 3), torch.ones(3, 2)), r"source: expected target's shape \(2, 3\), got \(3, 2\)"),
+        ((torch.ones(2, 3), torch.ones(2, 3).half()), "source: expected target's dtype"),
+        ((torch.ones(2, 3), None, torch.ones(4, 3)), "eps: expected the target's shape"),
+        ((torch.ones(2, 3), None, torch.ones(2, 3), 1.0, 0.0, 1.0, 7.5), r"eps: .*\(4, 3\), got \(2, 3\)"),
+        ((torch.ones(2, 3), None, torch.ones(3, 2), 1.0, 0.0, 1.0), "eps: expected the target's shape"),
+        ((torch.ones(2, 3), None, None, 1.0, 0.0, 1.0, 2.0), "g: expected None"),
+        ((torch.ones(2, 3), torch.ones(2, 3, device="meta")), "source: expected target's device"),
+    ],
+)
+def test_refused(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.coupling(*arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.ops.doodl_fast.coupling(*arguments, *(None, None, 1.0, 0.0, 0.0, None)[len(arguments) - 1 :])
+
+
+def test_refused_elsewhere():
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="a: expected a number other than 0"):
+        ops.coupling_inverse(x, a=0.0)
+    with pytest.raises(ValueError, match="scale: expected a 0-dim tensor"):
+        ops.coupling_vjp(x, scale=torch.ones(1), eps_dtype=torch.float32)
+    with pytest.raises(TypeError, match="latents: expected float32 or float64"):
+        update(x.half(), x.half())
+    with pytest.raises(ValueError, match="start_norms: expected one for each of 2 samples"):
+        update(x, x, None, [torch.ones(1), torch.ones(1)])
+    with pytest.raises(ValueError, match="noise: expected x's shape"):
+        update(x, x, torch.ones(3, 2))
