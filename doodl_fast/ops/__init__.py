@@ -13,9 +13,10 @@ from __future__ import annotations
 from .coupling import coupling, coupling_inverse, coupling_vjp
 from .coupling_mix import Mixing, coupling_mix, coupling_mix_vjp, mix, mix_inverse
 from .latent_update import latent_update
-from .registry import NAMES, BackendUnavailable, backend, choice, resolve, why_not
+from .registry import AUTO, NAMES, BackendUnavailable, backend, choice, resolve, why_not
 
 __all__ = [
+    "AUTO",
     "NAMES",
     "BackendUnavailable",
     "Mixing",

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import check_same, dense_format
+from .layout import check_same, dense_format, is_plain
 from .registry import eager, select
 
 Pair = tuple[Tensor, Tensor]
@@ -57,20 +57,13 @@ def latent_update(
     if start_norms is not None:
         starts = torch.stack([norm.reshape(-1).to(torch.float64) for norm in start_norms])
     clip = math.inf if clip is None else clip
-    x, y, mx, my = torch.ops.doodl_fast.latent_update(
-        *latents, *momenta, *gradients, noise, starts, rate, clip, momentum, nesterov, tied, sigma
-    )
+    tensors = (*latents, *momenta, *gradients, noise, starts)
+    update = _latent_update_forward if is_plain(*tensors) else torch.ops.doodl_fast.latent_update
+    x, y, mx, my = update(*tensors, rate, clip, momentum, nesterov, tied, sigma)
     return (x, y), (mx, my)
 
 
-@torch.library.custom_op(
-    "doodl_fast::latent_update",
-    mutates_args=(),
-    schema="(Tensor x, Tensor y, Tensor mx, Tensor my, Tensor gx, Tensor gy, Tensor? noise, Tensor? starts, "
-    "float rate, float clip, float momentum, bool nesterov, bool tied, float sigma) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _latent_update_op(
+def _latent_update_forward(
     x: Tensor,
     y: Tensor,
     mx: Tensor,
@@ -100,6 +93,15 @@ def _latent_update_op(
         factors = (starts / squares.sqrt()).to(x.dtype)
         select("scale_samples", x)(outs[0], outs[1], factors)
     return outs[0], outs[1], outs[2], outs[3]
+
+
+_latent_update_op = torch.library.custom_op(
+    "doodl_fast::latent_update",
+    mutates_args=(),
+    schema="(Tensor x, Tensor y, Tensor mx, Tensor my, Tensor gx, Tensor gy, Tensor? noise, Tensor? starts, "
+    "float rate, float clip, float momentum, bool nesterov, bool tied, float sigma) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)(_latent_update_forward)
 
 
 @_latent_update_op.register_fake
