@@ -134,8 +134,10 @@ class BuildNative(build_ext):
             if done.returncode:
                 raise Missing(f"nvcc failed on {source.name}: {done.stderr.strip()[-2000:]}")
             ext.extra_objects.append(str(target))
-        toolkit = nvcc.parent.parent
-        ext.library_dirs += [str(toolkit / "lib64"), str(toolkit / "targets/x86_64-linux/lib")]
+        # nvcc may be a wrapper that stands outside its toolkit
+        toolkits = (nvcc.parent.parent, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path("/usr/local/cuda"))
+        folders = [toolkit / name for toolkit in toolkits for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+        ext.library_dirs += [str(folder) for folder in folders if (folder / "libcudart_static.a").is_file()]
 
     def copy_extensions_to_source(self) -> None:
         built = [ext for ext in self.extensions if self.report[KINDS[ext.name]] == "built"]

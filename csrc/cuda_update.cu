@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(THREADS)
 
 cudaStream_t stream_of(const Tensor& like) {
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &current));
   return static_cast<cudaStream_t>(current);
 }
 

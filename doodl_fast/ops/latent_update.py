@@ -22,7 +22,7 @@ Shapes: latents, gradients, momenta and noise (B, ...); start norms (B,) or (B, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ def latent_update(
         starts = torch.stack([norm.reshape(-1).to(torch.float64) for norm in start_norms])
     clip = math.inf if clip is None else clip
     tensors = (*latents, *momenta, *gradients, noise, starts)
-    update = _latent_update_forward if is_plain(*tensors) else torch.ops.doodl_fast.latent_update
+    update: Callable[..., tuple[Tensor, ...]] = torch.ops.doodl_fast.latent_update
+    if is_plain(*tensors):
+        update = _latent_update_forward
     x, y, mx, my = update(*tensors, rate, clip, momentum, nesterov, tied, sigma)
     return (x, y), (mx, my)
 
