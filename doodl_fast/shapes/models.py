@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 16
 TEXT_WIDTH = 128
+TEXT_LAYERS = 3
 LATENT_SIZE = SIZE // 4
 
 
@@ -43,12 +44,12 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return built
 
 
-def text_config(words: CLIPTokenizer, layers: int) -> dict[str, object]:
+def text_config(words: CLIPTokenizer) -> dict[str, object]:
     return {
         "vocab_size": len(words),
         "hidden_size": TEXT_WIDTH,
         "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": TEXT_LAYERS,
         "num_attention_heads": 4,
         "max_position_embeddings": MAX_TOKENS,
         "bos_token_id": words.bos_token_id,
@@ -61,7 +62,7 @@ def text_config(words: CLIPTokenizer, layers: int) -> dict[str, object]:
 def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(**text_config(words, layers=2)))
+    return CLIPTextModel(CLIPTextConfig(**text_config(words)))
 
 
 def vae() -> AutoencoderKL:
@@ -126,9 +127,7 @@ def clip(words: CLIPTokenizer) -> CLIPModel:
         "patch_size": 8,
         "projection_dim": TEXT_WIDTH,
     }
-    return CLIPModel(
-        CLIPConfig(text_config=text_config(words, layers=3), vision_config=vision, projection_dim=TEXT_WIDTH)
-    )
+    return CLIPModel(CLIPConfig(text_config=text_config(words), vision_config=vision, projection_dim=TEXT_WIDTH))
 
 
 def classifier() -> ResNetForImageClassification:

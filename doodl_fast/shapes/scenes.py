@@ -71,6 +71,19 @@ class Prompt:
         """Whether the diffusion model's training left this combination out."""
         return len(self.things) == 2 and any((t.colour, t.shape) in HELD_OUT_PAIRS for t in self.things)
 
+    @property
+    def layout(self) -> tuple[int, int, int, int, int]:
+        """What a picture of it shows, however it is said: axis (0 alone, 1 side by side, 2 one above the other), then
+        colour and shape, as indices, of the left or upper object and of the other one (of the only one, twice).
+        """
+        dx, dy = RELATIONS[self.relation] if self.relation else (0, 0)
+        near, far = self.things[0], self.things[-1]
+        if dx + dy > 0:
+            near, far = far, near
+        names = list(COLOURS)
+        places = [index for t in (near, far) for index in (names.index(t.colour), SHAPES.index(t.shape))]
+        return (abs(dx) + 2 * abs(dy), places[0], places[1], places[2], places[3])
+
     @classmethod
     def parse(cls, text: str) -> Prompt:
         """Reads a caption back. Raises ValueError, naming what can be said, for any other text."""
