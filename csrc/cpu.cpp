@@ -4,6 +4,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 using namespace doodl_fast;
@@ -29,9 +33,28 @@ void split(int64_t n, const F& work) {
     torch::stable::parallel_for(0, n, GRAIN, work);
 }
 
+// Asks for huge pages under a large output. The system's allocator hands it out unmapped: most of the time of a pass would
+// go into faulting in its pages of 4 KiB one by one. Advice only, so a refusal does not matter.
+void advise(const Tensor& out) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 4096;
+  constexpr int64_t LARGE = 8 << 20;
+  const int64_t bytes = out.numel() * out.element_size();
+  if (bytes < LARGE) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()), end = begin + bytes;
+  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(first), end / PAGE * PAGE - first, MADV_HUGEPAGE);
+#endif
+}
+
+void advise(const MaybeTensor& out) {
+  if (out) advise(*out);
+}
+
 void coupling(Tensor out, Tensor target, MaybeTensor source, MaybeTensor eps, double a, double c, double b,
               std::optional<double> g) {
   CouplingCall call = coupling_call(out, target, source, eps, a, c, b, g);
+  advise(out);
   split(call.n, [&](int64_t begin, int64_t end) { kernels().coupling(call, begin, end); });
 }
 
@@ -41,6 +64,7 @@ void coupling_mix(Tensor out_target, Tensor out_source, Tensor target, Tensor so
   CouplingCall call = coupling_call(out_target, target, source, eps, a, c, b, g);
   add_mixing(call, target_first, a0, c0, a1, c1);
   call.out_source = output("out_source", out_source, target, call.n);
+  advise(out_target), advise(out_source);
   split(call.n, [&](int64_t begin, int64_t end) { kernels().coupling(call, begin, end); });
 }
 
@@ -56,6 +80,7 @@ void coupling_vjp(Tensor out, MaybeTensor out_source, MaybeTensor out_eps, Tenso
                   double c, double b, std::optional<double> g) {
   VjpCall call = vjp_call(out, out_source, out_eps, grad, a, c, b, g);
   call.scale = value_of(scale);
+  advise(out), advise(out_source), advise(out_eps);
   split(call.n, [&](int64_t begin, int64_t end) { kernels().vjp(call, begin, end); });
 }
 
@@ -66,6 +91,7 @@ void coupling_mix_vjp(Tensor out_target, Tensor out_source, MaybeTensor out_eps,
   add_mixing(call, target_first, a0, c0, a1, c1);
   call.grad_source = input("grad_source", grad_source, grad_target, call.n);
   call.scale = value_of(scale);
+  advise(out_target), advise(out_source), advise(out_eps);
   split(call.n, [&](int64_t begin, int64_t end) { kernels().vjp(call, begin, end); });
 }
 
@@ -79,6 +105,7 @@ void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, MaybeTensor squares
   UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise);
   call.rate = rate, call.clip = clip, call.momentum = momentum, call.sigma = sigma;
   call.nesterov = nesterov, call.tied = tied;
+  advise(x), advise(y), advise(mx), advise(my);
   const int64_t batch = in_x.size(0), sample = in_x.numel() / batch, pieces = (sample + PIECE - 1) / PIECE;
   std::vector<double> sums(squares ? 2 * batch * pieces : 0);
   const auto work = [&](int64_t first, int64_t last) {
