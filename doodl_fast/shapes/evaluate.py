@@ -1,15 +1,15 @@
 """How good the embedded models are, by the measure without networks: ``python -m doodl_fast.shapes.evaluate``.
 
 Prints the share of pictures that are wholly right for prompts of one object and of two objects, both for
-combinations that training saw and for those it left out; the classifier's accuracy on fresh renderings; and how often
-CLIP prefers the right caption to one changed in a single respect.
+combinations that training saw and for those it left out, and what is wrong with the others; the classifier's accuracy
+on fresh renderings; and how often CLIP prefers the right caption to one changed in a single respect.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import load_classifier, load_clip, load_pipeline
-from .measure import judge
+from .measure import Verdict, judge
 from .scenes import VARIETY_NAMES, Prompt, prompts, render, sample
 from .train import confusions, pixels
 
@@ -51,10 +51,15 @@ def generate(
     return torch.cat(parts)
 
 
+def verdicts(pipeline: Any, wanted: Sequence[Prompt], **options: Any) -> list[Verdict]:
+    """What the measure says of one picture a prompt."""
+    images = generate(pipeline, [str(prompt) for prompt in wanted], **options)
+    return [judge(image, prompt) for image, prompt in zip(images, wanted, strict=True)]
+
+
 def share_right(pipeline: Any, wanted: Sequence[Prompt], **options: Any) -> float:
     """Share of prompts whose picture is wholly right."""
-    images = generate(pipeline, [str(prompt) for prompt in wanted], **options)
-    return float(np.mean([judge(image, prompt).correct for image, prompt in zip(images, wanted, strict=True)]))
+    return float(np.mean([verdict.correct for verdict in verdicts(pipeline, wanted, **options)]))
 
 
 @torch.no_grad()
@@ -116,7 +121,11 @@ def main() -> None:
     }
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     for name, wanted in tqdm(kinds.items()):
-        tqdm.write(f"{name:32} {share_right(pipeline, wanted, **options):6.1%} right of {len(wanted)}")
+        found = verdicts(pipeline, wanted, **options)
+        faults = Counter(" and ".join(verdict.faults) for verdict in found if not verdict.correct)
+        wrong = ", ".join(f"{fault} {count}" for fault, count in faults.most_common())
+        share = float(np.mean([verdict.correct for verdict in found]))
+        tqdm.write(f"{name:32} {share:6.1%} right of {len(wanted)}; wrong: {wrong or 'none'}")
     print(f"{'classifier, fresh renderings':32} {classifier_accuracy():6.1%}")
     for name, value in clip_preferences().items():
         print(f"{'CLIP: ' + name:32} {value:6.1%}")

@@ -43,11 +43,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A picture against a prompt: ``correct`` is all or nothing, ``score`` the share of its attributes that hold."""
+    """A picture against a prompt: ``score`` is the share of its attributes that hold, ``faults`` names the kinds that
+    do not ("colour", "shape", "relation", "variety", "number").
+    """
 
-    correct: bool
     score: float
+    faults: tuple[str, ...]
     readings: tuple[Reading, ...]
+
+    @property
+    def correct(self) -> bool:
+        return not self.faults
 
 
 def as_pixels(image: object) -> NDArray[np.float64]:
@@ -83,16 +89,18 @@ def judge(image: object, prompt: Prompt | str, variety: str | None = None) -> Ve
     """
     wanted = Prompt.parse(prompt) if isinstance(prompt, str) else prompt
     found = read(image)
-    first = _match(wanted, found)
-    hits = [(r is not None and r.colour == t.colour, r is not None and r.shape == t.shape) for t, r in first]
-    checks = [hit for pair in hits for hit in pair]
+    matched = _match(wanted, found)
+    checks = [("colour", r is not None and r.colour == t.colour) for t, r in matched]
+    checks += [("shape", r is not None and r.shape == t.shape) for t, r in matched]
     if wanted.relation:
-        (_, a), (_, b) = first
-        checks.append(a is not None and b is not None and related(a, b, wanted.relation))
+        (_, a), (_, b) = matched
+        checks.append(("relation", a is not None and b is not None and related(a, b, wanted.relation)))
     if variety is not None:
-        checks.append(first[0][1] is not None and first[0][1].variety == variety)
-    checks.append(len(found) == len(wanted.things))
-    return Verdict(bool(all(checks)), float(sum(checks) / len(checks)), found)
+        one = matched[0][1]
+        checks.append(("variety", one is not None and one.variety == variety))
+    checks.append(("number", len(found) == len(wanted.things)))
+    faults = dict.fromkeys(name for name, holds in checks if not holds)
+    return Verdict(sum(holds for _, holds in checks) / len(checks), tuple(faults), found)
 
 
 def related(a: Reading, b: Reading, relation: str) -> bool:

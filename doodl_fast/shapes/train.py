@@ -1,8 +1,8 @@
 """Trains the embedded pipeline from scratch: ``python -m doodl_fast.shapes.train --work DIR [--out DIR] [STAGE ...]``.
 
-Stages: ``text`` (teaches the text encoder that the next ones start from), ``vae``, ``unet`` (with its text encoder), ``clip``, ``classifier``; then ``export`` writes fp16 safetensors in
-diffusers' and transformers' folders. Everything is seeded; each stage stores a checkpoint every minute and continues
-from it.
+Stages: ``text`` (what the text encoders of the next ones start from), ``vae``, ``unet`` (with its text encoder),
+``clip``, ``classifier``; then ``export`` writes fp16 safetensors in diffusers' and transformers' folders. Everything is
+seeded; each stage stores a checkpoint every minute and continues from it.
 """
 
 from __future__ import annotations
@@ -169,8 +169,7 @@ class Layout(nn.Module):
     def forward(self, features: Tensor, layouts: Tensor) -> Tensor:
         """Mean cross entropy; features: (N, TEXT_WIDTH), layouts: (N, 5) int64."""
         losses = [
-            F.cross_entropy(head(features), wanted)
-            for head, wanted in zip(self.heads, layouts.unbind(-1), strict=True)
+            F.cross_entropy(head(features), wanted) for head, wanted in zip(self.heads, layouts.unbind(-1), strict=True)
         ]
         return torch.stack(losses).mean()
 
@@ -228,7 +227,7 @@ def train_unet(work: Path, data: Pictures, vae: nn.Module) -> TextToNoise:
     """Noise prediction, weighted by the square root of the clamped signal-to-noise ratio.
 
     Min-SNR weighting (Hang et al., ICCV 2023, arXiv 2303.09556), with gamma = 5, weighs the squared error of the
-    picture by min(SNR, 5): a hundredth, where the layout is decided, of what details get. Its square root gives a tenth.
+    picture by min(SNR, 5): where the layout is decided, a hundredth of what details get. Its square root gives a tenth.
     """
     torch.manual_seed(2)
     tokenizer = models.tokenizer(work / "tokenizer")
