@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import Floats
+from .arithmetic import Arithmetic, Floats
 from .engine import ChainFunction, Memory, Run
 from .evaluator import Evaluator
+from .exact import Exact
+from .lattice import WIDTHS, Lattice, grown, to_lattice
+from .lattice_state import ENDS, LatticeState, check_state, state_of
 from .program import Coupling, Program, count_network_calls, invert
 
+ARITHMETICS = ("float", *WIDTHS)
 STORES = ("checkpoint", "reversible", "naive")
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_FLOAT64 = frozenset({"mps"})
@@ -34,11 +38,14 @@ class Chain:
     state_dtype: in which x, y and their cotangents are carried, torch.float32 or torch.float64; never less precise than
         the latents. Default: float64 (float32 on devices without it). Latents are tiny beside a network's activations,
         and undoing EDICT's mixing multiplies rounding errors by 1/p^2 a step.
+    arithmetic: "float", or "exact": x and y are integers of 32 bits on a lattice, and every coupling is undone to the
+        bit if the network gives the same bits again; any `memory` but "naive" then has the same gradient, bit for bit.
+        "exact64": integers of 64 bits, nearer to float64. See `lattice.py`, and `state` for going there and back.
 
     Latents are (B, C, ...) tensors of fp16, bf16, fp32 or fp64; results and gradients have their dtype. They are never
-    changed or
-    kept: in-place changes between forward and backward are harmless.
-    Raises ValueError or TypeError, naming the argument.
+    changed or kept: in-place changes between forward and backward are harmless.
+    Raises ValueError or TypeError, naming the argument. A run in exact arithmetic raises OverflowError when the state
+    leaves the lattice's range (it never wraps), FloatingPointError when the evaluator returns NaN or Inf.
     """
 
     def __init__(
@@ -48,13 +55,22 @@ class Chain:
         memory: Memory = "checkpoint",
         *,
         state_dtype: torch.dtype | None = None,
+        arithmetic: str = "float",
     ) -> None:
         if state_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"state_dtype: expected torch.float32, torch.float64 or None, got {state_dtype!r}")
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"arithmetic: expected one of {', '.join(map(repr, ARITHMETICS))}, got {arithmetic!r}")
         self.evaluator = evaluator
-        self.program: Program = tuple(program)
+        self._arithmetic = arithmetic
+        self._lattice = None if arithmetic == "float" else to_lattice(program, arithmetic)
+        self.program: Program = tuple(program) if self._lattice is None else self._lattice.program
         self.state_dtype = state_dtype
         self.memory = memory
+
+    @property
+    def arithmetic(self) -> str:
+        return self._arithmetic
 
     @property
     def memory(self) -> Memory:
@@ -66,6 +82,11 @@ class Chain:
         if not is_count and not (isinstance(value, str) and value in STORES):
             raise ValueError(
                 f"memory: expected one of {', '.join(map(repr, STORES))} or an int of at least 1, got {value!r}"
+            )
+        if value == "naive" and self._lattice is not None:
+            raise ValueError(
+                f'memory: "naive" is plain autograd, which cannot pass the rounding of arithmetic={self.arithmetic!r}; '
+                'use "checkpoint", an int or "reversible"'
             )
         self._memory = value
 
@@ -80,18 +101,45 @@ class Chain:
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs the program on x, y of one shape (B, C, ...), dtype and device; `y=None` is a tied start, y = x."""
-        return self._run(self.program, x, y)
+        return self._run(x, y, inverse=False)
 
     def inverse(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs the inverse program: undoes `__call__` up to rounding. Arguments and results as there."""
-        return self._run(invert(self.program), x, y)
+        return self._run(x, y, inverse=True)
 
-    def _run(self, program: Program, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def state(self, x: Tensor, y: Tensor | None = None, end: str = "noise") -> LatticeState:
+        """Latents as a state that goes through the chain and back without losing a bit.
+
+        x, y: as in `__call__`. end: which end of the chain they belong to, "noise" (where the program starts) or
+        "image". Rounds them to the lattice once and gives them empty buffers. For exact arithmetic.
+        """
+        if end not in ENDS:
+            raise ValueError(f"end: expected one of {', '.join(map(repr, ENDS))}, got {end!r}")
+        lattice = self._require_lattice()
+        _check_latents(x, y)
+        with torch.no_grad():
+            work = self._plan(x, end == "image", store=False).new_arithmetic()
+            tensors = work.enter(x, x if y is None else y)
+            work.finish()
+        return state_of(tensors, end, x.dtype, lattice.units[end], self._fingerprint(lattice))
+
+    def forward_state(self, state: LatticeState) -> LatticeState:
+        """Takes a state from the noise to the image: what `inverse_state` undoes, and undoes it, to the bit.
+
+        Runs without gradient. Raises ValueError or TypeError for a state of the other end or of another lattice.
+        """
+        return self._through(state, inverse=False)
+
+    def inverse_state(self, state: LatticeState) -> LatticeState:
+        """Takes a state from the image to the noise; as `forward_state`."""
+        return self._through(state, inverse=True)
+
+    def _run(self, x: Tensor, y: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         _check_latents(x, y)
         y = x if y is None else y
         tensors = self.evaluator.tensors()
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *tensors))
-        run = self._plan(program, x, store=differentiable and self.memory != "naive")
+        run = self._plan(x, inverse, store=differentiable and self.memory != "naive")
         if run.stores:
             apply: Callable[..., tuple[Tensor, Tensor]] = ChainFunction.apply  # untyped in torch
             return apply(run, x, y, *tensors)
@@ -105,10 +153,40 @@ class Chain:
             work.finish()
             return work.leave(state)
 
-    def _plan(self, program: Program, x: Tensor, store: bool) -> Run:
-        default = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
-        state_dtype = torch.promote_types(self.state_dtype or default, x.dtype)
-        arithmetic = functools.partial(Floats, x.dtype, state_dtype)
+    def _through(self, state: LatticeState, inverse: bool) -> LatticeState:
+        lattice = self._require_lattice()
+        start, end = ENDS[::-1] if inverse else ENDS
+        check_state(state, start, self._fingerprint(lattice))
+        words = grown(invert(self.program) if inverse else self.program, state.bounds())
+        run = self._plan(state.x.new_empty(0, dtype=state.latents_dtype), inverse, store=False)
+        with self.evaluator.running(), torch.no_grad():
+            work = run.new_arithmetic()
+            tensors = state.with_words(words).tensors()
+            run.forward(work, tensors, self.evaluator.tensors())
+            work.finish()
+        return state_of(tensors, end, state.latents_dtype, lattice.units[end], state.fingerprint)
+
+    def _require_lattice(self) -> Lattice:
+        if self._lattice is None:
+            raise ValueError(
+                'arithmetic: states need exact arithmetic, and this chain has "float"; make it with arithmetic="exact"'
+            )
+        return self._lattice
+
+    def _fingerprint(self, lattice: Lattice) -> str:
+        return f"{lattice.fingerprint} {self.state_dtype or torch.float64}"
+
+    def _plan(self, x: Tensor, inverse: bool, store: bool) -> Run:
+        """x: latents, or any tensor of their dtype and device."""
+        program = invert(self.program) if inverse else self.program
+        no_float64 = x.device.type in NO_FLOAT64
+        state_dtype = torch.promote_types(self.state_dtype or (torch.float32 if no_float64 else torch.float64), x.dtype)
+        arithmetic: Callable[[], Arithmetic] = functools.partial(Floats, x.dtype, state_dtype)
+        if self._lattice is not None:
+            if no_float64:
+                raise ValueError(f'arithmetic: exact arithmetic needs float64, which {x.device} lacks; use "float"')
+            ends = ENDS[::-1] if inverse else ENDS
+            arithmetic = functools.partial(Exact, self._lattice, program, ends, grown(program), x.dtype, state_dtype)
         return Run.plan(self.evaluator, program, self.memory, x, state_dtype, arithmetic, store)
 
 
