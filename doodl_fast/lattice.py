@@ -8,7 +8,7 @@ variable), so on the integers it only adds:
 
 in float64 and in this order. A mixing coupling (b = 0, c != 0) multiplies by `a` itself, exactly, as a fraction with an
 information buffer (see `ops.lattice_mix`): the decimal of 4 digits nearest to it, so that EDICT's 0.93 is 93/100. The
-scales are 1 at the program's end; a Stable Diffusion schedule begins at 1/14.6. F is such that values up to 16, in
+scales are 1 at the program's end; a Stable Diffusion schedule begins at 1/14.6. F is such that values up to 32, in
 scale, fit wherever the program goes, and not above a cap that leaves the image's end more room.
 
 The lattice program is a program: its couplings carry the coefficients that are represented, in floating point too, for
@@ -29,7 +29,7 @@ from .program import Coupling, Program
 DIGITS = 4
 LEAST_WORDS = 4
 """Words of a fresh buffer. 124 bits last for 1000 steps of EDICT at p = 0.93, so shorter runs cost the same memory."""
-ROOM = 16.0
+ROOM = 32.0
 """What the state may always hold, in the scale's unit: latents are of the order of 1, noise below 6."""
 LEAST_FRACTION_BITS = 10
 
@@ -43,8 +43,9 @@ class Width:
     most_fraction_bits: int
 
 
-# int32: +-256 at the image's end in steps of 1.2e-7, fp32's precision at 1; int64 as ops.lattice_coupling limits it
-WIDTHS = {"exact": Width(32, 31, 23), "exact64": Width(64, 49, 36)}
+# int32: +-512 at the image's end (with Stable Diffusion's schedule +-35 at the noise) in steps of 2.4e-7, which costs
+# half of fp32's error or less (tests/test_exact.py). int64: as far as ops.lattice_coupling goes.
+WIDTHS = {"exact": Width(32, 31, 22), "exact64": Width(64, 49, 36)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,8 +165,9 @@ def check_state(state: Any, end: str, fingerprint: str) -> None:
         raise TypeError(f"state: expected a LatticeState, got {type(state).__name__}; use chain.state(x, y)")
     if state.fingerprint != fingerprint:
         raise ValueError(
-            "state: it was made by a chain with another schedule, mix_weight or arithmetic, and would not come back to "
-            "where it started; use the settings that it was made with, or chain.state(*state.latents()) to start anew"
+            "state: it was made by a chain with another schedule, mix_weight, state_dtype or arithmetic, and would not "
+            "come back to where it started; use the settings that it was made with, or start anew with "
+            f"chain.state(*state.latents(), end={state.end!r})"
         )
     if state.end != end:
         other = "inverse_state" if state.end == "image" else "forward_state"
