@@ -157,7 +157,7 @@ def test_error_is_below_that_of_fp32_arithmetic(steps):
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize(("arithmetic", "tolerance"), [("exact", 1e-5), ("exact64", 1e-9)])
 def test_gradient_against_float64(arithmetic, tolerance, inverse):
-    """The trajectory is off by a unit (2e-7, 1.5e-11) a coupling, and so, relatively, is the gradient of a smooth net."""
+    """Each coupling is off by up to a unit (2e-7, 1.5e-11), which is what a smooth net's gradient then is, relatively."""
     results = {}
     for name in ("float", arithmetic):
         chain = exact_chain(20, dtype=torch.float64, arithmetic=name)
