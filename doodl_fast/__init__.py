@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .diffusion import EDICT
     from .doodl import Result, StepInfo, optimize
     from .latents import UpdateSettings
+    from .lattice_state import LatticeState
     from .ops import backend
     from .pipeline import Decoder, encode_prompt
     from .schedule import Schedule
@@ -23,6 +24,7 @@ __all__ = [
     "Chain",
     "Decoder",
     "Denoiser",
+    "LatticeState",
     "Result",
     "Schedule",
     "StepInfo",
@@ -40,6 +42,7 @@ _HOMES = {
     "Decoder": "pipeline",
     "Denoiser": "denoiser",
     "EDICT": "diffusion",
+    "LatticeState": "lattice_state",
     "Result": "doodl",
     "Schedule": "schedule",
     "StepInfo": "doodl",

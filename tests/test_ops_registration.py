@@ -71,7 +71,7 @@ def test_opcheck_of_the_native_kernels():
         "latent_update": (*outs, squares, x, y, x, y, y, x, None, 0.5, 0.1, 0.9, False, True, 0.1),
         "scale_samples": (outs[0], outs[1], torch.ones(2, 2)),
     }
-    assert set(calls) == set(native.OPS)
+    assert {*calls, "lattice_coupling", "lattice_mix"} == set(native.OPS)  # those: tests/test_lattice_ops.py
     for name, call in calls.items():
         op = getattr(torch.ops.doodl_fast_native, name).default
         written = [argument.name for argument in op._schema.arguments if argument.alias_info is not None]
