@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import (
-    DTYPES,
-    MEMORIES,
-    TinyNet,
-    conditions,
-    latents,
-    pull,
-    relative,
-    tiny_chain,
-)
+from conftest import DTYPES, MEMORIES, TinyNet, conditions, latents, pull, relative, tiny_chain
 
 from doodl_fast.arithmetic import power_of_two
 from doodl_fast.denoiser import Denoiser
