@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .modules import without_weight_grad
+
 _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -129,14 +131,8 @@ class Denoiser:
             yield
             return
         _refuse_stochastic(self._module)
-        frozen = [p for p in self._module.parameters() if p.requires_grad and p.is_leaf]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        with without_weight_grad(self._module):
             yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
 
     def __call__(
         self,

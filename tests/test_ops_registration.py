@@ -146,6 +146,27 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(leaf.grad, 2 * 0.9 * ops.coupling(x, y, eps, 0.9, 0.2, 0.3, 3.0))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_other_ops_compile_without_a_graph_break(backend):
+    require(backend)
+
+    def step(x, y, eps, scale):
+        mixed = ops.mix(x, y, MIX)
+        cotangents = ops.coupling_mix_vjp(*mixed, MIX, 0.9, 0.2, 0.3, 3.0, scale, torch.float16)
+        starts = (torch.ones(len(x)), torch.ones(len(x)))
+        options = {"clip": 0.4, "momentum": 0.9, "nesterov": True, "tied": True, "sigma": 0.1}
+        latents, momenta = ops.latent_update((x, y), mixed, cotangents[:2], eps, starts, **options)
+        ends, _ = ops.latent_update(latents, momenta, mixed)
+        return *cotangents, *latents, *momenta, ends[0].cos(), ends[1]
+
+    x, y, eps = operands((2, 3, 4), "fp32", "fp32", False)
+    with ops.backend(backend):
+        want = step(x, y, eps, torch.tensor(0.5))
+        torch.compiler.reset()
+        got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, y, eps, torch.tensor(0.5))
+    assert len(got) == 9 and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 def test_fake_tensors_and_meta():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
