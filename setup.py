@@ -179,7 +179,9 @@ def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
 
 setup(
     ext_modules=[
-        extension(CPU, ["csrc/cpu.cpp", "csrc/cpu_default.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_lattice.cpp"], ["torch", "torch_cpu"]),
+        extension(
+            CPU, [f"csrc/cpu{part}.cpp" for part in ("", "_default", "_avx2", "_lattice")], ["torch", "torch_cpu"]
+        ),
         extension(CUDA, [], ["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"]),
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},

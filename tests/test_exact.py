@@ -157,7 +157,7 @@ def test_error_is_below_that_of_fp32_arithmetic(steps):
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize(("arithmetic", "tolerance"), [("exact", 1e-5), ("exact64", 1e-9)])
 def test_gradient_against_float64(arithmetic, tolerance, inverse):
-    """Each coupling is off by up to a unit (2e-7, 1.5e-11), which is what a smooth net's gradient then is, relatively."""
+    """Each coupling is off by up to a unit (2e-7, 1.5e-11), and so, relatively, is the gradient of a smooth network."""
     results = {}
     for name in ("float", arithmetic):
         chain = exact_chain(20, dtype=torch.float64, arithmetic=name)
