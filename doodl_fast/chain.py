@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .arithmetic import Floats
 from .engine import ChainFunction, Memory, Run
 from .evaluator import Evaluator
 from .program import Coupling, Program, count_network_calls, invert
+from .trust import Trust
 
 STORES = ("checkpoint", "reversible", "naive")
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,11 +36,15 @@ class Chain:
     state_dtype: in which x, y and their cotangents are carried, torch.float32 or torch.float64; never less precise than
         the latents. Default: float64 (float32 on devices without it). Latents are tiny beside a network's activations,
         and undoing EDICT's mixing multiplies rounding errors by 1/p^2 a step.
+    drift_tolerance: where couplings are undone for the gradient (an int k, "reversible"), how far the undone start may
+        be from the start, relative in the 2-norm. Above it a RuntimeWarning is given once and the gradient is computed
+        again from checkpoints. Default: 0 in exact arithmetic; in floating point 1e-3 with an fp16 or bf16 network or
+        a float32 state, else 1e-6. `chain.drift` has the number.
 
     Latents are (B, C, ...) tensors of fp16, bf16, fp32 or fp64; results and gradients have their dtype. They are never
-    changed or
-    kept: in-place changes between forward and backward are harmless.
-    Raises ValueError or TypeError, naming the argument.
+    changed or kept: in-place changes between forward and backward are harmless.
+    Raises ValueError or TypeError, naming the argument, and FloatingPointError, naming the coupling, where NaN or Inf
+    first appears in a run or its gradient (a loss whose own gradient is not finite passes through).
     """
 
     def __init__(
@@ -48,13 +54,23 @@ class Chain:
         memory: Memory = "checkpoint",
         *,
         state_dtype: torch.dtype | None = None,
+        drift_tolerance: float | None = None,
     ) -> None:
+        if drift_tolerance is not None and not (isinstance(drift_tolerance, Real) and drift_tolerance >= 0):
+            raise ValueError(f"drift_tolerance: expected a number of at least 0 or None, got {drift_tolerance!r}")
         if state_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"state_dtype: expected torch.float32, torch.float64 or None, got {state_dtype!r}")
         self.evaluator = evaluator
         self.program: Program = tuple(program)
         self.state_dtype = state_dtype
         self.memory = memory
+        self._trust = Trust(drift_tolerance)
+
+    @property
+    def drift(self) -> float | None:
+        """How far the latest backward pass that undid couplings missed the run's start (or, with an int k, a stored
+        state, if that is more): |undone - start| / |start|, 0 if equal to the bit. None before any such pass."""
+        return self._trust.drift
 
     @property
     def memory(self) -> Memory:
@@ -109,7 +125,7 @@ class Chain:
         default = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
         state_dtype = torch.promote_types(self.state_dtype or default, x.dtype)
         arithmetic = functools.partial(Floats, x.dtype, state_dtype)
-        return Run.plan(self.evaluator, program, self.memory, x, state_dtype, arithmetic, store)
+        return Run.plan(self.evaluator, program, self.memory, x, state_dtype, arithmetic, store, self._trust)
 
 
 def _check_latents(x: Tensor, y: Tensor | None) -> None:

@@ -20,7 +20,7 @@ class EDICT(Chain):
     denoiser: eps(x, t) with its conditions.
     schedule: the noise levels; its prediction type tells what the network returns.
     mix_weight: p in (0, 1], how much of itself each latent keeps in the mixing after every step.
-    memory, state_dtype: see `Chain`.
+    memory, state_dtype, drift_tolerance: see `Chain`.
 
     Latents are (B, C, ...) of fp16, bf16, fp32 or fp64, x and y alike; results and gradients have their dtype.
     Gradients are also given to the denoiser's conditions that require grad, never to weights.
@@ -34,6 +34,7 @@ class EDICT(Chain):
         mix_weight: float = 0.93,
         memory: Memory = "checkpoint",
         state_dtype: torch.dtype | None = None,
+        drift_tolerance: float | None = None,
     ) -> None:
         if not isinstance(denoiser, Denoiser):
             raise TypeError(
@@ -42,7 +43,8 @@ class EDICT(Chain):
         if not isinstance(schedule, Schedule):
             got = type(schedule).__name__
             raise TypeError(f"schedule: expected a Schedule, got {got}; use Schedule.from_scheduler(scheduler, steps)")
-        super().__init__(denoiser, edict_program(schedule, mix_weight), memory, state_dtype=state_dtype)
+        program = edict_program(schedule, mix_weight)
+        super().__init__(denoiser, program, memory, state_dtype=state_dtype, drift_tolerance=drift_tolerance)
         self._schedule, self._mix_weight = schedule, float(mix_weight)
         self._denoiser = denoiser
 

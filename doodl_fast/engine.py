@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from . import arithmetic
 from .arithmetic import Arithmetic, Eps, Group
 from .evaluator import Evaluator, Raw, raw_method
 from .program import Coupling, Program, step_boundaries
+from .trust import Trust, Watch, distance
 
 Memory = str | int
 
@@ -45,7 +46,8 @@ class Run:
     new_arithmetic: Callable[[], Arithmetic]
     """Makes the arithmetic of one pass over the program."""
     autocast: dict[str, Any] | None
-    scaled: bool
+    network_dtype: torch.dtype
+    trust: Trust
 
     @classmethod
     def plan(
@@ -57,6 +59,7 @@ class Run:
         state_dtype: torch.dtype,
         new_arithmetic: Callable[[], Arithmetic],
         store: bool,
+        trust: Trust,
     ) -> Run:
         """x: the latents, or a tensor of their device and dtype. store: whether a gradient will be asked for."""
         anchors = None
@@ -65,7 +68,9 @@ class Run:
         elif isinstance(memory, int):
             anchors = step_boundaries(program, memory)
         autocast = _autocast_settings(x.device.type)
-        half = evaluator.compute_dtype(x.dtype) in (torch.float16, torch.bfloat16)
+        network_dtype = evaluator.compute_dtype(x.dtype)
+        if autocast and autocast["enabled"]:
+            network_dtype = autocast["dtype"]
         return cls(
             evaluator=evaluator,
             raw=raw_method(evaluator),
@@ -77,8 +82,14 @@ class Run:
             state_dtype=state_dtype,
             new_arithmetic=new_arithmetic,
             autocast=autocast,
-            scaled=half or bool(autocast and autocast["enabled"]),
+            network_dtype=network_dtype,
+            trust=trust,
         )
+
+    @property
+    def half(self) -> bool:
+        """Whether the network computes in fp16 or bf16, so that its cotangents must be scaled."""
+        return self.network_dtype in (torch.float16, torch.bfloat16)
 
     def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps:
         """f at a source, as the ops take it."""
@@ -89,16 +100,22 @@ class Run:
 
     def plain_forward(self, state: list[Tensor], tensors: Sequence[Tensor]) -> None:
         """Runs the program on `state` in plain differentiable torch: no ops, no peephole, nothing kept. The oracle."""
+        watch = Watch(self.program, "forward", self.network_dtype)
         for coupling in self.program:
             value = None
             if coupling.calls_network:
                 value = self.evaluator(state[coupling.source], coupling.tag, tensors, self.latents_dtype)
                 _check_value(Eps(value), state[coupling.source])
             state[coupling.target] = _plain(coupling, state[coupling.target], state[coupling.source], value)
+            if value is not None:
+                watch.note(state[coupling.target], coupling)
+        watch.read()
+        watch.check()
 
     def forward(self, work: Arithmetic, state: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Runs the program on `state`, in place of its entries; returns what the gradient will need."""
         kept: list[Tensor] = []
+        watch = Watch(self.program, "forward", self.network_dtype)
         for group in self.groups:
             eps = None
             if group.coupling is not None and group.calls_network:
@@ -107,17 +124,66 @@ class Run:
                     kept.append(source)
                 eps = self.evaluate(source, group.coupling, tensors)
             work.apply(group, state, eps)
+            if eps is not None:
+                watch.note(state[group.target], group.coupling)
             if self.stores and self.anchors is not None and group.end in self.anchors:
                 kept += state
+        watch.read()
+        watch.check()
         return kept
 
-    def backward(self, work: Arithmetic, kept: list[Tensor], cotangents: list[Tensor], pull: NetworkPull) -> None:
-        """Replaces the cotangents of the run's result by those of its start; consumes `kept`."""
+    def gradient(
+        self,
+        kept: list[Tensor],
+        start: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        wanted: Sequence[bool],
+        cotangents: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Cotangents of the run's start and of the wanted tensors; consumes `kept`.
+
+        start: the latents that the run began with, where couplings are undone. If undoing them does not lead back to
+        it, the gradient is that of a second run, from checkpoints.
+        """
+        pull = NetworkPull(self, tensors, wanted)
+        pulled = [cotangent.to(self.state_dtype) for cotangent in cotangents]
+        for cotangent in pulled:
+            pull.watch.note(cotangent, None)
+        work = self.new_arithmetic()
+        drifts = self.backward(work, kept, start, pulled, pull)
+        drift = pull.watch.read(*([torch.stack(drifts).amax()] if drifts else []))
+        if drift and not self.trust.bears(drift[0], work.exact, self.half or self.state_dtype == torch.float32):
+            again = replace(self, anchors=None, groups=arithmetic.group(self.program))
+            work = again.new_arithmetic()
+            with torch.autocast(**self.autocast) if self.autocast else contextlib.nullcontext():
+                kept = again.forward(work, work.enter(*start), tensors)
+            work.finish()
+            return again.gradient(kept, (), tensors, wanted, cotangents)
+        work.finish()
+        pull.watch.check()
+        return pulled, pull.sums
+
+    def backward(
+        self,
+        work: Arithmetic,
+        kept: list[Tensor],
+        start: Sequence[Tensor],
+        cotangents: list[Tensor],
+        pull: NetworkPull,
+    ) -> list[Tensor]:
+        """Replaces the cotangents of the run's result by those of its start; consumes `kept`.
+
+        Returns how far the undone states are from the stored ones, of which the start is the last.
+        """
         state: list[Tensor] = []
+        drifts: list[Tensor] = []
         for group in reversed(self.groups):
             if self.anchors is not None and group.end in self.anchors:
-                state = kept[-work.width :]
+                stored = kept[-work.width :]
                 del kept[-work.width :]
+                if state:
+                    drifts.append(distance(state, stored))
+                state = stored
             if state:
                 work.undo_mixing(group, state)
             eps = None
@@ -128,6 +194,9 @@ class Run:
                 arithmetic.transpose(group, cotangents, None, None)
             if state:
                 work.undo_coupling(group, state, eps)
+        if state:
+            drifts.append(distance(state, work.enter(*start)))
+        return drifts
 
 
 class NetworkPull:
@@ -138,6 +207,7 @@ class NetworkPull:
 
     def __init__(self, run: Run, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
         self.run = run
+        self.watch = Watch(run.program, "VJP", run.network_dtype)
         self.tensors = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
         self.wanted = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
         self.sums: list[Tensor | None] = [None] * len(self.wanted)
@@ -153,7 +223,7 @@ class NetworkPull:
         if not eps.value.requires_grad:  # f is constant
             arithmetic.transpose(group, cotangents, None, None)
             return eps
-        power = arithmetic.network_power(group, cotangents) if run.scaled else None
+        power = arithmetic.network_power(group, cotangents) if run.half else None
         scale = None if power is None else power.reciprocal()
         cotangent = arithmetic.transpose(group, cotangents, eps, scale)
         pulled, *others = torch.autograd.grad(eps.value, [leaf, *self.wanted], cotangent, allow_unused=True)
@@ -161,9 +231,11 @@ class NetworkPull:
             if gradient is not None:
                 gradient = _unscale(gradient.to(run.state_dtype), power)
                 total = self.sums[index]
+                self.watch.note(gradient, coupling)
                 self.sums[index] = gradient if total is None else total + gradient
         if pulled is not None:
             cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
+            self.watch.note(cotangents[coupling.source], coupling)
         return eps.detach()
 
 
@@ -177,23 +249,21 @@ class ChainFunction(torch.autograd.Function):
         with run.evaluator.running():
             kept = run.forward(work, state, tensors)
         work.finish()
-        ctx.run, ctx.num_kept = run, len(kept)
-        # Clones: the caller may change his conditions before the backward pass.
-        ctx.save_for_backward(*kept, *(t.clone() for t in tensors))
+        start = () if run.anchors is None else (x, y)
+        ctx.run, ctx.num_kept, ctx.num_start = run, len(kept), len(start)
+        # Clones: the caller may change his latents and conditions before the backward pass.
+        ctx.save_for_backward(*kept, *(t.clone() for t in (*start, *tensors)))
         return work.leave(state)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         run: Run = ctx.run
-        kept, tensors = list(ctx.saved_tensors[: ctx.num_kept]), ctx.saved_tensors[ctx.num_kept :]
+        saved, middle = list(ctx.saved_tensors), ctx.num_kept + ctx.num_start
+        kept, start, tensors = saved[: ctx.num_kept], saved[ctx.num_kept : middle], saved[middle:]
         _, needs_x, needs_y, *wanted = ctx.needs_input_grad
         with torch.no_grad(), run.evaluator.running():
-            pull = NetworkPull(run, tensors, wanted)
-            cotangents = [gradient.to(run.state_dtype) for gradient in grad_outputs]
-            work = run.new_arithmetic()
-            run.backward(work, kept, cotangents, pull)
-            work.finish()
-            sums = iter(pull.sums)
+            cotangents, totals = run.gradient(kept, start, tensors, wanted, grad_outputs)
+            sums = iter(totals)
             grads: list[Tensor | None] = [
                 cotangent.to(run.latents_dtype) if needed else None
                 for cotangent, needed in zip(cotangents, (needs_x, needs_y), strict=True)
