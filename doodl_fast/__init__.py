@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .latents import UpdateSettings
     from .ops import backend
     from .pipeline import Decoder, encode_prompt
+    from .reversibility import Reversibility, check_reversibility
     from .schedule import Schedule
 
 __all__ = [
@@ -24,10 +25,12 @@ __all__ = [
     "Decoder",
     "Denoiser",
     "Result",
+    "Reversibility",
     "Schedule",
     "StepInfo",
     "UpdateSettings",
     "backend",
+    "check_reversibility",
     "encode_prompt",
     "guidance",
     "ops",
@@ -41,10 +44,12 @@ _HOMES = {
     "Denoiser": "denoiser",
     "EDICT": "diffusion",
     "Result": "doodl",
+    "Reversibility": "reversibility",
     "Schedule": "schedule",
     "StepInfo": "doodl",
     "UpdateSettings": "latents",
     "backend": "ops",
+    "check_reversibility": "reversibility",
     "encode_prompt": "pipeline",
     "optimize": "doodl",
 }

@@ -39,7 +39,7 @@ class Chain:
     drift_tolerance: where couplings are undone for the gradient (an int k, "reversible"), how far the undone start may
         be from the start, relative in the 2-norm. Above it a RuntimeWarning is given once and the gradient is computed
         again from checkpoints. Default: 0 in exact arithmetic; in floating point 1e-3 with an fp16 or bf16 network or
-        a float32 state, else 1e-6. `chain.drift` has the number.
+        a float32 state, else 1e-5. `chain.drift` has the number.
 
     Latents are (B, C, ...) tensors of fp16, bf16, fp32 or fp64; results and gradients have their dtype. They are never
     changed or kept: in-place changes between forward and backward are harmless.

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .program import Coupling, Program
 
-HALF_TOLERANCE, TOLERANCE = 1e-3, 1e-6
+HALF_TOLERANCE, TOLERANCE = 1e-3, 1e-5
 """Drift that a floating-point run bears, with an fp16 or bf16 network or a float32 state, and otherwise. The gradient's
-error is about as large as the drift (docs/precision.md): 1e-3 is below what such a network's own rounding costs."""
+error is about as large as the drift (docs/precision.md)."""
 
 
 @dataclass
