@@ -34,7 +34,9 @@ class Reversibility:
         return not any(self.forward) and not any(self.inverse)
 
     def __str__(self) -> str:
-        rows = [f"{k:>6}  {f:>10.2e}  {i:>10.2e}" for k, (f, i) in enumerate(zip(self.forward, self.inverse, strict=True))]
+        rows = [
+            f"{k:>6}  {f:>10.2e}  {i:>10.2e}" for k, (f, i) in enumerate(zip(self.forward, self.inverse, strict=True))
+        ]
         return "\n".join([f"{'steps':>6}  {'forward':>10}  {'inverse':>10}", *rows])
 
 

@@ -116,7 +116,9 @@ class Watch:
     def _message(self, coupling: Coupling) -> str:
         steps = 1 + max(c.step for c in self._program)
         changed, read = "xy"[coupling.target], "xy"[coupling.source]
-        where = f"step {coupling.step} of 0 to {steps - 1}, timestep {coupling.tag}, the coupling that updates {changed}"
+        where = (
+            f"step {coupling.step} of 0 to {steps - 1}, timestep {coupling.tag}, the coupling that updates {changed}"
+        )
         half = self._dtype in (torch.float16, torch.bfloat16)
         dtype = str(self._dtype).removeprefix("torch.")
         if self._kind == "forward":

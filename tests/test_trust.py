@@ -80,7 +80,9 @@ def test_a_network_that_changes_after_the_forward_run(memory, inverse):
     x, y = latents(1, 3, 4, grad=True)
     chain = tiny_chain(6, memory, network=Switched(12 - 2).double())  # 5 steps call it, twice each
     outputs = (chain.inverse if inverse else chain)(x, y)
-    with pytest.warns(RuntimeWarning, match=r"drift: undoing the chain missed its start by .* computed again from chec"):
+    with pytest.warns(
+        RuntimeWarning, match=r"drift: undoing the chain missed its start by .* computed again from chec"
+    ):
         got = pull(outputs, [x, y])
     assert chain.drift > 1e-3
     oracle = tiny_chain(6, "naive", network=Switched(0).double())
@@ -97,10 +99,9 @@ def test_noise_is_reported_once_and_the_gradient_stays_right(memory):
     chain = tiny_chain(20, memory, network=Unsteady(1e-4).double())
     truth = pull(tiny_chain(20, "naive")(x, y), [x, y])
     with pytest.warns(RuntimeWarning, match="nondeterministic kernels .*cudnn.benchmark") as seen:
-        first = pull(chain(x, y), [x, y])
-        second = pull(chain(x, y), [x, y])
+        both = [pull(chain(x, y), [x, y]) for _ in range(2)]
     assert len(seen) == 1 and chain.drift > 1e-5
-    for got, want in zip((*first, *second), (*truth, *truth), strict=True):
+    for got, want in zip((*both[0], *both[1]), (*truth, *truth), strict=True):
         assert relative(got, want) < 5e-3
     unchecked = tiny_chain(20, memory, network=Unsteady(1e-1).double(), drift_tolerance=math.inf)
     checked = tiny_chain(20, memory, network=Unsteady(1e-1).double())
