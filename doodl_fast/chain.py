@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .arithmetic import Floats
 from .engine import ChainFunction, Memory, Run
-from .evaluator import Evaluator
+from .evaluator import Evaluator, vjp_evaluator
 from .program import Coupling, Program, count_network_calls, invert
 from .trust import Trust
 
@@ -107,6 +107,11 @@ class Chain:
         y = x if y is None else y
         tensors = self.evaluator.tensors()
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *tensors))
+        if differentiable and self.memory == "naive" and vjp_evaluator(self.evaluator) is not None:
+            raise ValueError(
+                'memory: "naive" differentiates the very calls that it ran, so it cannot take VJPs in vjp_dtype; use '
+                '"checkpoint" or a Denoiser without vjp_dtype'
+            )
         run = self._plan(program, x, store=differentiable and self.memory != "naive")
         if run.stores:
             apply: Callable[..., tuple[Tensor, Tensor]] = ChainFunction.apply  # untyped in torch

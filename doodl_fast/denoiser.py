@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -33,6 +34,11 @@ class Denoiser:
         guidance: 1 or B, and when uncond was given also 2B or 2, whose second half is used. 0-dim tensors and other
         values pass through.
 
+    vjp_dtype: dtype in which chains evaluate the network for its VJPs, torch.float32 or torch.float64; None: that of its
+        weights. What an fp16 network costs a gradient in accuracy it costs mostly there (docs/precision.md). The
+        weights are cast anew for each VJP and freed with its graph. Where couplings are undone too (an int k,
+        "reversible"), the value that undoes them needs a call of its own. Not for plain callables or memory="naive".
+
     Floating conditions are cast to the network's dtype. All attributes are read-only: a gradient must see what its
     forward saw.
     Raises TypeError or ValueError, naming the argument, for conditions that do not fit.
@@ -44,6 +50,8 @@ class Denoiser:
         cond: Tensor | None,
         uncond: Tensor | None = None,
         guidance_scale: float = 7.5,
+        *,
+        vjp_dtype: torch.dtype | None = None,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
@@ -70,6 +78,12 @@ class Denoiser:
         self._unet_kwargs: dict[str, Any] = unet_kwargs
         self._module: nn.Module | None = _module_of(unet)
         self._call: _Call = _calling_convention(unet, self._module)
+        if vjp_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"vjp_dtype: expected torch.float32, torch.float64 or None, got {vjp_dtype!r}")
+        if vjp_dtype is not None and self._module is None:
+            raise ValueError("vjp_dtype: expected None for a callable without weights; cast inside the callable")
+        self._vjp_dtype: torch.dtype | None = vjp_dtype
+        self._cast_to: torch.dtype | None = None
         self._timetables: dict[torch.device, Tensor] = {}
 
     @property
@@ -111,12 +125,23 @@ class Denoiser:
 
     def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the network gets x: that of its weights, else the latents'."""
+        if self._cast_to is not None:
+            return self._cast_to
         if self._module is not None:
             for parameter in self._module.parameters():
                 # float8 and integer weights are storage formats that the module unpacks itself
                 if parameter.dtype in FLOAT_DTYPES:
                     return parameter.dtype
         return latents_dtype
+
+    def for_vjp(self) -> Denoiser | None:
+        """The same with weights cast to vjp_dtype, for the VJPs of a chain; None where they need no other."""
+        if self._vjp_dtype is None or self._module is None:
+            return None
+        other = copy.copy(self)
+        other._vjp_dtype, other._cast_to = None, self._vjp_dtype
+        other._call = _with_weights_cast(self._call, self._module, self._vjp_dtype)
+        return other
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -250,6 +275,28 @@ def _calling_convention(network: Callable[..., Any], module: nn.Module | None) -
     if "timestep" in names:  # by name: diffusers' transformers take it third
         return lambda x, t, cond, kwargs: network(x, timestep=t, encoder_hidden_states=cond, **tail, **kwargs)
     return lambda x, t, cond, kwargs: network(x, t, encoder_hidden_states=cond, **tail, **kwargs)
+
+
+def _with_weights_cast(call: _Call, module: nn.Module, dtype: torch.dtype) -> _Call:
+    """`call`, during which the floating weights and buffers of `module` are copies in another dtype."""
+
+    class Caller(nn.Module):  # as functional_call takes modules, and `call` may reach this one by a detour
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+            self.training = module.training
+
+        def forward(self, *args: Any) -> Any:
+            return call(*args)
+
+    caller = Caller()
+
+    def cast(*args: Any) -> Any:
+        tensors = (*caller.named_parameters(), *caller.named_buffers())
+        weights = {name: tensor.detach().to(dtype) for name, tensor in tensors if tensor.dtype in FLOAT_DTYPES}
+        return torch.func.functional_call(caller, weights, args, tie_weights=True)
+
+    return cast
 
 
 def _as_tensor(output: Any) -> Tensor:

@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import arithmetic
 from .arithmetic import Arithmetic, Eps, Group
-from .evaluator import Evaluator, Raw, raw_method
+from .evaluator import Evaluator, Raw, raw_method, vjp_evaluator
 from .program import Coupling, Program, step_boundaries
 from .trust import Trust, Watch, distance
 
@@ -91,6 +91,19 @@ class Run:
         """Whether the network computes in fp16 or bf16, so that its cotangents must be scaled."""
         return self.network_dtype in (torch.float16, torch.bfloat16)
 
+    def for_vjp(self) -> Run:
+        """This run with what the evaluator has its VJPs taken of, most often itself."""
+        other = vjp_evaluator(self.evaluator)
+        if other is None:
+            return self
+        autocast = self.autocast and {**self.autocast, "enabled": False}
+        dtype = other.compute_dtype(self.latents_dtype)
+        return replace(self, evaluator=other, raw=raw_method(other), network_dtype=dtype, autocast=autocast)
+
+    def calling(self) -> contextlib.AbstractContextManager[Any]:
+        """What a backward pass calls the network under: the autocast of the forward run."""
+        return torch.autocast(**self.autocast) if self.autocast else contextlib.nullcontext()
+
     def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps:
         """f at a source, as the ops take it."""
         arguments = (source, coupling.tag, tensors, self.latents_dtype)
@@ -155,7 +168,7 @@ class Run:
         if drift and not self.trust.bears(drift[0], work.exact, self.half or self.state_dtype == torch.float32):
             again = replace(self, anchors=None, groups=arithmetic.group(self.program))
             work = again.new_arithmetic()
-            with torch.autocast(**self.autocast) if self.autocast else contextlib.nullcontext():
+            with again.calling():
                 kept = again.forward(work, work.enter(*start), tensors)
             work.finish()
             return again.gradient(kept, (), tensors, wanted, cotangents)
@@ -189,7 +202,7 @@ class Run:
             eps = None
             if group.coupling is not None and group.calls_network:
                 source = work.source(state, group.coupling) if state else kept.pop()
-                eps = pull(source, group, cotangents)
+                eps = pull(source, group, cotangents, undoing=bool(state))
             else:
                 arithmetic.transpose(group, cotangents, None, None)
             if state:
@@ -202,27 +215,29 @@ class Run:
 class NetworkPull:
     """Evaluates f once with a graph: gives its value and pulls a cotangent back through it.
 
+    An evaluator whose VJPs are taken of another one is evaluated a second time where its value is wanted.
+
     Gradients of the evaluator's own tensors add up in `sums`, in the state's dtype.
     """
 
     def __init__(self, run: Run, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
-        self.run = run
-        self.watch = Watch(run.program, "VJP", run.network_dtype)
+        self.value, self.run = run, run.for_vjp()
+        self.watch = Watch(run.program, "VJP", self.run.network_dtype)
         self.tensors = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
         self.wanted = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
         self.sums: list[Tensor | None] = [None] * len(self.wanted)
 
-    def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor]) -> Eps:
-        """f at the source of a group's coupling; takes the cotangents back through the whole group."""
+    def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor], undoing: bool) -> Eps | None:
+        """Takes the cotangents back through a whole group; f at the source of its coupling if that is to be undone."""
         run, coupling = self.run, group.coupling
         assert coupling is not None
         with torch.enable_grad():
             leaf = source.detach().requires_grad_()
-            with torch.autocast(**run.autocast) if run.autocast else contextlib.nullcontext():
+            with run.calling():
                 eps = run.evaluate(leaf, coupling, self.tensors)
         if not eps.value.requires_grad:  # f is constant
             arithmetic.transpose(group, cotangents, None, None)
-            return eps
+            return self._value(source, coupling, eps) if undoing else None
         power = arithmetic.network_power(group, cotangents) if run.half else None
         scale = None if power is None else power.reciprocal()
         cotangent = arithmetic.transpose(group, cotangents, eps, scale)
@@ -236,7 +251,13 @@ class NetworkPull:
         if pulled is not None:
             cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
             self.watch.note(cotangents[coupling.source], coupling)
-        return eps.detach()
+        return self._value(source, coupling, eps) if undoing else None
+
+    def _value(self, source: Tensor, coupling: Coupling, eps: Eps) -> Eps:
+        if self.value is self.run:
+            return eps.detach()
+        with self.value.calling():
+            return self.value.evaluate(source, coupling, self.tensors).detach()
 
 
 class ChainFunction(torch.autograd.Function):

@@ -60,8 +60,8 @@ def check_reversibility(chain: Chain, x: Tensor, y: Tensor | None = None) -> Rev
     return Reversibility(*directions)
 
 
-def there_and_back(run: Run, work: Arithmetic, x: Tensor, y: Tensor) -> tuple[float, ...]:
-    """A run's error after each number of steps, when it is undone from its end."""
+def there_and_back(run: Run, work: Arithmetic, x: Tensor, y: Tensor, graph: bool = True) -> tuple[float, ...]:
+    """A run's error after each number of steps, when it is undone from its end; graph: whether with one."""
     boundaries = step_boundaries(run.program, 1) | {0}
     tensors = run.evaluator.tensors()
     state = work.enter(x, y)
@@ -72,7 +72,7 @@ def there_and_back(run: Run, work: Arithmetic, x: Tensor, y: Tensor) -> tuple[fl
             kept[group.end] = list(state)
     errors = [distance(state, kept[len(run.program)])]
     for group, end in _undone(run.groups):
-        _undo(run, work, group, state, tensors)
+        _undo(run, work, group, state, tensors, graph)
         if end in boundaries:
             errors.append(distance(state, kept[end]))
     work.finish()
@@ -92,11 +92,13 @@ def _do(run: Run, work: Arithmetic, group: Group, state: list[Tensor], tensors: 
     work.apply(group, state, eps)
 
 
-def _undo(run: Run, work: Arithmetic, group: Group, state: list[Tensor], tensors: tuple[Tensor, ...]) -> None:
+def _undo(
+    run: Run, work: Arithmetic, group: Group, state: list[Tensor], tensors: tuple[Tensor, ...], graph: bool
+) -> None:
     work.undo_mixing(group, state)
     eps = None
     if group.coupling is not None and group.calls_network:
         source = work.source(state, group.coupling).detach()
-        with torch.enable_grad():
-            eps = run.evaluate(source.requires_grad_(), group.coupling, tensors).detach()
+        with torch.set_grad_enabled(graph):
+            eps = run.evaluate(source.requires_grad_(graph), group.coupling, tensors).detach()
     work.undo_coupling(group, state, eps)

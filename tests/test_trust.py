@@ -88,9 +88,17 @@ def test_a_network_that_changes_after_the_forward_run(memory, inverse):
     oracle = tiny_chain(6, "naive", network=Switched(0).double())
     for gradient, truth in zip(got, pull((oracle.inverse if inverse else oracle)(x, y), [x, y]), strict=True):
         assert relative(gradient, truth) < 1e-12
-    chain.denoiser.unet.after = 10**6
-    stale = pull(chain(x, y), [x, y])  # the two networks' gradients differ: the test above can fail
-    assert relative(stale[0], pull(oracle(x, y), [x, y])[0]) > 1e-2
+
+
+@pytest.mark.parametrize("memory", UNDOING)
+def test_unchecked_the_gradient_would_be_wrong(memory):
+    x, y = latents(1, 3, 4, grad=True)
+    chain = tiny_chain(6, memory, network=Switched(10).double(), drift_tolerance=math.inf)
+    got = pull(chain(x, y), [x, y])
+    assert chain.drift > 1e-3
+    for network in (Switched(0), Switched(10**6)):
+        truth = pull(tiny_chain(6, "naive", network=network.double())(x, y), [x, y])
+        assert relative(got[0], truth[0]) > 1e-3
 
 
 @pytest.mark.parametrize("memory", [3, "reversible"])
@@ -103,14 +111,6 @@ def test_noise_is_reported_once_and_the_gradient_stays_right(memory):
     assert len(seen) == 1 and chain.drift > 1e-5
     for got, want in zip((*both[0], *both[1]), (*truth, *truth), strict=True):
         assert relative(got, want) < 5e-3
-    unchecked = tiny_chain(20, memory, network=Unsteady(1e-1).double(), drift_tolerance=math.inf)
-    checked = tiny_chain(20, memory, network=Unsteady(1e-1).double())
-    errors = []
-    for either in (unchecked, checked):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            errors.append(relative(pull(either(x, y), [x, y])[0], truth[0]))
-    assert errors[0] > 2 * errors[1]
 
 
 def test_network_calls_of_a_repeated_gradient():
