@@ -34,8 +34,8 @@ class Denoiser:
         guidance: 1 or B, and when uncond was given also 2B or 2, whose second half is used. 0-dim tensors and other
         values pass through.
 
-    vjp_dtype: dtype in which chains evaluate the network for its VJPs, torch.float32 or torch.float64; None: that of its
-        weights. What an fp16 network costs a gradient in accuracy it costs mostly there (docs/precision.md). The
+    vjp_dtype: dtype in which chains evaluate the network for its VJPs, torch.float32 or torch.float64; None: that of
+        its weights. What an fp16 network costs a gradient in accuracy it costs mostly there (docs/precision.md). The
         weights are cast anew for each VJP and freed with its graph. Where couplings are undone too (an int k,
         "reversible"), the value that undoes them needs a call of its own. Not for plain callables or memory="naive".
 
@@ -135,12 +135,11 @@ class Denoiser:
         return latents_dtype
 
     def for_vjp(self) -> Denoiser | None:
-        """The same with weights cast to vjp_dtype, for the VJPs of a chain; None where they need no other."""
+        """The same in vjp_dtype, whose `running` casts the weights; None where VJPs need no other. For chains."""
         if self._vjp_dtype is None or self._module is None:
             return None
         other = copy.copy(self)
         other._vjp_dtype, other._cast_to = None, self._vjp_dtype
-        other._call = _with_weights_cast(self._call, self._module, self._vjp_dtype)
         return other
 
     @contextlib.contextmanager
@@ -152,6 +151,10 @@ class Denoiser:
         """
         if self._module is None:
             yield
+            return
+        if self._cast_to is not None:
+            with _weights_cast(self._module, self._cast_to):
+                yield
             return
         _refuse_stochastic(self._module)
         frozen = [p for p in self._module.parameters() if p.requires_grad and p.is_leaf]
@@ -277,26 +280,28 @@ def _calling_convention(network: Callable[..., Any], module: nn.Module | None) -
     return lambda x, t, cond, kwargs: network(x, t, encoder_hidden_states=cond, **tail, **kwargs)
 
 
-def _with_weights_cast(call: _Call, module: nn.Module, dtype: torch.dtype) -> _Call:
-    """`call`, during which the floating weights and buffers of `module` are copies in another dtype."""
+@contextlib.contextmanager
+def _weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For its duration the floating weights and buffers of a network are copies in another dtype."""
+    replaced: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
 
-    class Caller(nn.Module):  # as functional_call takes modules, and `call` may reach this one by a detour
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = module
-            self.training = module.training
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
+            return tensor
+        if tensor not in copies:
+            copies[tensor] = tensor.detach().to(dtype)
+        return copies[tensor]
 
-        def forward(self, *args: Any) -> Any:
-            return call(*args)
-
-    caller = Caller()
-
-    def cast(*args: Any) -> Any:
-        tensors = (*caller.named_parameters(), *caller.named_buffers())
-        weights = {name: tensor.detach().to(dtype) for name, tensor in tensors if tensor.dtype in FLOAT_DTYPES}
-        return torch.func.functional_call(caller, weights, args, tie_weights=True)
-
-    return cast
+    try:
+        for module in network.modules():
+            for tensors in (module._parameters, module._buffers):
+                replaced.append((tensors, dict(tensors)))
+                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
+        yield
+    finally:
+        for tensors, originals in replaced:
+            tensors.update(originals)
 
 
 def _as_tensor(output: Any) -> Tensor:
@@ -322,6 +327,8 @@ def _refuse_stochastic(network: nn.Module) -> None:
         batch_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
             isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
         )
+        # its power iteration goes on at every call
+        batch_statistics = batch_statistics or isinstance(module, nn.utils.parametrizations._SpectralNorm)
         if dropout > 0 or batch_statistics or isinstance(module, nn.RReLU):
             why = f"dropout p={dropout:g}" if dropout > 0 else "random or running statistics"
             raise ValueError(

@@ -229,15 +229,26 @@ class NetworkPull:
 
     def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor], undoing: bool) -> Eps | None:
         """Takes the cotangents back through a whole group; f at the source of its coupling if that is to be undone."""
+        assert group.coupling is not None
+        if self.value is self.run:
+            return self._pull(source, group, cotangents)
+        # up to the end of the VJP: a network that checkpoints its blocks calls them again in it
+        with self.run.evaluator.running():
+            self._pull(source, group, cotangents)
+        if not undoing:
+            return None
+        with self.value.calling():
+            return self.value.evaluate(source, group.coupling, self.tensors).detach()
+
+    def _pull(self, source: Tensor, group: Group, cotangents: list[Tensor]) -> Eps:
         run, coupling = self.run, group.coupling
         assert coupling is not None
-        with torch.enable_grad():
+        with torch.enable_grad(), run.calling():
             leaf = source.detach().requires_grad_()
-            with run.calling():
-                eps = run.evaluate(leaf, coupling, self.tensors)
+            eps = run.evaluate(leaf, coupling, self.tensors)
         if not eps.value.requires_grad:  # f is constant
             arithmetic.transpose(group, cotangents, None, None)
-            return self._value(source, coupling, eps) if undoing else None
+            return eps
         power = arithmetic.network_power(group, cotangents) if run.half else None
         scale = None if power is None else power.reciprocal()
         cotangent = arithmetic.transpose(group, cotangents, eps, scale)
@@ -251,13 +262,7 @@ class NetworkPull:
         if pulled is not None:
             cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
             self.watch.note(cotangents[coupling.source], coupling)
-        return self._value(source, coupling, eps) if undoing else None
-
-    def _value(self, source: Tensor, coupling: Coupling, eps: Eps) -> Eps:
-        if self.value is self.run:
-            return eps.detach()
-        with self.value.calling():
-            return self.value.evaluate(source, coupling, self.tensors).detach()
+        return eps.detach()
 
 
 class ChainFunction(torch.autograd.Function):

@@ -138,6 +138,39 @@ def test_autocast_does_not_narrow_the_vjps():
     assert seen and set(seen) == {torch.float32}
 
 
+def test_block_checkpointing_in_the_network():
+    """Blocks that are called again inside the VJP find the cast weights there."""
+    unet = golden_unet(torch.float16)
+    chain = EDICT(wide_vjps(), tiny_chain(3).schedule)
+    x, y = latents(1, 4, 8, 8, dtype=torch.float32, grad=True)
+    expected = pull(chain(x, y), [x, y])
+    try:
+        unet.train()
+        unet.enable_gradient_checkpointing()
+        got = pull(chain(x, y), [x, y])
+    finally:
+        unet.disable_gradient_checkpointing()
+        unet.eval()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_shared_weights_stay_shared_and_come_back_after_an_error():
+    network = TinyNet().half()
+    network.alias = network.inside
+    before = dict(network.named_parameters(remove_duplicate=False))
+    denoiser = Denoiser(network, None, vjp_dtype=torch.float32).for_vjp()
+
+    def fail():
+        with denoiser.running():
+            assert network.alias is network.inside and network.inside.dtype == torch.float32
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        fail()
+    after = dict(network.named_parameters(remove_duplicate=False))
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"vjp_dtype: expected torch.float32, torch.float64 or None, got torch.float1"):
         Denoiser(TinyNet(), None, vjp_dtype=torch.float16)
