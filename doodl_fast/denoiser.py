@@ -283,7 +283,7 @@ def _calling_convention(network: Callable[..., Any], module: nn.Module | None) -
 @contextlib.contextmanager
 def _weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """For its duration the floating weights and buffers of a network are copies in another dtype."""
-    replaced: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
     copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -295,7 +295,8 @@ def _weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     try:
         for module in network.modules():
-            for tensors in (module._parameters, module._buffers):
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in tables:
                 replaced.append((tensors, dict(tensors)))
                 tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
         yield
