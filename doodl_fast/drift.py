@@ -87,6 +87,11 @@ def main(args: argparse.Namespace, pipeline: Any) -> int:
         raise ValueError(f"--out: expected a folder, got the file {str(args.out)!r}")
     if min(args.steps) < 1:
         raise ValueError(f"--steps: expected numbers of at least 1, got {min(args.steps)}")
+    # an offset of 1, which many schedulers have, leaves no room for as many steps as there are timesteps
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, steps_offset=0)
+    if max(args.steps) > scheduler.config.num_train_timesteps:
+        most = scheduler.config.num_train_timesteps
+        raise ValueError(f"--steps: expected at most the scheduler's {most} timesteps, got {max(args.steps)}")
     steps = sorted(set(args.steps))
     cond, uncond, extra = encode_prompt(pipeline, args.prompt)
     denoiser = Denoiser(pipeline.unet, cond, uncond, args.guidance_scale, **extra)
@@ -97,7 +102,7 @@ def main(args: argparse.Namespace, pipeline: Any) -> int:
         start = f"{name:<6}" if count == steps[0] else ""
         print(start + f"{_cell(error):>10}", end="\n" if count == steps[-1] else "", flush=True)
 
-    table = measure(denoiser, pipeline.scheduler, x, steps, args.mix_weight, report)
+    table = measure(denoiser, scheduler, x, steps, args.mix_weight, report)
     args.out.mkdir(parents=True, exist_ok=True)
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     errors = {name: [None if math.isnan(error) else error for error in row] for name, row in table.items()}

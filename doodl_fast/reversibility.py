@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ class Reversibility:
     """What `check_reversibility` found: |state undone - state| / |state| of (x, y) together, 0 being equal to the bit.
 
     forward: after the forward run, undone. forward[k] is the error of the state after k steps, so forward[0] that of
-        the whole way there and back and forward[-1] = 0.
+        the whole way there and back and forward[-1] = 0. NaN from where on an undone state was not finite.
     inverse: after the inverse run, done again; inverse[k] likewise, k counting steps of the inverse run.
     """
 
@@ -61,7 +62,10 @@ def check_reversibility(chain: Chain, x: Tensor, y: Tensor | None = None) -> Rev
 
 
 def there_and_back(run: Run, work: Arithmetic, x: Tensor, y: Tensor, graph: bool = True) -> tuple[float, ...]:
-    """A run's error after each number of steps, when it is undone from its end; graph: whether with one."""
+    """A run's error after each number of steps, when it is undone from its end; graph: whether with one.
+
+    Once an undone state is not finite, all that is left is NaN, and not run.
+    """
     boundaries = step_boundaries(run.program, 1) | {0}
     tensors = run.evaluator.tensors()
     state = work.enter(x, y)
@@ -70,13 +74,15 @@ def there_and_back(run: Run, work: Arithmetic, x: Tensor, y: Tensor, graph: bool
         _do(run, work, group, state, tensors)
         if group.end in boundaries:
             kept[group.end] = list(state)
-    errors = [distance(state, kept[len(run.program)])]
+    errors = [0.0]
     for group, end in _undone(run.groups):
         _undo(run, work, group, state, tensors, graph)
         if end in boundaries:
-            errors.append(distance(state, kept[end]))
+            errors.append(float(distance(state, kept[end])))
+            if not math.isfinite(errors[-1]):
+                return (math.nan,) * (len(kept) - len(errors) + 1) + tuple(reversed(errors[:-1]))
     work.finish()
-    return tuple(reversed(torch.stack(errors).tolist()))
+    return tuple(reversed(errors))
 
 
 def _undone(groups: tuple[Group, ...]) -> Iterator[tuple[Group, int]]:

@@ -54,6 +54,17 @@ def test_an_exact_chain_and_its_table():
     assert len(lines) == 4
 
 
+def test_a_state_that_overflows_on_the_way_back():
+    class Sour(TinyNet):
+        def forward(self, x, t, cond=None):
+            return x * (float("inf") if torch.is_grad_enabled() and t == 1 else 1)
+
+    program = [Coupling(0, b=0.5, step=step, tag=step) for step in range(4)]
+    found = check_reversibility(Chain(Denoiser(Sour().double(), None), program), latents(1, 3, 4)[0])
+    assert [math.isnan(error) for error in found.forward] == [True, True, False, False, False]
+    assert [math.isnan(error) for error in found.inverse] == [True, True, True, False, False]
+
+
 def test_bad_latents_are_refused():
     with pytest.raises(ValueError, match="x: expected finite latents"):
         check_reversibility(tiny_chain(2), latents(1, 3, 4)[0] / 0)
