@@ -117,14 +117,14 @@ def _cell(error: float) -> str:
 
 
 def draw(path: Path, steps: Sequence[int], table: Table) -> None:
-    """The figure, both axes logarithmic. Zeros, which a logarithm cannot show, lie on the lower edge."""
+    """The figure, both axes logarithmic. Zeros lie on its lower edge, overflows on the upper one."""
     from matplotlib.figure import Figure
 
     floor, ceiling = 1e-18, 1e6
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, row in table.items():
-        drawn = [min(max(error, floor), ceiling) if math.isfinite(error) else math.nan for error in row]
+        drawn = [min(max(error, floor), ceiling) if math.isfinite(error) else ceiling for error in row]
         label = f"{name} (0)" if not any(row) else name
         axes.plot(steps, drawn, marker="o", markersize=4, label=label, clip_on=False)
     axes.axhline(1, color="0.6", linewidth=0.8)
