@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .lattice_state import LatticeState
     from .ops import backend
     from .pipeline import Decoder, encode_prompt
+    from .reversibility import Reversibility, check_reversibility
     from .schedule import Schedule
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "Denoiser",
     "LatticeState",
     "Result",
+    "Reversibility",
     "Schedule",
     "StepInfo",
     "UpdateSettings",
     "backend",
+    "check_reversibility",
     "encode_prompt",
     "guidance",
     "ops",
@@ -44,10 +47,12 @@ _HOMES = {
     "EDICT": "diffusion",
     "LatticeState": "lattice_state",
     "Result": "doodl",
+    "Reversibility": "reversibility",
     "Schedule": "schedule",
     "StepInfo": "doodl",
     "UpdateSettings": "latents",
     "backend": "ops",
+    "check_reversibility": "reversibility",
     "encode_prompt": "pipeline",
     "optimize": "doodl",
 }

@@ -98,6 +98,8 @@ class Arithmetic(Protocol):
     """
 
     width: ClassVar[int]
+    exact: ClassVar[bool]
+    """Whether undoing gives back the same bits, given the same eps."""
 
     def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
         """The state of latents x and y, as tensors of our own."""
@@ -135,6 +137,7 @@ class Floats:
     latents_dtype: torch.dtype
     state_dtype: torch.dtype
     width: ClassVar[int] = 2
+    exact: ClassVar[bool] = False
 
     def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
         return [x.to(self.state_dtype, copy=True), y.to(self.state_dtype, copy=True)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from .arithmetic import Arithmetic, Floats
 from .engine import ChainFunction, Memory, Run
-from .evaluator import Evaluator
+from .evaluator import Evaluator, vjp_evaluator
 from .exact import Exact
 from .lattice import WIDTHS, Lattice, grown, to_lattice
 from .lattice_state import ENDS, LatticeState, check_state, state_of
 from .program import Coupling, Program, count_network_calls, invert
+from .trust import Trust
 
 ARITHMETICS = ("float", *WIDTHS)
 STORES = ("checkpoint", "reversible", "naive")
@@ -41,11 +43,16 @@ class Chain:
     arithmetic: "float", or "exact": x and y are integers of 32 bits on a lattice, and every coupling is undone to the
         bit if the network gives the same bits again; any `memory` but "naive" then has the same gradient, bit for bit.
         "exact64": integers of 64 bits, nearer to float64. See `lattice.py`, and `state` for going there and back.
+    drift_tolerance: where couplings are undone for the gradient (an int k, "reversible"), how far the undone start may
+        be from the start, relative in the 2-norm. Above it a RuntimeWarning is given once and the gradient is computed
+        again from checkpoints. Default: 0 in exact arithmetic; in floating point 1e-3 with an fp16 or bf16 network or
+        a float32 state, else 1e-5. `chain.drift` has the number.
 
     Latents are (B, C, ...) tensors of fp16, bf16, fp32 or fp64; results and gradients have their dtype. They are never
     changed or kept: in-place changes between forward and backward are harmless.
-    Raises ValueError or TypeError, naming the argument. A run in exact arithmetic raises OverflowError when the state
-    leaves the lattice's range (it never wraps), FloatingPointError when the evaluator returns NaN or Inf.
+    Raises ValueError or TypeError, naming the argument, and FloatingPointError, naming the coupling, where NaN or Inf
+    first appears in a run or its gradient (a loss whose own gradient is not finite passes through). A run in exact
+    arithmetic raises OverflowError when the state leaves the lattice's range; it never wraps.
     """
 
     def __init__(
@@ -56,7 +63,10 @@ class Chain:
         *,
         state_dtype: torch.dtype | None = None,
         arithmetic: str = "float",
+        drift_tolerance: float | None = None,
     ) -> None:
+        if drift_tolerance is not None and not (isinstance(drift_tolerance, Real) and drift_tolerance >= 0):
+            raise ValueError(f"drift_tolerance: expected a number of at least 0 or None, got {drift_tolerance!r}")
         if state_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"state_dtype: expected torch.float32, torch.float64 or None, got {state_dtype!r}")
         if arithmetic not in ARITHMETICS:
@@ -67,6 +77,13 @@ class Chain:
         self.program: Program = tuple(program) if self._lattice is None else self._lattice.program
         self.state_dtype = state_dtype
         self.memory = memory
+        self._trust = Trust(drift_tolerance)
+
+    @property
+    def drift(self) -> float | None:
+        """How far the latest backward pass that undid couplings missed the run's start (or, with an int k, a stored
+        state, if that is more): |undone - start| / |start|, 0 if equal to the bit. None before any such pass."""
+        return self._trust.drift
 
     @property
     def arithmetic(self) -> str:
@@ -139,6 +156,11 @@ class Chain:
         y = x if y is None else y
         tensors = self.evaluator.tensors()
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *tensors))
+        if differentiable and self.memory == "naive" and vjp_evaluator(self.evaluator) is not None:
+            raise ValueError(
+                'memory: "naive" differentiates the very calls that it ran, so it cannot take VJPs in vjp_dtype; use '
+                '"checkpoint" or a Denoiser without vjp_dtype'
+            )
         run = self._plan(x, inverse, store=differentiable and self.memory != "naive")
         if run.stores:
             apply: Callable[..., tuple[Tensor, Tensor]] = ChainFunction.apply  # untyped in torch
@@ -187,7 +209,7 @@ class Chain:
                 raise ValueError(f'arithmetic: exact arithmetic needs float64, which {x.device} lacks; use "float"')
             ends = ENDS[::-1] if inverse else ENDS
             arithmetic = functools.partial(Exact, self._lattice, program, ends, grown(program), x.dtype, state_dtype)
-        return Run.plan(self.evaluator, program, self.memory, x, state_dtype, arithmetic, store)
+        return Run.plan(self.evaluator, program, self.memory, x, state_dtype, arithmetic, store, self._trust)
 
 
 def _check_latents(x: Tensor, y: Tensor | None) -> None:

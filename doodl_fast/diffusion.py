@@ -20,7 +20,7 @@ class EDICT(Chain):
     denoiser: eps(x, t) with its conditions.
     schedule: the noise levels; its prediction type tells what the network returns.
     mix_weight: p in (0, 1], how much of itself each latent keeps in the mixing after every step.
-    memory, state_dtype, arithmetic: see `Chain`. With arithmetic="exact" or "exact64" the p that is used is the nearest
+    memory, state_dtype, arithmetic, drift_tolerance: see `Chain`. With arithmetic="exact" or "exact64" the p that is used is the nearest
         decimal of 4 digits (0.93 is 93/100, exactly), and `state`, `forward_state`, `inverse_state` lose no bit.
 
     Latents are (B, C, ...) of fp16, bf16, fp32 or fp64, x and y alike; results and gradients have their dtype.
@@ -36,6 +36,7 @@ class EDICT(Chain):
         memory: Memory = "checkpoint",
         state_dtype: torch.dtype | None = None,
         arithmetic: str = "float",
+        drift_tolerance: float | None = None,
     ) -> None:
         if not isinstance(denoiser, Denoiser):
             raise TypeError(
@@ -45,7 +46,12 @@ class EDICT(Chain):
             got = type(schedule).__name__
             raise TypeError(f"schedule: expected a Schedule, got {got}; use Schedule.from_scheduler(scheduler, steps)")
         super().__init__(
-            denoiser, edict_program(schedule, mix_weight), memory, state_dtype=state_dtype, arithmetic=arithmetic
+            denoiser,
+            edict_program(schedule, mix_weight),
+            memory,
+            state_dtype=state_dtype,
+            arithmetic=arithmetic,
+            drift_tolerance=drift_tolerance,
         )
         self._schedule, self._mix_weight = schedule, float(mix_weight)
         self._denoiser = denoiser

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch.autograd.function import FunctionCtx
 
 from . import arithmetic
 from .arithmetic import Arithmetic, Eps, Group
-from .evaluator import Evaluator, Raw, raw_method
+from .evaluator import Evaluator, Raw, raw_method, vjp_evaluator
 from .program import Coupling, Program, step_boundaries
+from .trust import Trust, Watch, distance
 
 Memory = str | int
 
@@ -45,7 +46,8 @@ class Run:
     new_arithmetic: Callable[[], Arithmetic]
     """Makes the arithmetic of one pass over the program."""
     autocast: dict[str, Any] | None
-    scaled: bool
+    network_dtype: torch.dtype
+    trust: Trust
 
     @classmethod
     def plan(
@@ -57,6 +59,7 @@ class Run:
         state_dtype: torch.dtype,
         new_arithmetic: Callable[[], Arithmetic],
         store: bool,
+        trust: Trust,
     ) -> Run:
         """x: the latents, or a tensor of their device and dtype. store: whether a gradient will be asked for."""
         anchors = None
@@ -65,7 +68,9 @@ class Run:
         elif isinstance(memory, int):
             anchors = step_boundaries(program, memory)
         autocast = _autocast_settings(x.device.type)
-        half = evaluator.compute_dtype(x.dtype) in (torch.float16, torch.bfloat16)
+        network_dtype = evaluator.compute_dtype(x.dtype)
+        if autocast and autocast["enabled"]:
+            network_dtype = autocast["dtype"]
         return cls(
             evaluator=evaluator,
             raw=raw_method(evaluator),
@@ -77,8 +82,27 @@ class Run:
             state_dtype=state_dtype,
             new_arithmetic=new_arithmetic,
             autocast=autocast,
-            scaled=half or bool(autocast and autocast["enabled"]),
+            network_dtype=network_dtype,
+            trust=trust,
         )
+
+    @property
+    def half(self) -> bool:
+        """Whether the network computes in fp16 or bf16, so that its cotangents must be scaled."""
+        return self.network_dtype in (torch.float16, torch.bfloat16)
+
+    def for_vjp(self) -> Run:
+        """This run with what the evaluator has its VJPs taken of, most often itself."""
+        other = vjp_evaluator(self.evaluator)
+        if other is None:
+            return self
+        autocast = self.autocast and {**self.autocast, "enabled": False}
+        dtype = other.compute_dtype(self.latents_dtype)
+        return replace(self, evaluator=other, raw=raw_method(other), network_dtype=dtype, autocast=autocast)
+
+    def calling(self) -> contextlib.AbstractContextManager[Any]:
+        """What a backward pass calls the network under: the autocast of the forward run."""
+        return torch.autocast(**self.autocast) if self.autocast else contextlib.nullcontext()
 
     def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps:
         """f at a source, as the ops take it."""
@@ -89,16 +113,22 @@ class Run:
 
     def plain_forward(self, state: list[Tensor], tensors: Sequence[Tensor]) -> None:
         """Runs the program on `state` in plain differentiable torch: no ops, no peephole, nothing kept. The oracle."""
+        watch = Watch(self.program, "forward", self.network_dtype)
         for coupling in self.program:
             value = None
             if coupling.calls_network:
                 value = self.evaluator(state[coupling.source], coupling.tag, tensors, self.latents_dtype)
                 _check_value(Eps(value), state[coupling.source])
             state[coupling.target] = _plain(coupling, state[coupling.target], state[coupling.source], value)
+            if value is not None:
+                watch.note(state[coupling.target], coupling)
+        watch.read()
+        watch.check()
 
     def forward(self, work: Arithmetic, state: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Runs the program on `state`, in place of its entries; returns what the gradient will need."""
         kept: list[Tensor] = []
+        watch = Watch(self.program, "forward", self.network_dtype)
         for group in self.groups:
             eps = None
             if group.coupling is not None and group.calls_network:
@@ -107,53 +137,119 @@ class Run:
                     kept.append(source)
                 eps = self.evaluate(source, group.coupling, tensors)
             work.apply(group, state, eps)
+            if eps is not None:
+                watch.note(state[group.target], group.coupling)
             if self.stores and self.anchors is not None and group.end in self.anchors:
                 kept += state
+        watch.read()
+        watch.check()
         return kept
 
-    def backward(self, work: Arithmetic, kept: list[Tensor], cotangents: list[Tensor], pull: NetworkPull) -> None:
-        """Replaces the cotangents of the run's result by those of its start; consumes `kept`."""
+    def gradient(
+        self,
+        kept: list[Tensor],
+        start: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        wanted: Sequence[bool],
+        cotangents: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Cotangents of the run's start and of the wanted tensors; consumes `kept`.
+
+        start: the latents that the run began with, where couplings are undone. If undoing them does not lead back to
+        it, the gradient is that of a second run, from checkpoints.
+        """
+        pull = NetworkPull(self, tensors, wanted)
+        pulled = [cotangent.to(self.state_dtype) for cotangent in cotangents]
+        for cotangent in pulled:
+            pull.watch.note(cotangent, None)
+        work = self.new_arithmetic()
+        drifts = self.backward(work, kept, start, pulled, pull)
+        drift = pull.watch.read(*([torch.stack(drifts).amax()] if drifts else []))
+        if drift and not self.trust.bears(drift[0], work.exact, self.half or self.state_dtype == torch.float32):
+            again = replace(self, anchors=None, groups=arithmetic.group(self.program))
+            work = again.new_arithmetic()
+            with again.calling():
+                kept = again.forward(work, work.enter(*start), tensors)
+            work.finish()
+            return again.gradient(kept, (), tensors, wanted, cotangents)
+        work.finish()
+        pull.watch.check()
+        return pulled, pull.sums
+
+    def backward(
+        self,
+        work: Arithmetic,
+        kept: list[Tensor],
+        start: Sequence[Tensor],
+        cotangents: list[Tensor],
+        pull: NetworkPull,
+    ) -> list[Tensor]:
+        """Replaces the cotangents of the run's result by those of its start; consumes `kept`.
+
+        Returns how far the undone states are from the stored ones, of which the start is the last.
+        """
         state: list[Tensor] = []
+        drifts: list[Tensor] = []
         for group in reversed(self.groups):
             if self.anchors is not None and group.end in self.anchors:
-                state = kept[-work.width :]
+                stored = kept[-work.width :]
                 del kept[-work.width :]
+                if state:
+                    drifts.append(distance(state, stored))
+                state = stored
             if state:
                 work.undo_mixing(group, state)
             eps = None
             if group.coupling is not None and group.calls_network:
                 source = work.source(state, group.coupling) if state else kept.pop()
-                eps = pull(source, group, cotangents)
+                eps = pull(source, group, cotangents, undoing=bool(state))
             else:
                 arithmetic.transpose(group, cotangents, None, None)
             if state:
                 work.undo_coupling(group, state, eps)
+        if state:
+            drifts.append(distance(state, work.enter(*start)))
+        return drifts
 
 
 class NetworkPull:
     """Evaluates f once with a graph: gives its value and pulls a cotangent back through it.
 
+    An evaluator whose VJPs are taken of another one is evaluated a second time where its value is wanted.
+
     Gradients of the evaluator's own tensors add up in `sums`, in the state's dtype.
     """
 
     def __init__(self, run: Run, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
-        self.run = run
+        self.value, self.run = run, run.for_vjp()
+        self.watch = Watch(run.program, "VJP", self.run.network_dtype)
         self.tensors = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
         self.wanted = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
         self.sums: list[Tensor | None] = [None] * len(self.wanted)
 
-    def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor]) -> Eps:
-        """f at the source of a group's coupling; takes the cotangents back through the whole group."""
+    def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor], undoing: bool) -> Eps | None:
+        """Takes the cotangents back through a whole group; f at the source of its coupling if that is to be undone."""
+        assert group.coupling is not None
+        if self.value is self.run:
+            return self._pull(source, group, cotangents)
+        # up to the end of the VJP: a network that checkpoints its blocks calls them again in it
+        with self.run.evaluator.running():
+            self._pull(source, group, cotangents)
+        if not undoing:
+            return None
+        with self.value.calling():
+            return self.value.evaluate(source, group.coupling, self.tensors).detach()
+
+    def _pull(self, source: Tensor, group: Group, cotangents: list[Tensor]) -> Eps:
         run, coupling = self.run, group.coupling
         assert coupling is not None
-        with torch.enable_grad():
+        with torch.enable_grad(), run.calling():
             leaf = source.detach().requires_grad_()
-            with torch.autocast(**run.autocast) if run.autocast else contextlib.nullcontext():
-                eps = run.evaluate(leaf, coupling, self.tensors)
+            eps = run.evaluate(leaf, coupling, self.tensors)
         if not eps.value.requires_grad:  # f is constant
             arithmetic.transpose(group, cotangents, None, None)
             return eps
-        power = arithmetic.network_power(group, cotangents) if run.scaled else None
+        power = arithmetic.network_power(group, cotangents) if run.half else None
         scale = None if power is None else power.reciprocal()
         cotangent = arithmetic.transpose(group, cotangents, eps, scale)
         pulled, *others = torch.autograd.grad(eps.value, [leaf, *self.wanted], cotangent, allow_unused=True)
@@ -161,9 +257,11 @@ class NetworkPull:
             if gradient is not None:
                 gradient = _unscale(gradient.to(run.state_dtype), power)
                 total = self.sums[index]
+                self.watch.note(gradient, coupling)
                 self.sums[index] = gradient if total is None else total + gradient
         if pulled is not None:
             cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
+            self.watch.note(cotangents[coupling.source], coupling)
         return eps.detach()
 
 
@@ -177,23 +275,21 @@ class ChainFunction(torch.autograd.Function):
         with run.evaluator.running():
             kept = run.forward(work, state, tensors)
         work.finish()
-        ctx.run, ctx.num_kept = run, len(kept)
-        # Clones: the caller may change his conditions before the backward pass.
-        ctx.save_for_backward(*kept, *(t.clone() for t in tensors))
+        start = () if run.anchors is None else (x, y)
+        ctx.run, ctx.num_kept, ctx.num_start = run, len(kept), len(start)
+        # Clones: the caller may change his latents and conditions before the backward pass.
+        ctx.save_for_backward(*kept, *(t.clone() for t in (*start, *tensors)))
         return work.leave(state)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         run: Run = ctx.run
-        kept, tensors = list(ctx.saved_tensors[: ctx.num_kept]), ctx.saved_tensors[ctx.num_kept :]
+        saved, middle = list(ctx.saved_tensors), ctx.num_kept + ctx.num_start
+        kept, start, tensors = saved[: ctx.num_kept], saved[ctx.num_kept : middle], saved[middle:]
         _, needs_x, needs_y, *wanted = ctx.needs_input_grad
         with torch.no_grad(), run.evaluator.running():
-            pull = NetworkPull(run, tensors, wanted)
-            cotangents = [gradient.to(run.state_dtype) for gradient in grad_outputs]
-            work = run.new_arithmetic()
-            run.backward(work, kept, cotangents, pull)
-            work.finish()
-            sums = iter(pull.sums)
+            cotangents, totals = run.gradient(kept, start, tensors, wanted, grad_outputs)
+            sums = iter(totals)
             grads: list[Tensor | None] = [
                 cotangent.to(run.latents_dtype) if needed else None
                 for cotangent, needed in zip(cotangents, (needs_x, needs_y), strict=True)

@@ -30,6 +30,7 @@ class Exact:
     """
 
     width: ClassVar[int] = 4
+    exact: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -97,11 +97,12 @@ def stored_bytes(steps: int, memory: str | int) -> int:
 def test_what_each_mode_stores():
     state = 2 * 3 * 64 * 8
     conds = 2 * 5 * 4 * 8
-    assert stored_bytes(5, "reversible") == stored_bytes(50, "reversible") == state + conds
+    start = state  # kept where couplings are undone, to compare with
+    assert stored_bytes(5, "reversible") == stored_bytes(50, "reversible") == state + start + conds
     assert stored_bytes(20, "checkpoint") == 19 * state + conds  # one latent for each of 2 x 19 evaluations
-    assert stored_bytes(20, 1) == 20 * state + conds
-    assert stored_bytes(20, 5) == 4 * state + conds
-    assert stored_bytes(20, 6) == 4 * state + conds  # after 6, 12 and 18 steps, and at the end
+    assert stored_bytes(20, 1) == 20 * state + start + conds
+    assert stored_bytes(20, 5) == 4 * state + start + conds
+    assert stored_bytes(20, 6) == 4 * state + start + conds  # after 6, 12 and 18 steps, and at the end
 
 
 def test_anchors_bound_the_drift():
@@ -109,7 +110,8 @@ def test_anchors_bound_the_drift():
     x, y = latents(1, 3, 4, 4, grad=True)
     gradients = {}
     for memory in ("naive", "reversible", 5):
-        chain = tiny_chain(100, memory, dtype=torch.float32, state_dtype=torch.float32)
+        options = {"state_dtype": torch.float32, "drift_tolerance": float("inf")}
+        chain = tiny_chain(100, memory, dtype=torch.float32, **options)
         xs, ys = x.detach().float().requires_grad_(), y.detach().float().requires_grad_()
         gradients[memory] = pull(chain(xs, ys), [xs, ys])[0]
     free, anchored = (relative(gradients[memory], gradients["naive"]) for memory in ("reversible", 5))
