@@ -20,8 +20,9 @@ class EDICT(Chain):
     denoiser: eps(x, t) with its conditions.
     schedule: the noise levels; its prediction type tells what the network returns.
     mix_weight: p in (0, 1], how much of itself each latent keeps in the mixing after every step.
-    memory, state_dtype, arithmetic, drift_tolerance: see `Chain`. With arithmetic="exact" or "exact64" the p that is used is the nearest
-        decimal of 4 digits (0.93 is 93/100, exactly), and `state`, `forward_state`, `inverse_state` lose no bit.
+    memory, state_dtype, arithmetic, drift_tolerance: see `Chain`. With arithmetic="exact" or "exact64" the p that is
+        used is the nearest decimal of 4 digits (0.93 is 93/100, exactly), and `state`, `forward_state` and
+        `inverse_state` lose no bit.
 
     Latents are (B, C, ...) of fp16, bf16, fp32 or fp64, x and y alike; results and gradients have their dtype.
     Gradients are also given to the denoiser's conditions that require grad, never to weights.

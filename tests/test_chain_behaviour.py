@@ -16,6 +16,7 @@ from conftest import (
     relative,
     sd_scheduler,
     tiny_chain,
+    weights_of,
 )
 from torch import nn
 
@@ -128,9 +129,7 @@ def test_backward_fills_grad_of_leaves_only(memory):
     x, y = latents(1, 3, 4, grad=True)
     expected = pull(chain(x, y), [x, y])
     out = chain(x * 1, y * 1)
-    generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in out]
-    sum((o * w).sum() for o, w in zip(out, weights, strict=True)).backward()
+    sum((o * w).sum() for o, w in zip(out, weights_of(out), strict=True)).backward()
     assert torch.equal(x.grad, expected[0]) and torch.equal(y.grad, expected[1])
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
@@ -170,9 +169,7 @@ def test_chains_of_chains():
     """There and back again inside one graph: the Jacobian of the round trip is the identity."""
     chain = tiny_chain(5, "reversible")
     x, y = latents(1, 3, 4, grad=True)
-    generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2)]
-    for got, want in zip(pull(chain.inverse(*chain(x, y)), [x, y]), weights, strict=True):
+    for got, want in zip(pull(chain.inverse(*chain(x, y)), [x, y]), weights_of((x, y)), strict=True):
         assert relative(got, want) < 1e-10
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, MEMORIES, TinyNet, conditions, latents, pull, relative, tiny_chain
+from conftest import DEVICE, DTYPES, MEMORIES, TinyNet, conditions, latents, pull, relative, tiny_chain
 
 from doodl_fast.arithmetic import power_of_two
 from doodl_fast.denoiser import Denoiser
@@ -100,10 +100,10 @@ def test_scaling_reaches_the_conditions_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_power_of_two(dtype):
     for value, power in [(1.0, 1.0), (1.999, 1.0), (-6.5, 4.0), (3e-30, 2.0**-99), (2.0**100, 2.0**100)]:
-        assert power_of_two(torch.tensor([[0.0, value]], dtype=dtype)).item() == power
+        assert power_of_two(torch.tensor([[0.0, value]], dtype=dtype, device=DEVICE)).item() == power
     for value in (0.0, float("inf"), float("nan"), 1e-320):
-        assert power_of_two(torch.tensor([value], dtype=dtype)).item() == 1.0
-    assert power_of_two(torch.empty(0, 3, dtype=dtype)).item() == 1.0
+        assert power_of_two(torch.tensor([value], dtype=dtype, device=DEVICE)).item() == 1.0
+    assert power_of_two(torch.empty(0, 3, dtype=dtype, device=DEVICE)).item() == 1.0
 
 
 @pytest.mark.parametrize("value", [0.0, float("inf")])
@@ -133,7 +133,7 @@ def test_callers_autocast_holds_in_the_backward_pass(memory):
     results = {}
     for mode in ("naive", memory):
         chain = tiny_chain(4, mode, dtype=torch.float32, network=net)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             outputs = chain(x, y)
         seen.clear()
         results[mode] = pull(outputs, [x, y])
@@ -151,8 +151,8 @@ def test_autocast_around_the_backward_pass_alone_is_not_taken_up():
     expected = pull(chain(x, y), [x, y])
     outputs = chain(x, y)
     seen: list[bool] = []
-    chain.denoiser.unet.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    chain.denoiser.unet.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled(DEVICE.type)))
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         pull(outputs, [x, y])
     assert seen and not any(seen) and expected[0].norm() > 0
 
@@ -161,7 +161,7 @@ def test_autocast_leaves_no_frozen_weights_behind():
     """Casts that a run made of frozen weights must not serve the caller's own training step in the same autocast."""
     net = TinyNet()
     x, _ = latents(1, 3, 4, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         tiny_chain(2, dtype=torch.float32, network=net)(x)
-        net(x, torch.tensor(1), conditions(dtype=torch.float32)[0]).sum().backward()
+        net(x, torch.tensor(1, device=DEVICE), conditions(dtype=torch.float32)[0]).sum().backward()
     assert all(p.grad is not None for p in net.parameters())

@@ -19,7 +19,8 @@ arithmetic until each output is rounded once. In this order, `.` a rounding:
              gt1, gs = f, o or o, f ;  q = (b.gt1).scale ;  out_s = gs + c.gt1 ;  out_t = a.gt1 ;  eps's as in
              `coupling`
 
-Terms whose coefficient is zero, or whose factor is one, are left out. Shapes and layouts as in `coupling`.
+Terms whose coefficient is zero in the dtype of the arithmetic, or whose factor is one, are left out. Shapes and layouts
+as in `coupling`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .coupling import moved, new_eps, prepared_scale, store_eps
-from .layout import check_floating, check_operands, check_same, compute_dtype, dense_format, is_plain, store
+from .layout import check_floating, check_operands, check_same, compute_dtype, dense_format, is_plain, store, vanishes
 from .registry import eager, select
 
 
@@ -169,7 +170,7 @@ def _times(value: Tensor, factor: float) -> Tensor:
 
 
 def _plus(value: Tensor, other: Tensor, factor: float) -> Tensor:
-    return value if factor == 0 else value + other * factor
+    return value if vanishes(factor, value.dtype) else value + other * factor
 
 
 @eager

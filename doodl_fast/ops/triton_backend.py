@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .lattice_coupling import limit
-from .layout import compute_dtype
+from .layout import compute_dtype, vanishes
 from .registry import Kernel
 
 OLDEST = (3, 6)
@@ -64,11 +64,13 @@ def _launch(
         kernel[grid](*arguments, **constants, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False)
 
 
-def _compute(*tensors: Tensor | None) -> Any:
+def _arithmetic(*tensors: Tensor | None, **coefficients: float) -> dict[str, Any]:
+    """The kernels' constants: the dtype of the arithmetic, and which of the coefficients are not zero in it."""
     import triton.language as tl
 
-    wide = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None)) == torch.float64
-    return tl.float64 if wide else tl.float32
+    dtype = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None))
+    there = {f"HAS_{name.upper()}": not vanishes(value, dtype) for name, value in coefficients.items()}
+    return {"COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32, **there}
 
 
 def _blocks(n: int) -> int:
@@ -94,14 +96,12 @@ def coupling(
         target,
         *(out, out_source, target, source, eps, n),
         *(float(number) for number in (a, c, b, g or 0.0, a0, c0, a1, c1)),
-        COMPUTE=_compute(target, eps),
+        **_arithmetic(target, eps, c0=c0, c1=c1),
         SOURCE=source is not None and c != 0,
         EPS=eps is not None,
         GUIDED=g is not None,
         MIXES=out_source is not None,
         TARGET_FIRST=target_first,
-        HAS_C0=c0 != 0,
-        HAS_C1=c1 != 0,
     )
 
 
@@ -132,16 +132,13 @@ def coupling_vjp(
         grad,
         *(out, to_source, to_eps, grad, grad_source, scale, n),
         *(float(number) for number in (a, c, b, g or 0.0, a0, c0, a1, c1)),
-        COMPUTE=_compute(grad, to_eps),
+        **_arithmetic(grad, to_eps, c=c, c0=c0, c1=c1),
         SOURCE=to_source is not None,
         EPS=to_eps is not None,
         SCALED=scale is not None,
         GUIDED=g is not None,
         MIXES=grad_source is not None,
         TARGET_FIRST=target_first,
-        HAS_C=c != 0,
-        HAS_C0=c0 != 0,
-        HAS_C1=c1 != 0,
     )
 
 
@@ -175,7 +172,7 @@ def latent_update(*arguments: Any) -> None:
         x,
         *(*outs, sums, *inputs, noise, sample),
         *(float(number) for number in (rate, clip, momentum, sigma)),
-        COMPUTE=_compute(x),
+        **_arithmetic(x),
         SQUARES=sums is not None,
         NESTEROV=nesterov,
         TIED=tied,
