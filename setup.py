@@ -119,6 +119,7 @@ class BuildNative(build_ext):
             self.report[KINDS[ext.name]] = "built"
         except Exception as error:  # an optional part: no failure of a foreign tool may stop the install
             self.report[KINDS[ext.name]] = str(error) or type(error).__name__
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # that of an earlier build
 
     def prepare_cuda(self, ext: Extension, torch: Path) -> None:
         """Compiles the .cu files; the rest of the build links them."""
@@ -144,6 +145,9 @@ class BuildNative(build_ext):
         everything, self.extensions = self.extensions, built
         super().copy_extensions_to_source()
         self.extensions = everything
+        for ext in everything:
+            if ext not in built:
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
@@ -175,7 +179,9 @@ def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
 
 setup(
     ext_modules=[
-        extension(CPU, ["csrc/cpu.cpp", "csrc/cpu_default.cpp", "csrc/cpu_avx2.cpp"], ["torch", "torch_cpu"]),
+        extension(
+            CPU, [f"csrc/cpu{part}.cpp" for part in ("", "_default", "_avx2", "_lattice")], ["torch", "torch_cpu"]
+        ),
         extension(CUDA, [], ["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"]),
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},

@@ -1,13 +1,17 @@
-"""The fused ops against eager, torch.compile'd eager and a copy of the same bytes; writes a JSON and
-docs/benchmarks.md.
+"""The fused ops against eager, torch.compile'd eager and copies of the same bytes: pytest-benchmark's JSON and a table.
 
-    python bench/ops.py [--quick] [--no-compile] [--busy] [--threads N] [--json FILE] [--table FILE]
+    python bench/ops.py [--quick] [--no-compile] [--busy] [--threads N] [--device D] [--json FILE] [--table FILE]
+
+runs this file under pytest and writes the table from the JSON; `pytest bench/ops.py` takes the same options.
 
 "eager" is the plain torch expression that a user would write, not this package's eager backend. Every figure is the
-median of interleaved rounds: in each round every contender of a case is timed once, the copy among them, so that a
-machine that slows down slows all of them. "bytes" counts every operand read once and every result written once. Two
-copies are timed: into memory that is there, and `clone`, which allocates as the ops do; a fraction of 1 means as fast
-as the clone.
+median of interleaved rounds: a test is one round of one contender, the tests of a round follow each other, and the
+rounds of a contender are put together when the JSON is written; so a machine that slows down slows all of them.
+
+"moved" counts every operand read once and every result written once, "allocated" every tensor that a call makes: the
+ops make their outputs (`latent_update` also a few numbers a sample, for the norms), eager its intermediate results,
+too. Two copies of the bytes moved are timed: into memory that is there, and `clone`, which allocates as the ops do:
+fresh memory costs page faults. A fraction of 1 is as fast as that copy. On CUDA a round ends with a synchronisation.
 """
 
 from __future__ import annotations
@@ -15,15 +19,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import doodl_fast
 from doodl_fast import ops
@@ -37,9 +46,22 @@ DTYPES = {
     "fp64/fp16": (torch.float64, torch.float16),
     "fp16": (torch.float16, torch.float16),
 }
+OPS = ("coupling", "coupling_mix", "coupling_mix_vjp", "latent_update")
+PLAIN, FUSED, COPIES = ("eager", "compiled"), ("native", "triton"), ("copy", "clone")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--quick": {"action": "store_true", "help": "fewer and shorter rounds, fp32 alone"},
+    "--sizes": {"default": ",".join(SIZES), "help": "of these sizes, separated by commas (default: %(default)s)"},
+    "--no-compile": {"action": "store_true", "help": "leave torch.compile out"},
+    "--busy": {"action": "store_true", "help": "mark the results as taken on a busy machine"},
+    "--threads": {"type": int, "default": torch.get_num_threads(), "help": "torch's threads"},
+    "--device": {"default": "cuda" if torch.cuda.is_available() else "cpu", "help": "cpu or cuda"},
+}
 A, B, G = 0.98, -0.12, 7.5
 MIX = ops.Mixing(True, 0.93, 0.07, 0.93, 0.07)
 Call = Callable[[], Any]
+
+
+# What is measured
 
 
 def plain_coupling(x: Tensor, eps: Tensor) -> Tensor:
@@ -62,124 +84,225 @@ def plain_coupling_mix_vjp(gx: Tensor, gy: Tensor, dtype: torch.dtype) -> tuple[
     return A * gx, gy, torch.cat([(cotangent - to_cond).to(dtype), to_cond.to(dtype)])
 
 
-def plain_update(x: Tensor, y: Tensor, mx: Tensor, my: Tensor, gx: Tensor, gy: Tensor, starts: Tensor) -> list[Tensor]:
+def plain_update(
+    x: Tensor, y: Tensor, mx: Tensor, my: Tensor, gx: Tensor, gy: Tensor, start: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     gradient = (0.25 * (gx + gy)).clamp(-1e-3, 1e-3)
     mx, my = 0.9 * mx + gradient, 0.9 * my + gradient
     x = 0.5 * ((x - mx) + (y - my))
-    x = x * (starts / torch.linalg.vector_norm(x))
-    return [x, x.clone(), mx, my]
+    x = x * (start / torch.linalg.vector_norm(x))
+    return (x, x.clone()), (mx, my)
 
 
-def cases(size: tuple[int, ...], state: torch.dtype, network: torch.dtype, device: str) -> dict[str, dict[str, Any]]:
-    """For each op: the plain expression with its operands, the fused call, and the bytes that must move."""
+@dataclass
+class Case:
+    """One op at one size and dtype: the plain expression and its operands, the fused call, the bytes that must move."""
+
+    plain: Callable[..., Any]
+    operands: tuple[Any, ...]
+    fused: Call
+    moved: int
+    compiled: Callable[..., Any] | None = None
+    repeats: dict[str, int] = field(default_factory=dict)
+    allocated: dict[str, int] = field(default_factory=dict)
+
+
+def make_case(op: str, size: tuple[int, ...], state: torch.dtype, network: torch.dtype, device: str) -> Case:
+    """The case of an op. state, network: the dtypes of the latents and of eps, which is guided."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     x, y = draw(size, state), draw(size, state)
-    eps = draw((2 * size[0], *size[1:]), network)
-    latent, output = x.numel() * x.element_size(), eps.numel() * eps.element_size()
-    found: dict[str, dict[str, Any]] = {
-        "coupling": {
-            "plain": (plain_coupling, (x, eps)),
-            "fused": lambda: ops.coupling(x, None, eps, A, 0.0, B, G),
-            "bytes": 2 * latent + output,
-        },
-        "coupling_mix": {
-            "plain": (plain_coupling_mix, (x, y, eps)),
-            "fused": lambda: ops.coupling_mix(x, y, eps, MIX, A, 0.0, B, G),
-            "bytes": 4 * latent + output,
-        },
-        "coupling_mix_vjp": {
-            "plain": (plain_coupling_mix_vjp, (x, y, network)),
-            "fused": lambda: ops.coupling_mix_vjp(x, y, MIX, A, 0.0, B, G, None, network),
-            "bytes": 4 * latent + output,
-        },
-    }
-    if state in (torch.float32, torch.float64) and state == network:
-        start = torch.linalg.vector_norm(x.double()).reshape(1)
+    latent = x.numel() * x.element_size()
+    output = 2 * x.numel() * network.itemsize
+    if op == "coupling_mix_vjp":
+        return Case(
+            plain_coupling_mix_vjp,
+            (x, y, network),
+            lambda: ops.coupling_mix_vjp(x, y, MIX, A, 0.0, B, G, None, network),
+            4 * latent + output,
+        )
+    if op == "latent_update":
         moments = (draw(size, state), draw(size, state))
-        found["latent_update"] = {
-            "plain": (plain_update, (x, y, *moments, y, x, start.to(state))),
-            "fused": lambda: ops.latent_update(
-                (x, y), moments, (y, x), None, (start, start), clip=1e-3, momentum=0.9, tied=True
-            ),
-            "bytes": 14 * latent,  # six read, four written, and x, y again for the norm
-        }
-    return found
+        start = torch.linalg.vector_norm(x.double()).reshape(1)
+        options: dict[str, Any] = {"clip": 1e-3, "momentum": 0.9, "tied": True}
+        return Case(
+            plain_update,
+            (x, y, *moments, y, x, start.to(state)),
+            lambda: ops.latent_update((x, y), moments, (y, x), None, (start, start), **options),
+            14 * latent,  # six read, four written, and x, y read and written again for the norm
+        )
+    eps = draw((2 * size[0], *size[1:]), network)
+    if op == "coupling":
+        return Case(plain_coupling, (x, eps), lambda: ops.coupling(x, None, eps, A, 0.0, B, G), 2 * latent + output)
+    return Case(
+        plain_coupling_mix, (x, y, eps), lambda: ops.coupling_mix(x, y, eps, MIX, A, 0.0, B, G), 4 * latent + output
+    )
 
 
-def contenders(case: dict[str, Any], device: str, compiled: bool) -> dict[str, Call]:
-    function, operands = case["plain"]
-    calls: dict[str, Call] = {"eager": lambda: function(*operands)}
-    if compiled:
-        torch.compiler.reset()
-        fast = torch.compile(function, fullgraph=True, dynamic=False)
-        calls["compiled"] = lambda: fast(*operands)
-
-    for name in ("native", "triton"):
-        interpreted = name == "triton" and device == "cpu"
-        if not interpreted and ops.why_not(name, device) is None:
-            calls[name] = case["fused"]
-    half = torch.empty(case["bytes"] // 2, dtype=torch.uint8, device=device)
-    half.fill_(1)
-    other = torch.zeros_like(half)
-    calls["copy"] = lambda: other.copy_(half)
-    calls["clone"] = lambda: half.clone()
-    return calls
+# How it is measured
 
 
-def seconds(call: Call, repeats: int, device: str) -> float:
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
+def clock() -> float:
+    """Seconds, after what the GPU still has to do."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3 / repeats
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+    return time.perf_counter()
 
 
-def measure(calls: dict[str, Call], rounds: int, budget: float, device: str) -> dict[str, float]:
-    """Median seconds of each, from interleaved rounds."""
-    repeats = {}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-1, rounds):
-        for name, call in calls.items():
-            with ops.backend(name if name in ops.NAMES else ops.AUTO):
-                if turn < 0:
-                    call(), call()
-                    repeats[name] = max(1, min(1000, int(budget / max(seconds(call, 1, device), 1e-7))))
-                else:
-                    times[name].append(seconds(call, repeats[name], device))
-    return {name: statistics.median(values) for name, values in times.items()}
+pytestmark = pytest.mark.benchmark(timer=clock, disable_gc=True)
+
+
+class Allocations(TorchDispatchMode):
+    """Adds up the bytes of the tensors that torch makes, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        values = (result,) if isinstance(result, Tensor) else result or ()
+        for value, returned in zip(values, func._schema.returns, strict=False):
+            if isinstance(value, Tensor) and returned.alias_info is None:
+                self.total += value.numel() * value.element_size()
+        return result
+
+
+@lru_cache(maxsize=1)  # the tests of a case follow each other
+def prepared(op: str, size: str, dtype: str, device: str) -> Case:
+    torch.compiler.reset()
+    case = make_case(op, SIZES[size], *DTYPES[dtype], device)
+    case.compiled = torch.compile(case.plain, fullgraph=True, dynamic=False)
+    for name, call in (("eager", lambda: case.plain(*case.operands)), ("ops", case.fused)):
+        with Allocations() as seen:
+            call()
+        case.allocated[name] = seen.total
+    return case
+
+
+@lru_cache(maxsize=2)
+def copy_of(moved: int, device: str) -> dict[str, Call]:
+    half, other = (torch.ones(moved // 2, dtype=torch.uint8, device=device) for _ in range(2))
+    return {"copy": lambda: other.copy_(half), "clone": half.clone}
+
+
+def call_of(case: Case, contender: str, device: str) -> Call:
+    if contender in COPIES:
+        return copy_of(case.moved, device)[contender]
+    if contender in FUSED:
+        return case.fused
+    function = case.compiled if contender == "compiled" else case.plain
+    assert function is not None
+    return lambda: function(*case.operands)
+
+
+def contenders(options: Any) -> list[str]:
+    """Those that this machine has."""
+    there = [name for name in PLAIN if name != "compiled" or not options.no_compile]
+    for name in FUSED:
+        interpreted = name == "triton" and options.device == "cpu"
+        if not interpreted and ops.why_not(name, options.device) is None:
+            there.append(name)
+    return [*there, *COPIES]
+
+
+def cases(options: Any) -> Iterator[tuple[str, str, str]]:
+    """(op, size, dtype), the latent update where it has one."""
+    for size in options.sizes.split(","):
+        for dtype in ["fp32"] if options.quick else DTYPES:
+            yield from ((op, size, dtype) for op in OPS if op != "latent_update" or dtype == "fp32")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    options = metafunc.config.option
+    rounds = range(5 if options.quick else 15)
+    runs = [(*case, turn, name) for case in cases(options) for turn in rounds for name in contenders(options)]
+    metafunc.parametrize(
+        ("op", "size", "dtype", "turn", "contender"), runs, ids=["-".join(map(str, run)) for run in runs]
+    )
+
+
+@torch.no_grad()
+def test_op(benchmark: Any, pytestconfig: pytest.Config, op: str, size: str, dtype: str, turn: int, contender: str):
+    """One round of one contender."""
+    options = pytestconfig.option
+    case = prepared(op, size, dtype, options.device)
+    call = call_of(case, contender, options.device)
+    with ops.backend(contender if contender in FUSED else ops.AUTO):
+        if turn == 0:
+            call(), call()
+            start = clock()
+            call()
+            budget = 0.01 if options.quick else 0.03
+            case.repeats[contender] = max(1, min(1000, int(budget / max(clock() - start, 1e-7))))
+        elif contender not in case.repeats:
+            pytest.skip(f"{contender} failed in the first round")
+        benchmark.group = f"{op} {size} {dtype}"
+        benchmark.pedantic(call, iterations=case.repeats[contender])
+    benchmark.extra_info.update(op=op, size=size, dtype=dtype, contender=contender, bytes_moved=case.moved)
+    benchmark.extra_info["bytes_allocated"] = case.allocated.get("ops" if contender in FUSED else contender)
+
+
+# What is written
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("doodl_fast's benchmarks")
+    for name, how in OPTIONS.items():
+        group.addoption(name, **how)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    unknown = set(config.option.sizes.split(",")) - SIZES.keys()
+    if unknown:
+        raise pytest.UsageError(f"--sizes: expected some of {', '.join(SIZES)}, got {', '.join(sorted(unknown))}")
+    torch.set_num_threads(config.option.threads)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["doodl_fast"] = environment(config.option.device, config.option.busy)
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Puts the rounds of each contender together."""
+    from pytest_benchmark.stats import Stats
+
+    rounds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in output_json["benchmarks"]:
+        rounds.setdefault((entry["group"], entry["extra_info"]["contender"]), []).append(entry)
+    for (group, contender), entries in rounds.items():
+        stats = Stats()
+        stats.data = [seconds for entry in entries for seconds in entry["stats"]["data"]]
+        name = f"{group} {contender}"
+        entries[0].update(name=name, fullname=name, param=None, params=None)
+        entries[0]["stats"].update(stats.as_dict(), data=stats.data)
+    output_json["benchmarks"][:] = [entries[0] for entries in rounds.values()]
 
 
 def environment(device: str, busy: bool) -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(smi, capture_output=True, text=True).stdout.strip() if device == "cuda" else "none"
-    except OSError:
-        driver = "unknown"
-    try:
-        import triton
+    """What the results are keyed by."""
 
-        triton_version = triton.__version__
-    except ImportError:
+    def said(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
+        except OSError:
+            return "unknown"
+
+    try:
+        triton_version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
         triton_version = "none"
+    cuda = device == "cuda"
     return {
         "doodl_fast": doodl_fast.__version__,
-        "commit": git.stdout.strip(),
+        "commit": said("git", "rev-parse", "--short", "HEAD"),
         "torch": torch.__version__,
         "triton": triton_version,
-        "driver": driver,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "none",
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "instruction_set": native.instruction_set() or "none",
         "machine_was_busy": busy,
@@ -187,58 +310,60 @@ def environment(device: str, busy: bool) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as a page."""
-    known = ("eager", "compiled", "native", "triton")
-    names = [name for name in known if any(name in row["us"] for row in results["rows"])]
-    head = ["op", "size", "dtype", *(f"{name} us" for name in names), "MB moved"]
-    fused = [name for name in names if name in ("native", "triton")]
+    """The page of pytest-benchmark's JSON."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for entry in results["benchmarks"]:
+        info = entry["extra_info"]
+        row = rows.setdefault((info["op"], info["size"], info["dtype"]), {"us": {}, "MB": {}})
+        row["us"][info["contender"]] = entry["stats"]["median"] * 1e6
+        row["MB"]["moved"] = info["bytes_moved"] / 1e6
+        if info["contender"] != "compiled" and info["bytes_allocated"] is not None:
+            row["MB"]["eager" if info["contender"] == "eager" else "ops"] = info["bytes_allocated"] / 1e6
+    names = [name for name in (*PLAIN, *FUSED) if any(name in row["us"] for row in rows.values())]
+    fused = [name for name in names if name in FUSED]
+    head = ["op", "size", "dtype", *(f"{name} us" for name in names)]
+    head += ["MB moved", "eager allocates", "ops allocate"]
     for name in fused:
         head += [f"{name}: x eager", "GB/s", "of clone", "of copy"]
-    lines = ["# Benchmarks", "", "Written by `bench/ops.py`, which says how it measures.", ""]
-    if results["environment"]["machine_was_busy"]:
+    about = results["machine_info"]["doodl_fast"]
+    lines = ["# Benchmarks", "", "Written by `bench/ops.py`, which says how it measures and what the columns are.", ""]
+    if about["machine_was_busy"]:
         lines += ["**Taken while the machine was busy with other work: compare within a row only.**", ""]
-    lines += [", ".join(f"{key} {value}" for key, value in results["environment"].items()), ""]
+    lines += [", ".join(f"{key} {value}" for key, value in about.items()), ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in results["rows"]:
-        us = row["us"]
-        cells = [row["op"], row["size"], row["dtype"], *(f"{us[name]:.1f}" if name in us else "" for name in names)]
-        cells.append(f"{row['bytes'] / 1e6:.2f}")
+    for key, row in rows.items():
+        us, size = row["us"], row["MB"]
+        cells = [*key, *(f"{us[name]:.1f}" if name in us else "" for name in names)]
+        cells += [f"{size[kind]:.2f}" if kind in size else "" for kind in ("moved", "eager", "ops")]
         for name in fused:
-            if name in us:
-                rate = row["bytes"] / us[name] / 1e3
-                cells += [f"{us['eager'] / us[name]:.1f}", f"{rate:.1f}"]
-                cells += [f"{us['clone'] / us[name]:.2f}", f"{us['copy'] / us[name]:.2f}"]
-            else:
-                cells += [""] * 4
+            ratios = [
+                us[other] / us[name] if {name, other} <= us.keys() else None for other in ("eager", *COPIES[::-1])
+            ]
+            cells += ["" if ratios[0] is None else f"{ratios[0]:.1f}"]
+            cells += [f"{size['moved'] / us[name] * 1e3:.1f}" if name in us else ""]
+            cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios[1:]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    """Runs pytest on this file, then writes the table. Returns pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, fp32 alone")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--busy", action="store_true", help="mark the results as taken on a busy machine")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, how in OPTIONS.items():
+        parser.add_argument(name, **how)
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results.json")
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "benchmarks.md")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = []
-    for size_name, size in SIZES.items():
-        for dtype_name in ["fp32"] if options.quick else DTYPES:
-            for op, case in cases(size, *DTYPES[dtype_name], options.device).items():
-                calls = contenders(case, options.device, not options.no_compile)
-                found = measure(calls, *((5, 0.01) if options.quick else (15, 0.03)), options.device)
-                us = {name: value * 1e6 for name, value in found.items()}
-                rows.append({"op": op, "size": size_name, "dtype": dtype_name, "bytes": case["bytes"], "us": us})
-                print(rows[-1], flush=True)
-    results = {"environment": environment(options.device, options.busy), "rows": rows}
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
-    options.table.write_text(table(results))
+    options = parser.parse_args(arguments)
+    passed = []
+    for name, how in OPTIONS.items():
+        value = getattr(options, name[2:].replace("-", "_"))
+        passed += ([name] if value else []) if "action" in how else [f"{name}={value}"]
+    options.json.unlink(missing_ok=True)
+    status = pytest.main([__file__, "-q", "--benchmark-quiet", f"--benchmark-json={options.json}", *passed])
+    if options.json.is_file():
+        options.table.write_text(table(json.loads(options.json.read_text())))
+    return int(status)
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    sys.exit(main(sys.argv[1:]))

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from .diffusion import EDICT
     from .doodl import Result, StepInfo, optimize
     from .latents import UpdateSettings
+    from .lattice_state import LatticeState
     from .ops import backend
     from .pipeline import Decoder, encode_prompt
+    from .reversibility import Reversibility, check_reversibility
     from .schedule import Schedule
 
 __all__ = [
@@ -23,11 +25,14 @@ __all__ = [
     "Chain",
     "Decoder",
     "Denoiser",
+    "LatticeState",
     "Result",
+    "Reversibility",
     "Schedule",
     "StepInfo",
     "UpdateSettings",
     "backend",
+    "check_reversibility",
     "encode_prompt",
     "guidance",
     "ops",
@@ -40,11 +45,14 @@ _HOMES = {
     "Decoder": "pipeline",
     "Denoiser": "denoiser",
     "EDICT": "diffusion",
+    "LatticeState": "lattice_state",
     "Result": "doodl",
+    "Reversibility": "reversibility",
     "Schedule": "schedule",
     "StepInfo": "doodl",
     "UpdateSettings": "latents",
     "backend": "ops",
+    "check_reversibility": "reversibility",
     "encode_prompt": "pipeline",
     "optimize": "doodl",
 }

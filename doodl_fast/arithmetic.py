@@ -1,5 +1,5 @@
 """How couplings are applied, undone and transposed: the peephole that groups a program for the fused ops, and their
-use.
+use in floating point.
 
 A coupling that calls the network and the two network-free couplings after it (EDICT's mixing; in an inverse program the
 mixing of the step before) become one pass over memory, as do two network-free couplings alone. Solvers know nothing of
@@ -8,9 +8,9 @@ it: any program is grouped where the pattern occurs.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -90,30 +90,86 @@ def group(program: Program, boundaries: Collection[int] = ()) -> tuple[Group, ..
     return tuple(groups)
 
 
-def apply(group: Group, state: list[Tensor], eps: Eps | None) -> None:
-    """Does a group's couplings, in place of the entries of `state`; the tensors themselves are not changed."""
-    t, s = group.target, 1 - group.target
-    a, c, b = group.coefficients
-    value, g = (None, None) if eps is None else eps
-    if group.mixing is not None:
-        state[t], state[s] = ops.coupling_mix(state[t], state[s], value, group.pair(), a, c, b, g)
-    else:
-        state[t] = ops.coupling(state[t], state[s], value, a, c, b, g)
+class Arithmetic(Protocol):
+    """How x and y are held between couplings, and how groups are done and undone on them; one object a pass.
+
+    A state is a list of `width` tensors. Its entries are replaced, the tensors themselves are never changed: the engine
+    stores them.
+    """
+
+    width: ClassVar[int]
+    exact: ClassVar[bool]
+    """Whether undoing gives back the same bits, given the same eps."""
+
+    def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """The state of latents x and y, as tensors of our own."""
+        ...
+
+    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The latents of a state, in the caller's dtype; they share no memory with anything kept."""
+        ...
+
+    def source(self, state: Sequence[Tensor], coupling: Coupling) -> Tensor:
+        """What a coupling's function is evaluated at."""
+        ...
+
+    def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        """Does a group's couplings."""
+        ...
+
+    def undo_mixing(self, group: Group, state: list[Tensor]) -> None:
+        """Undoes what a group does after its coupling."""
+        ...
+
+    def undo_coupling(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        """Undoes a group's coupling; its mixing must be undone already."""
+        ...
+
+    def finish(self) -> None:
+        """The end of the pass: raises for what went wrong in it and could not be said without synchronising."""
+        ...
 
 
-def undo_mixing(group: Group, state: list[Tensor]) -> None:
-    """Undoes what a group does after its coupling."""
-    if group.mixing is not None:
+@dataclass(frozen=True)
+class Floats:
+    """x and y as floating-point tensors of `state_dtype`: undoing is exact up to rounding."""
+
+    latents_dtype: torch.dtype
+    state_dtype: torch.dtype
+    width: ClassVar[int] = 2
+    exact: ClassVar[bool] = False
+
+    def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        return [x.to(self.state_dtype, copy=True), y.to(self.state_dtype, copy=True)]
+
+    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return state[0].to(self.latents_dtype, copy=True), state[1].to(self.latents_dtype, copy=True)
+
+    def source(self, state: Sequence[Tensor], coupling: Coupling) -> Tensor:
+        return state[coupling.source]
+
+    def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
         t, s = group.target, 1 - group.target
-        state[t], state[s] = ops.mix_inverse(state[t], state[s], group.pair())
-
-
-def undo_coupling(group: Group, state: list[Tensor], eps: Eps | None) -> None:
-    """Undoes a group's coupling; its mixing must be undone already."""
-    if group.coupling is not None:
-        t, s = group.target, 1 - group.target
+        a, c, b = group.coefficients
         value, g = (None, None) if eps is None else eps
-        state[t] = ops.coupling_inverse(state[t], state[s], value, *group.coefficients, g)
+        if group.mixing is not None:
+            state[t], state[s] = ops.coupling_mix(state[t], state[s], value, group.pair(), a, c, b, g)
+        else:
+            state[t] = ops.coupling(state[t], state[s], value, a, c, b, g)
+
+    def undo_mixing(self, group: Group, state: list[Tensor]) -> None:
+        if group.mixing is not None:
+            t, s = group.target, 1 - group.target
+            state[t], state[s] = ops.mix_inverse(state[t], state[s], group.pair())
+
+    def undo_coupling(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        if group.coupling is not None:
+            t, s = group.target, 1 - group.target
+            value, g = (None, None) if eps is None else eps
+            state[t] = ops.coupling_inverse(state[t], state[s], value, *group.coefficients, g)
+
+    def finish(self) -> None:
+        """Nothing is left unsaid."""
 
 
 def transpose(group: Group, cotangents: list[Tensor], eps: Eps | None, scale: Tensor | None) -> Tensor | None:

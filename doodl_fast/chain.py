@@ -1,29 +1,28 @@
-"""The engine: runs a program of couplings forwards and backwards, and takes its vector-Jacobian product.
+"""`Chain`: a program of couplings that runs forwards and backwards and is differentiable in both directions.
 
-It knows neither a solver nor diffusion. One coupling `target <- a target + c source + b f(source)` has the VJP
-`g_source += c g_target + b J_f(source)^T g_target; g_target <- a g_target`, and its inverse needs f at the same source.
-So one
-evaluation with a graph serves both: its value undoes the coupling, its graph gives the VJP (for reversible networks at
-large: Gomez et al., arXiv 1707.04585; for diffusion latents: DOODL, Wallace et al., arXiv 2303.13703).
+It knows neither a solver nor diffusion; the work is `engine.py`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from . import arithmetic
-from .arithmetic import Eps, Group
-from .evaluator import Evaluator, Raw, raw_method
-from .program import Coupling, Program, count_network_calls, invert, step_boundaries
+from .arithmetic import Arithmetic, Floats
+from .engine import ChainFunction, Memory, Run
+from .evaluator import Evaluator, vjp_evaluator
+from .exact import Exact
+from .lattice import WIDTHS, Lattice, grown, to_lattice
+from .lattice_state import ENDS, LatticeState, check_state, state_of
+from .program import Coupling, Program, count_network_calls, invert
+from .trust import Trust
 
-Memory = str | int
+ARITHMETICS = ("float", *WIDTHS)
 STORES = ("checkpoint", "reversible", "naive")
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_FLOAT64 = frozenset({"mps"})
@@ -41,11 +40,19 @@ class Chain:
     state_dtype: in which x, y and their cotangents are carried, torch.float32 or torch.float64; never less precise than
         the latents. Default: float64 (float32 on devices without it). Latents are tiny beside a network's activations,
         and undoing EDICT's mixing multiplies rounding errors by 1/p^2 a step.
+    arithmetic: "float", or "exact": x and y are integers of 32 bits on a lattice, and every coupling is undone to the
+        bit if the network gives the same bits again; any `memory` but "naive" then has the same gradient, bit for bit.
+        "exact64": integers of 64 bits, nearer to float64. See `lattice.py`, and `state` for going there and back.
+    drift_tolerance: where couplings are undone for the gradient (an int k, "reversible"), how far the undone start may
+        be from the start, relative in the 2-norm. Above it a RuntimeWarning is given once and the gradient is computed
+        again from checkpoints. Default: 0 in exact arithmetic; in floating point 1e-3 with an fp16 or bf16 network or
+        a float32 state, else 1e-5. `chain.drift` has the number.
 
     Latents are (B, C, ...) tensors of fp16, bf16, fp32 or fp64; results and gradients have their dtype. They are never
-    changed or
-    kept: in-place changes between forward and backward are harmless.
-    Raises ValueError or TypeError, naming the argument.
+    changed or kept: in-place changes between forward and backward are harmless.
+    Raises ValueError or TypeError, naming the argument, and FloatingPointError, naming the coupling, where NaN or Inf
+    first appears in a run or its gradient (a loss whose own gradient is not finite passes through). A run in exact
+    arithmetic raises OverflowError when the state leaves the lattice's range; it never wraps.
     """
 
     def __init__(
@@ -55,13 +62,32 @@ class Chain:
         memory: Memory = "checkpoint",
         *,
         state_dtype: torch.dtype | None = None,
+        arithmetic: str = "float",
+        drift_tolerance: float | None = None,
     ) -> None:
+        if drift_tolerance is not None and not (isinstance(drift_tolerance, Real) and drift_tolerance >= 0):
+            raise ValueError(f"drift_tolerance: expected a number of at least 0 or None, got {drift_tolerance!r}")
         if state_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"state_dtype: expected torch.float32, torch.float64 or None, got {state_dtype!r}")
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"arithmetic: expected one of {', '.join(map(repr, ARITHMETICS))}, got {arithmetic!r}")
         self.evaluator = evaluator
-        self.program: Program = tuple(program)
+        self._arithmetic = arithmetic
+        self._lattice = None if arithmetic == "float" else to_lattice(program, arithmetic)
+        self.program: Program = tuple(program) if self._lattice is None else self._lattice.program
         self.state_dtype = state_dtype
         self.memory = memory
+        self._trust = Trust(drift_tolerance)
+
+    @property
+    def drift(self) -> float | None:
+        """How far the latest backward pass that undid couplings missed the run's start (or, with an int k, a stored
+        state, if that is more): |undone - start| / |start|, 0 if equal to the bit. None before any such pass."""
+        return self._trust.drift
+
+    @property
+    def arithmetic(self) -> str:
+        return self._arithmetic
 
     @property
     def memory(self) -> Memory:
@@ -73,6 +99,11 @@ class Chain:
         if not is_count and not (isinstance(value, str) and value in STORES):
             raise ValueError(
                 f"memory: expected one of {', '.join(map(repr, STORES))} or an int of at least 1, got {value!r}"
+            )
+        if value == "naive" and self._lattice is not None:
+            raise ValueError(
+                f'memory: "naive" is plain autograd, which cannot pass the rounding of arithmetic={self.arithmetic!r}; '
+                'use "checkpoint", an int or "reversible"'
             )
         self._memory = value
 
@@ -87,248 +118,98 @@ class Chain:
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs the program on x, y of one shape (B, C, ...), dtype and device; `y=None` is a tied start, y = x."""
-        return self._run(self.program, x, y)
+        return self._run(x, y, inverse=False)
 
     def inverse(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs the inverse program: undoes `__call__` up to rounding. Arguments and results as there."""
-        return self._run(invert(self.program), x, y)
+        return self._run(x, y, inverse=True)
 
-    def _run(self, program: Program, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def state(self, x: Tensor, y: Tensor | None = None, end: str = "noise") -> LatticeState:
+        """Latents as a state that goes through the chain and back without losing a bit.
+
+        x, y: as in `__call__`. end: which end of the chain they belong to, "noise" (where the program starts) or
+        "image". Rounds them to the lattice once and gives them empty buffers. For exact arithmetic.
+        """
+        if end not in ENDS:
+            raise ValueError(f"end: expected one of {', '.join(map(repr, ENDS))}, got {end!r}")
+        lattice = self._require_lattice()
+        _check_latents(x, y)
+        with torch.no_grad():
+            work = self._plan(x, end == "image", store=False).new_arithmetic()
+            tensors = work.enter(x, x if y is None else y)
+            work.finish()
+        return state_of(tensors, end, x.dtype, lattice.units[end], self._fingerprint(lattice))
+
+    def forward_state(self, state: LatticeState) -> LatticeState:
+        """Takes a state from the noise to the image: what `inverse_state` undoes, and undoes it, to the bit.
+
+        Runs without gradient. Raises ValueError or TypeError for a state of the other end or of another lattice.
+        """
+        return self._through(state, inverse=False)
+
+    def inverse_state(self, state: LatticeState) -> LatticeState:
+        """Takes a state from the image to the noise; as `forward_state`."""
+        return self._through(state, inverse=True)
+
+    def _run(self, x: Tensor, y: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         _check_latents(x, y)
         y = x if y is None else y
         tensors = self.evaluator.tensors()
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *tensors))
-        run = _Run.plan(self, program, x, store=differentiable and self.memory != "naive")
+        if differentiable and self.memory == "naive" and vjp_evaluator(self.evaluator) is not None:
+            raise ValueError(
+                'memory: "naive" differentiates the very calls that it ran, so it cannot take VJPs in vjp_dtype; use '
+                '"checkpoint" or a Denoiser without vjp_dtype'
+            )
+        run = self._plan(x, inverse, store=differentiable and self.memory != "naive")
         if run.stores:
-            apply: Callable[..., tuple[Tensor, Tensor]] = _ChainFunction.apply  # untyped in torch
+            apply: Callable[..., tuple[Tensor, Tensor]] = ChainFunction.apply  # untyped in torch
             return apply(run, x, y, *tensors)
         with self.evaluator.running(), torch.set_grad_enabled(differentiable):
             if differentiable:
                 # autograd keeps the conditions: copies leave the caller free to change his own
                 tensors = tuple(t.clone() for t in tensors)
-            state = run.enter(x, y)
-            run.plain_forward(state, tensors) if differentiable else run.forward(state, tensors)
-            return run.leave(state)
+            work = run.new_arithmetic()
+            state = work.enter(x, y)
+            run.plain_forward(state, tensors) if differentiable else run.forward(work, state, tensors)
+            work.finish()
+            return work.leave(state)
 
+    def _through(self, state: LatticeState, inverse: bool) -> LatticeState:
+        lattice = self._require_lattice()
+        start, end = ENDS[::-1] if inverse else ENDS
+        check_state(state, start, self._fingerprint(lattice))
+        words = grown(invert(self.program) if inverse else self.program, state.bounds())
+        run = self._plan(state.x.new_empty(0, dtype=state.latents_dtype), inverse, store=False)
+        with self.evaluator.running(), torch.no_grad():
+            work = run.new_arithmetic()
+            tensors = state.with_words(words).tensors()
+            run.forward(work, tensors, self.evaluator.tensors())
+            work.finish()
+        return state_of(tensors, end, state.latents_dtype, lattice.units[end], state.fingerprint)
 
-@dataclass(frozen=True)
-class _Run:
-    """Everything that one run and its gradient share. It holds no latents: those go through autograd's own storage."""
+    def _require_lattice(self) -> Lattice:
+        if self._lattice is None:
+            raise ValueError(
+                'arithmetic: states need exact arithmetic, and this chain has "float"; make it with arithmetic="exact"'
+            )
+        return self._lattice
 
-    evaluator: Evaluator
-    raw: Raw | None
-    program: Program
-    groups: tuple[Group, ...]
-    stores: bool
-    anchors: frozenset[int] | None
-    """Positions in the program whose state is stored; None: the sources of all evaluations instead."""
-    latents_dtype: torch.dtype
-    state_dtype: torch.dtype
-    autocast: dict[str, Any] | None
-    scaled: bool
+    def _fingerprint(self, lattice: Lattice) -> str:
+        return f"{lattice.fingerprint} {self.state_dtype or torch.float64}"
 
-    @classmethod
-    def plan(cls, chain: Chain, program: Program, x: Tensor, store: bool) -> _Run:
-        anchors = None
-        if chain.memory == "reversible":
-            anchors = frozenset({len(program)})
-        elif isinstance(chain.memory, int):
-            anchors = step_boundaries(program, chain.memory)
-        default = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
-        autocast = _autocast_settings(x.device.type)
-        half = chain.evaluator.compute_dtype(x.dtype) in (torch.float16, torch.bfloat16)
-        return cls(
-            evaluator=chain.evaluator,
-            raw=raw_method(chain.evaluator),
-            program=program,
-            groups=arithmetic.group(program, anchors or ()),
-            stores=store,
-            anchors=anchors,
-            latents_dtype=x.dtype,
-            state_dtype=torch.promote_types(chain.state_dtype or default, x.dtype),
-            autocast=autocast,
-            scaled=half or bool(autocast and autocast["enabled"]),
-        )
-
-    def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """The state as tensors of our own."""
-        return [x.to(self.state_dtype, copy=True), y.to(self.state_dtype, copy=True)]
-
-    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The state as tensors of the caller's dtype that share no memory with anything kept."""
-        return state[0].to(self.latents_dtype, copy=True), state[1].to(self.latents_dtype, copy=True)
-
-    def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps:
-        """f at a source, as the ops take it."""
-        arguments = (source, coupling.tag, tensors, self.latents_dtype)
-        eps = Eps(*self.raw(*arguments)) if self.raw is not None else Eps(self.evaluator(*arguments))
-        _check_value(eps, source)
-        return eps
-
-    def plain_forward(self, state: list[Tensor], tensors: Sequence[Tensor]) -> None:
-        """Runs the program on `state` in plain differentiable torch: no ops, no peephole, nothing kept. The oracle."""
-        for coupling in self.program:
-            value = None
-            if coupling.calls_network:
-                value = self.evaluator(state[coupling.source], coupling.tag, tensors, self.latents_dtype)
-                _check_value(Eps(value), state[coupling.source])
-            state[coupling.target] = _plain(coupling, state[coupling.target], state[coupling.source], value)
-
-    def forward(self, state: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Runs the program on `state`, in place of its entries; returns what the gradient will need."""
-        kept: list[Tensor] = []
-        for group in self.groups:
-            eps = None
-            if group.coupling is not None and group.calls_network:
-                source = state[group.coupling.source]
-                if self.anchors is None and self.stores:
-                    kept.append(source)
-                eps = self.evaluate(source, group.coupling, tensors)
-            arithmetic.apply(group, state, eps)
-            if self.stores and self.anchors is not None and group.end in self.anchors:
-                kept += state
-        return kept
-
-    def backward(self, kept: list[Tensor], cotangents: list[Tensor], pull: _NetworkPull) -> None:
-        """Replaces the cotangents of the run's result by those of its start; consumes `kept`."""
-        state: list[Tensor] = []
-        for group in reversed(self.groups):
-            if self.anchors is not None and group.end in self.anchors:
-                state = [kept.pop(-2), kept.pop(-1)]
-            if state:
-                arithmetic.undo_mixing(group, state)
-            eps = None
-            if group.coupling is not None and group.calls_network:
-                source = state[group.coupling.source] if state else kept.pop()
-                eps = pull(source, group, cotangents)
-            else:
-                arithmetic.transpose(group, cotangents, None, None)
-            if state:
-                arithmetic.undo_coupling(group, state, eps)
-
-
-class _NetworkPull:
-    """Evaluates f once with a graph: gives its value and pulls a cotangent back through it.
-
-    Gradients of the evaluator's own tensors add up in `sums`, in the state's dtype.
-    """
-
-    def __init__(self, run: _Run, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
-        self.run = run
-        self.tensors = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
-        self.wanted = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
-        self.sums: list[Tensor | None] = [None] * len(self.wanted)
-
-    def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor]) -> Eps:
-        """f at the source of a group's coupling; takes the cotangents back through the whole group."""
-        run, coupling = self.run, group.coupling
-        assert coupling is not None
-        with torch.enable_grad():
-            leaf = source.detach().requires_grad_()
-            with torch.autocast(**run.autocast) if run.autocast else contextlib.nullcontext():
-                eps = run.evaluate(leaf, coupling, self.tensors)
-        if not eps.value.requires_grad:  # f is constant
-            arithmetic.transpose(group, cotangents, None, None)
-            return eps
-        power = arithmetic.network_power(group, cotangents) if run.scaled else None
-        scale = None if power is None else power.reciprocal()
-        cotangent = arithmetic.transpose(group, cotangents, eps, scale)
-        pulled, *others = torch.autograd.grad(eps.value, [leaf, *self.wanted], cotangent, allow_unused=True)
-        for index, gradient in enumerate(others):
-            if gradient is not None:
-                gradient = _unscale(gradient.to(run.state_dtype), power)
-                total = self.sums[index]
-                self.sums[index] = gradient if total is None else total + gradient
-        if pulled is not None:
-            cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
-        return eps.detach()
-
-
-class _ChainFunction(torch.autograd.Function):
-    """A run as one node of the caller's graph."""
-
-    @staticmethod
-    def forward(ctx: Any, run: _Run, x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        state = run.enter(x, y)
-        with run.evaluator.running():
-            kept = run.forward(state, tensors)
-        ctx.run, ctx.num_kept = run, len(kept)
-        # Clones: the caller may change his conditions before the backward pass.
-        ctx.save_for_backward(*kept, *(t.clone() for t in tensors))
-        return run.leave(state)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        run: _Run = ctx.run
-        kept, tensors = list(ctx.saved_tensors[: ctx.num_kept]), ctx.saved_tensors[ctx.num_kept :]
-        _, needs_x, needs_y, *wanted = ctx.needs_input_grad
-        with torch.no_grad(), run.evaluator.running():
-            pull = _NetworkPull(run, tensors, wanted)
-            cotangents = [gradient.to(run.state_dtype) for gradient in grad_outputs]
-            run.backward(kept, cotangents, pull)
-            sums = iter(pull.sums)
-            grads: list[Tensor | None] = [
-                cotangent.to(run.latents_dtype) if needed else None
-                for cotangent, needed in zip(cotangents, (needs_x, needs_y), strict=True)
-            ]
-            for tensor, want in zip(tensors, wanted, strict=True):
-                total = next(sums) if want else None
-                grads.append(None if total is None else total.to(tensor.dtype))
-        if torch.is_grad_enabled():  # create_graph=True
-            guard: Callable[[Tensor], Tensor] = _FirstOrderOnly.apply
-            grads = [None if gradient is None else guard(gradient.requires_grad_()) for gradient in grads]
-        return None, *grads
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Passes a gradient on; differentiating it again is an error rather than silently zero."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        raise RuntimeError(
-            "the chain's gradient cannot be differentiated again: its backward pass frees each network graph at once; "
-            'use memory="naive" for second derivatives'
-        )
-
-
-def _check_value(eps: Eps, source: Tensor) -> None:
-    batch = source.shape[0] * (1 if eps.g is None else 2)
-    if eps.value.shape != (batch, *source.shape[1:]):
-        raise ValueError(
-            f"evaluator: expected a value of shape {(batch, *source.shape[1:])}, got {tuple(eps.value.shape)}"
-        )
-
-
-def _plain(coupling: Coupling, target: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
-    """`a target + c source + b value` in the state's dtype. In the order of `ops.coupling`, and each operation on its
-    own (torch.add with alpha would contract two roundings into one on some devices): all modes give the same bits."""
-    if coupling.a != 1:
-        target = target * coupling.a
-    if coupling.c:
-        target = target + source * coupling.c
-    if value is not None:
-        target = target + value * coupling.b
-    return target
-
-
-def _unscale(gradient: Tensor, power: Tensor | None) -> Tensor:
-    return gradient if power is None else gradient * power
-
-
-def _autocast_settings(device_type: str) -> dict[str, Any] | None:
-    """The caller's autocast, to be entered again when the backward pass evaluates."""
-    if not torch.amp.is_autocast_available(device_type):
-        return None
-    return {
-        "device_type": device_type,
-        "enabled": torch.is_autocast_enabled(device_type),
-        "dtype": torch.get_autocast_dtype(device_type),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }
+    def _plan(self, x: Tensor, inverse: bool, store: bool) -> Run:
+        """x: latents, or any tensor of their dtype and device."""
+        program = invert(self.program) if inverse else self.program
+        no_float64 = x.device.type in NO_FLOAT64
+        state_dtype = torch.promote_types(self.state_dtype or (torch.float32 if no_float64 else torch.float64), x.dtype)
+        arithmetic: Callable[[], Arithmetic] = functools.partial(Floats, x.dtype, state_dtype)
+        if self._lattice is not None:
+            if no_float64:
+                raise ValueError(f'arithmetic: exact arithmetic needs float64, which {x.device} lacks; use "float"')
+            ends = ENDS[::-1] if inverse else ENDS
+            arithmetic = functools.partial(Exact, self._lattice, program, ends, grown(program), x.dtype, state_dtype)
+        return Run.plan(self.evaluator, program, self.memory, x, state_dtype, arithmetic, store, self._trust)
 
 
 def _check_latents(x: Tensor, y: Tensor | None) -> None:

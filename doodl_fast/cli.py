@@ -115,6 +115,24 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor.main(args)
 
 
+# drift
+
+
+def _drift_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import drift
+
+    drift.add_arguments(parser)
+
+
+def _drift(args: argparse.Namespace) -> int:
+    _quiet_libraries()
+    import torch
+
+    from . import drift
+
+    return drift.main(args, _load_pipeline(args, _device(args.device), getattr(torch, DTYPES[args.dtype])))
+
+
 # run
 
 
@@ -397,6 +415,7 @@ GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Call
 COMMANDS = {
     "demo": Command("optimise latents of the embedded pipeline and show what changes", _demo_arguments, _demo),
     "run": Command("optimise latents of a diffusers pipeline for a guide", _run_arguments, _run),
+    "drift": Command("measure how exactly chains come back, by arithmetic and length", _drift_arguments, _drift),
     "doctor": Command("say which kernel backends there are, and why others are missing", lambda parser: None, _doctor),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .modules import without_weight_grad
 
 _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,6 +36,11 @@ class Denoiser:
         guidance: 1 or B, and when uncond was given also 2B or 2, whose second half is used. 0-dim tensors and other
         values pass through.
 
+    vjp_dtype: dtype in which chains evaluate the network for its VJPs, torch.float32 or torch.float64; None: that of
+        its weights. What an fp16 network costs a gradient in accuracy it costs mostly there (docs/precision.md). The
+        weights are cast anew for each VJP and freed with its graph. Where couplings are undone too (an int k,
+        "reversible"), the value that undoes them needs a call of its own. Not for plain callables or memory="naive".
+
     Floating conditions are cast to the network's dtype. All attributes are read-only: a gradient must see what its
     forward saw.
     Raises TypeError or ValueError, naming the argument, for conditions that do not fit.
@@ -44,6 +52,8 @@ class Denoiser:
         cond: Tensor | None,
         uncond: Tensor | None = None,
         guidance_scale: float = 7.5,
+        *,
+        vjp_dtype: torch.dtype | None = None,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
@@ -70,6 +80,12 @@ class Denoiser:
         self._unet_kwargs: dict[str, Any] = unet_kwargs
         self._module: nn.Module | None = _module_of(unet)
         self._call: _Call = _calling_convention(unet, self._module)
+        if vjp_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"vjp_dtype: expected torch.float32, torch.float64 or None, got {vjp_dtype!r}")
+        if vjp_dtype is not None and self._module is None:
+            raise ValueError("vjp_dtype: expected None for a callable without weights; cast inside the callable")
+        self._vjp_dtype: torch.dtype | None = vjp_dtype
+        self._cast_to: torch.dtype | None = None
         self._timetables: dict[torch.device, Tensor] = {}
 
     @property
@@ -111,12 +127,22 @@ class Denoiser:
 
     def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the network gets x: that of its weights, else the latents'."""
+        if self._cast_to is not None:
+            return self._cast_to
         if self._module is not None:
             for parameter in self._module.parameters():
                 # float8 and integer weights are storage formats that the module unpacks itself
                 if parameter.dtype in FLOAT_DTYPES:
                     return parameter.dtype
         return latents_dtype
+
+    def for_vjp(self) -> Denoiser | None:
+        """The same in vjp_dtype, whose `running` casts the weights; None where VJPs need no other. For chains."""
+        if self._vjp_dtype is None or self._module is None:
+            return None
+        other = copy.copy(self)
+        other._vjp_dtype, other._cast_to = None, self._vjp_dtype
+        return other
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -128,15 +154,13 @@ class Denoiser:
         if self._module is None:
             yield
             return
+        if self._cast_to is not None:
+            with _weights_cast(self._module, self._cast_to):
+                yield
+            return
         _refuse_stochastic(self._module)
-        frozen = [p for p in self._module.parameters() if p.requires_grad and p.is_leaf]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        with without_weight_grad(self._module):
             yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
 
     def __call__(
         self,
@@ -252,6 +276,31 @@ def _calling_convention(network: Callable[..., Any], module: nn.Module | None) -
     return lambda x, t, cond, kwargs: network(x, t, encoder_hidden_states=cond, **tail, **kwargs)
 
 
+@contextlib.contextmanager
+def _weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For its duration the floating weights and buffers of a network are copies in another dtype."""
+    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
+            return tensor
+        if tensor not in copies:
+            copies[tensor] = tensor.detach().to(dtype)
+        return copies[tensor]
+
+    try:
+        for module in network.modules():
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in tables:
+                replaced.append((tensors, dict(tensors)))
+                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
+        yield
+    finally:
+        for tensors, originals in replaced:
+            tensors.update(originals)
+
+
 def _as_tensor(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
@@ -275,6 +324,8 @@ def _refuse_stochastic(network: nn.Module) -> None:
         batch_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
             isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
         )
+        # its power iteration goes on at every call
+        batch_statistics = batch_statistics or isinstance(module, nn.utils.parametrizations._SpectralNorm)
         if dropout > 0 or batch_statistics or isinstance(module, nn.RReLU):
             why = f"dropout p={dropout:g}" if dropout > 0 else "random or running statistics"
             raise ValueError(

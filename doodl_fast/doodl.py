@@ -193,8 +193,8 @@ class _Objective:
         gradients = list(torch.autograd.grad(ends, start, cotangents))
         if not all(bool(torch.isfinite(g).all()) for g in gradients):
             raise FloatingPointError(
-                f"gradient: NaN or Inf at optimisation step {step}; try a lower learning_rate or guidance_scale, or "
-                "float32 networks"
+                f"gradient: NaN or Inf at optimisation step {step}; a `Chain` names its own, so look at the loss and "
+                "the decoder: try float32 for them, or a lower learning_rate"
             )
         return tuple(losses), tuple(images), gradients
 

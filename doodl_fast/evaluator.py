@@ -44,6 +44,13 @@ class Evaluator(Protocol):
         ...
 
 
+def vjp_evaluator(evaluator: Evaluator) -> Evaluator | None:
+    """What the evaluator wants its VJPs taken of instead of itself: its `for_vjp()`, if it has one."""
+    method = getattr(evaluator, "for_vjp", None)
+    other: Evaluator | None = None if method is None else method()
+    return other
+
+
 def raw_method(evaluator: Evaluator) -> Raw | None:
     """The evaluator's `raw`, unless a class nearer than the one that has it overrides `__call__` alone."""
     for cls in type(evaluator).__mro__:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arithmetic import power_of_two
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -63,19 +65,28 @@ def frozen(*modules: Any) -> Iterator[None]:
     modules are left alone.
     """
     networks = [module for module in modules if isinstance(module, nn.Module)]
-    weights = [p for network in networks for p in network.parameters() if p.requires_grad and p.is_leaf]
     training = [m for network in networks for m in network.modules() if m.training]
+    with without_weight_grad(*networks):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextlib.contextmanager
+def without_weight_grad(*networks: nn.Module) -> Iterator[None]:
+    """For its duration no weight requires grad; the flags are restored, also after errors."""
+    weights = [p for network in networks for p in network.parameters() if p.requires_grad and p.is_leaf]
     try:
         for weight in weights:
             weight.requires_grad_(False)
-        for module in training:
-            module.training = False
         yield
     finally:
         for weight in weights:
             weight.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 def run_in_dtype(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,14 +104,6 @@ def run_in_dtype(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.d
     return leave(function(enter(x, dtype, power)), power)
 
 
-def largest_power_of_two(values: Tensor) -> Tensor:
-    """The power of two just below the largest magnitude, 0-dim, on the device; 1 where all are zero or one is not
-    finite."""
-    top = values.detach().abs().amax().to(torch.float32)
-    power = torch.exp2(torch.floor(torch.log2(top)).clamp(-126, 126))
-    return torch.where((top > 0) & torch.isfinite(top), power, torch.ones_like(top))
-
-
 class _ScaleGradient(torch.autograd.Function):
     """Casts to float32; its cotangent, divided by a power of two that it notes, goes on in the input's dtype."""
 
@@ -112,7 +115,7 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         cotangent = grad_outputs[0]
-        ctx.power[:] = [largest_power_of_two(cotangent)]
+        ctx.power[:] = [power_of_two(cotangent)]
         return (cotangent / ctx.power[0]).to(ctx.dtype), None
 
 

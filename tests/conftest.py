@@ -1,4 +1,8 @@
-"""What the tests of the chain share: the recorded numbers, tiny networks, ways to count and compare."""
+"""What the tests of the chain share: the recorded numbers, tiny networks, ways to count and compare.
+
+`DOODL_FAST_TEST_DEVICE=cuda` puts them, and with them the tests of the ops, the chain and the optimisation, on a GPU.
+Random numbers are drawn on the CPU all the same.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
@@ -22,18 +25,22 @@ from doodl_fast.schedule import Schedule
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 MEMORIES = ("checkpoint", 1, 3, "reversible")
+DEVICE = torch.device(os.environ.get("DOODL_FAST_TEST_DEVICE", "cpu"))
 
 settings.register_profile("doodl", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("doodl")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, in its interpreter
+if DEVICE.type == "cuda":  # tolerances are those of fp32, and some tests compare bits
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
 @cache
 def golden(name: str) -> dict[str, Tensor]:
     """The tensors of one recorded file. Shared: clone before changing."""
-    return load_file(GOLDEN / f"{name}.safetensors")
+    return {key: value.to(DEVICE) for key, value in load_file(GOLDEN / f"{name}.safetensors").items()}
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -48,7 +55,7 @@ def golden_unet(dtype: torch.dtype = torch.float32) -> nn.Module:
     """The recorded diffusers UNet. Shared: leave its mode and its flags as they are."""
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(**json.loads((GOLDEN / "unet_config.json").read_text()))
+    unet = UNet2DConditionModel(**json.loads((GOLDEN / "unet_config.json").read_text())).to(DEVICE)
     weights = {key[5:]: value for key, value in golden("models").items() if key.startswith("unet/")}
     unet.load_state_dict(weights)
     return unet.to(dtype).eval()
@@ -84,6 +91,7 @@ class TinyNet(nn.Module):
         self.inside = nn.Parameter(torch.randn(width, channels, generator=generator) / channels**0.5)
         self.outside = nn.Parameter(torch.randn(channels, width, generator=generator) / width**0.5)
         self.project = nn.Parameter(torch.randn(width, features, generator=generator) / features**0.5)
+        self.to(DEVICE)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         hidden = torch.einsum("hc,bc...->bh...", self.inside, x) + t.to(x.dtype) / 1000
@@ -111,7 +119,7 @@ class Counting(nn.Module):
 def conditions(batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
     """cond and uncond for TinyNet."""
     generator = torch.Generator().manual_seed(seed)
-    both = torch.randn(2, batch, 5, 4, generator=generator, dtype=torch.float64).to(dtype)
+    both = torch.randn(2, batch, 5, 4, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     return both[0].clone(), both[1].clone()
 
 
@@ -119,7 +127,7 @@ def latents(
     *shape: int, dtype: torch.dtype = torch.float64, seed: int = 2, grad: bool = False
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    both = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    both = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     return both[0].clone().requires_grad_(grad), both[1].clone().requires_grad_(grad)
 
 
@@ -139,15 +147,14 @@ def tiny_chain(
     return EDICT(denoiser, schedule, memory=memory, **options)
 
 
+def weights_of(outputs: tuple[Tensor, ...], seed: int = 3) -> list[Tensor]:
+    """The weights of `pull`'s loss, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device) for out in outputs]
+
+
 def pull(outputs: tuple[Tensor, Tensor], inputs: list[Tensor], seed: int = 3) -> tuple[Tensor, ...]:
     """Gradients of a fixed random linear loss that weighs both outputs differently."""
-    generator = torch.Generator().manual_seed(seed)
-    loss = sum(
-        (out.double() * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum() for out in outputs
-    )
+    weights = weights_of(outputs, seed)
+    loss = sum((out.double() * weight).sum() for out, weight in zip(outputs, weights, strict=True))
     return torch.autograd.grad(loss, inputs, retain_graph=True)  # conditions may have a graph of their own
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)

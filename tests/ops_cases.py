@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import DTYPES
+from conftest import DEVICE, DTYPES
 from torch import Tensor
 
 from doodl_fast import ops
@@ -35,8 +35,8 @@ SHAPES = [(1, 1), (3, 7), (2, 3, 5, 7), (1, 4, 16, 33), (2, 4, 2, 9, 11), (1, 10
 
 
 def require(backend: str) -> None:
-    """Skips, with the reason, where a backend cannot compute on the CPU."""
-    reason = ops.why_not(backend, "cpu")
+    """Skips, with the reason, where a backend cannot compute on the tests' device."""
+    reason = ops.why_not(backend, DEVICE.type)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 
@@ -50,7 +50,7 @@ def operands(
 
     def draw(size: tuple[int, ...], dtype: str) -> Tensor:
         value = torch.randn(size, generator=generator, dtype=torch.float64)
-        return (value * torch.randn(size, generator=generator, dtype=torch.float64).exp()).to(DTYPES[dtype])
+        return (value * torch.randn(size, generator=generator, dtype=torch.float64).exp()).to(DEVICE, DTYPES[dtype])
 
     return draw(shape, state), draw(shape, state), draw(batch, eps)
 

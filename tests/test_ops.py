@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES
+from conftest import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import (
@@ -76,7 +76,7 @@ def test_coupling_inverse(backend, state, eps_dtype, guided):
 @pytest.mark.parametrize(("state", "eps_dtype"), STATE_EPS)
 def test_coupling_vjp(backend, state, eps_dtype, guided):
     grad, *_ = operands((2, 4, 9, 13), state, eps_dtype, guided)
-    g, scale = (G if guided else None), torch.tensor(2.0**-3, dtype=grad.dtype)
+    g, scale = (G if guided else None), torch.tensor(2.0**-3, dtype=grad.dtype, device=DEVICE)
     to_target, to_source, to_eps = ops.coupling_vjp(grad, A, C, B, g, scale, DTYPES[eps_dtype], want_source=True)
     exact = Linear(grad)
     check(to_target, (exact * A).value, (exact * A).magnitude)
@@ -108,7 +108,7 @@ def test_coupling_mix_vjp(backend, state, eps_dtype, guided, mixing):
     """The adjoint identity, in float64 from the very numbers that came out: <vjp(w), z> = <w, op(z)>."""
     wt, ws, _ = operands((2, 4, 5, 13), state, eps_dtype, guided)
     zt, zs, ze = operands((2, 4, 5, 13), "fp64", "fp64", guided, seed=1)
-    g, scale = (G if guided else None), torch.tensor(0.25, dtype=wt.dtype)
+    g, scale = (G if guided else None), torch.tensor(0.25, dtype=wt.dtype, device=DEVICE)
     gt, gs, ge = ops.coupling_mix_vjp(wt, ws, mixing, A, C, B, g, scale, DTYPES[eps_dtype])
     assert gt.dtype == gs.dtype == wt.dtype and ge.dtype == DTYPES[eps_dtype]
     with ops.backend("eager"):
@@ -137,7 +137,7 @@ def every_result(state: str, eps_dtype: str, shape: tuple[int, ...], layout=None
         if layout is not None:
             target, source, eps = (layout(z) for z in (target, source, eps))
         g = G if guided else None
-        scale = torch.tensor(2.0**-5, dtype=target.dtype)
+        scale = torch.tensor(2.0**-5, dtype=target.dtype, device=DEVICE)
         found += [ops.coupling(target, source, eps, A, C, B, g), ops.coupling(target, None, eps, 1.0, 0.0, B, g)]
         found += ops.coupling_vjp(target, A, C, B, g, scale, eps.dtype, want_source=True)
         for mixing in MIXINGS:
@@ -183,7 +183,8 @@ def test_shapes(backend, shape):
     with ops.backend("eager"):
         want = every_result("fp64", "bf16", shape)
     assert all(same_bits(g, w) for g, w in zip(got, want, strict=True))
-    assert ops.coupling(torch.tensor(2.0), None, torch.tensor(3.0), 2.0, 0.0, 0.5).item() == 5.5
+    two, three = torch.tensor(2.0, device=DEVICE), torch.tensor(3.0, device=DEVICE)
+    assert ops.coupling(two, None, three, 2.0, 0.0, 0.5).item() == 5.5
 
 
 def test_large_enough_for_several_threads(backend):
@@ -208,6 +209,7 @@ def test_special_values(backend):
     values = torch.tensor(
         [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 6e-8, 65519.9, 65520.0, 3e38, 1.00048828125, 1e-300],
         dtype=torch.float64,
+        device=DEVICE,
     )
     grid = torch.cartesian_prod(values, values)
     for state, eps_dtype in STATE_EPS:
@@ -229,7 +231,8 @@ def test_special_values(backend):
 def test_fp64_is_rounded_once(backend):
     """A float64 just above the middle between two fp16 numbers: by way of fp32 it would be taken for the middle."""
     for dtype, above in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)):
-        grad = torch.tensor([[1 + above + 2.0**-40, 1 + above, -1 - above - 2.0**-40]], dtype=torch.float64)
+        numbers = [[1 + above + 2.0**-40, 1 + above, -1 - above - 2.0**-40]]
+        grad = torch.tensor(numbers, dtype=torch.float64, device=DEVICE)
         got = ops.coupling_vjp(grad, 1.0, 0.0, 1.0, eps_dtype=dtype)[2]
         up = 1 + 2 * above
         assert got.tolist() == [[up, 1.0, -up]]
@@ -238,11 +241,28 @@ def test_fp64_is_rounded_once(backend):
 def test_no_fused_multiply_add(backend):
     """`a t + c s` where the product's rounding shows: exactly zero without an fma, 2^-46 with one."""
     number = 1 + 2.0**-12
-    target, source = torch.tensor([[number] * 9]), torch.tensor([[number * number] * 9])
+    target, source = (torch.tensor([[value] * 9], device=DEVICE) for value in (number, number * number))
     assert float(source[0, 0]) != number * number
     assert ops.coupling(target, source, None, number, -1.0).abs().max() == 0
     mixing = ops.Mixing(True, number, -1.0, 1.0, 0.0)
     assert ops.coupling_mix(target, source, None, mixing)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("tiny", [1e-237, 2.0**-150, -(2.0**-150), 2.0**-149, 1e-45])
+def test_coefficients_that_vanish_in_fp32(backend, tiny):
+    """A coefficient that is rounded to zero counts as zero: its term is left out, signed zeros and infinities too."""
+    x = torch.tensor([[1.5, -0.0, -2.0, math.inf]], device=DEVICE)
+    y = torch.tensor([[-1.0, -3.0, -0.0, 2.0]], device=DEVICE)
+    results = []
+    for name in (backend, "eager"):
+        with ops.backend(name):
+            results.append([])
+            for target_first in (True, False):
+                mixing = ops.Mixing(target_first, 1.0, tiny, -0.0, tiny)
+                results[-1] += ops.coupling_mix(x, y, None, mixing)
+                results[-1] += ops.coupling_mix_vjp(x, y, mixing, 1.0, tiny)[:2]
+    assert all(same_bits(got, want) for got, want in zip(*results, strict=True))
+    assert not torch.isnan(results[0][1]).any()  # 0 inf
 
 
 def test_deterministic(backend):
@@ -292,7 +312,7 @@ def test_any_coefficients_agree(a, c, b, g, size, dtypes, seed):
 
 def update(x: Tensor, y: Tensor, noise=None, starts=None, seed: int = 5, **settings):
     generator = torch.Generator().manual_seed(seed)
-    gx, gy, mx, my = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for _ in range(4))
+    gx, gy, mx, my = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(4))
     options = {"rate": 0.5, "clip": 0.4, "momentum": 0.9, "nesterov": False, "tied": True, "sigma": 0.1, **settings}
     latents, momenta = ops.latent_update((x, y), (mx, my), (gx, gy), noise, starts, **options)
     return [*latents, *momenta]
@@ -309,13 +329,11 @@ UPDATES = [
 def test_latent_update_against_torch(backend, dtype, settings):
     """torch's own SGD and clamp, in float64."""
     x, y, _ = operands((2, 4, 9, 11), dtype, dtype, False)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(x.dtype)
-    starts = [torch.tensor([3.0, 5.0]), torch.tensor([2.0, 7.0])]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(x)
+    starts = list(torch.tensor([[3.0, 5.0], [2.0, 7.0]], device=DEVICE))
     got = update(x, y, noise, starts, **settings)
     generator = torch.Generator().manual_seed(5)
-    gx, gy, mx, my = (
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype).double() for _ in range(4)
-    )
+    gx, gy, mx, my = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x).double() for _ in range(4))
     grads = [gx / 2, gy / 2]
     if settings["tied"]:
         grads = [(grads[0] + grads[1]) / 2] * 2
@@ -347,7 +365,7 @@ def test_latent_update_against_torch(backend, dtype, settings):
 def test_latent_update_agrees(backend, shape, dtype):
     """Bit for bit without the norm; with it up to the order of a float64 sum."""
     x, y, noise = operands(shape, dtype, dtype, False)
-    starts = [torch.rand(shape[0]) + 1, torch.rand(shape[0]) + 1]
+    starts = list(torch.rand(2, shape[0], device=DEVICE) + 1)
     for options in UPDATES:
         got, scaled = update(x, y, noise, **options), update(x, y, noise, starts, **options)
         with ops.backend("eager"):
@@ -360,13 +378,14 @@ def test_latent_update_agrees(backend, shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_latent_update_layouts(backend, layout):
     x, y, noise = operands((2, 4, 5, 6), "fp32", "fp32", False)
-    want = update(x, y, noise, [torch.ones(2), torch.ones(2)])
-    got = update(*(LAYOUTS[layout](z) for z in (x, y, noise)), [torch.ones(2), torch.ones(2)])
+    starts = list(torch.ones(2, 2, device=DEVICE))
+    want = update(x, y, noise, starts)
+    got = update(*(LAYOUTS[layout](z) for z in (x, y, noise)), starts)
     assert all(torch.allclose(g, w, rtol=2e-7, atol=0) for g, w in zip(got, want, strict=True))
 
 
 def test_latent_update_keeps_nan(backend):
-    x = torch.tensor([[1.0, math.nan, 2.0]])
+    x = torch.tensor([[1.0, math.nan, 2.0]], device=DEVICE)
     assert torch.isnan(update(x, x.clone())[0]).tolist() == [[False, True, False]]
 
 

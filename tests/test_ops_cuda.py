@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import test_lattice_ops as lattice
 import torch
+from conftest import DTYPES
 from ops_cases import STATE_EPS, operands, same_bits
 from test_ops import MIXINGS, A, B, C, G, update
 
@@ -43,6 +45,28 @@ def agree(backend, tensors, g) -> None:
 def test_small_sizes_agree_to_the_last_bit(backend, state, eps, guided):
     for shape in ((1, 1), (2, 3, 5, 7), (1, 4, 16, 16)):
         agree(backend, operands(shape, state, eps, guided), G if guided else None)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("eps", DTYPES)
+@pytest.mark.parametrize("integer", lattice.INTEGERS)
+def test_lattice_couplings_agree_to_the_last_bit(backend, integer, eps, guided, undo):
+    tensors = lattice.operands((1, 4, 33, 65), integer, eps, guided)
+    numbers = (lattice.C, lattice.B[integer], G if guided else None, undo)
+    results = []
+    for name, device in (("eager", "cpu"), (backend, "cuda")):
+        *four, network = (z.to(device) for z in tensors)
+        network[0, 0, 0, 0] = float("inf")  # a fault is noted on the device
+        table = lattice.faults().to(device)
+        with ops.backend(name):
+            found = [ops.lattice_coupling(four[0], four[1], network, table, 0, *numbers)]
+            for mixing in lattice.MIXINGS:
+                found += ops.lattice_mix(*four, network, table, 1, mixing, *numbers)
+                found += ops.lattice_mix(*four, None, table, 2, mixing, undo=undo)
+        results.append([z.cpu() for z in (*found, table)])
+    assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
+    assert results[0][-1].tolist() == [[1, 1], [1, 1], [0, 0]]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])

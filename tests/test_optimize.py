@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import Tensor
 
 import doodl_fast
@@ -24,14 +25,14 @@ CHILD = Path(__file__).parent / "optimize_child.py"
 def problem(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """A small chain over a smooth callable, and a loss that wants the picture's mean square at 2."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = (torch.randn(4, 4, generator=generator, dtype=torch.float64) / 3).to(dtype)
+    mixing = (torch.randn(4, 4, generator=generator, dtype=torch.float64) / 3).to(DEVICE, dtype)
 
     def network(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         return torch.tanh(torch.einsum("oc,bc...->bo...", mixing.to(x.dtype), x)) + 0.1 * x
 
     schedule = doodl_fast.Schedule((800, 600, 400, 200), (0.1, 0.3, 0.6, 0.9), (0.3, 0.6, 0.9, 0.99))
     chain = doodl_fast.EDICT(doodl_fast.Denoiser(network, None), schedule)
-    latents = torch.randn(2, 4, 5, 5, generator=generator).to(dtype)
+    latents = torch.randn(2, 4, 5, 5, generator=generator).to(DEVICE, dtype)
     return {"chain": chain, "latents": latents, "decode": lambda z: 2 * z, "loss": noisy_loss, "progress": False}
 
 

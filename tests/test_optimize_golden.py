@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, golden, golden_denoiser, recorded_schedule, relative
+from conftest import DEVICE, GOLDEN, golden, golden_denoiser, recorded_schedule, relative
 from torch import Tensor
 
 import doodl_fast
@@ -38,7 +38,7 @@ def vae() -> Any:
 
     model = AutoencoderKL(**json.loads((GOLDEN / "vae_config.json").read_text()))
     model.load_state_dict({k[4:]: v for k, v in golden("models").items() if k.startswith("vae/")})
-    return model.eval().requires_grad_(False)
+    return model.to(DEVICE).eval().requires_grad_(False)
 
 
 def decode(latents: Tensor) -> Tensor:

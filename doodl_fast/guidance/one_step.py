@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..arithmetic import power_of_two
 from ..chain import Chain
 from ..denoiser import Denoiser
 from ..diffusion import EDICT
-from ..modules import largest_power_of_two
 from ..schedule import Schedule
 
 
@@ -86,7 +86,8 @@ class OneStepGuidance:
             value = self.loss(self.decode(picked))
             (cotangent,) = torch.autograd.grad(value, picked)
             # the network may run in fp16, where a mean's gradient would vanish
-            power = largest_power_of_two(cotangent).to(cotangent.dtype)
+            wide = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+            power = power_of_two(wide).to(cotangent.dtype)
             (pulled,) = torch.autograd.grad(sample, leaf, cotangent / power)
         return pulled * power * x.shape[0]
 

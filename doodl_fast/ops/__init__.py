@@ -13,12 +13,15 @@ from __future__ import annotations
 from .coupling import coupling, coupling_inverse, coupling_vjp
 from .coupling_mix import Mixing, coupling_mix, coupling_mix_vjp, mix, mix_inverse
 from .latent_update import latent_update
+from .lattice_coupling import lattice_coupling
+from .lattice_mix import LatticeMixing, lattice_mix
 from .registry import AUTO, NAMES, BackendUnavailable, backend, choice, resolve, why_not
 
 __all__ = [
     "AUTO",
     "NAMES",
     "BackendUnavailable",
+    "LatticeMixing",
     "Mixing",
     "backend",
     "choice",
@@ -28,6 +31,8 @@ __all__ = [
     "coupling_mix_vjp",
     "coupling_vjp",
     "latent_update",
+    "lattice_coupling",
+    "lattice_mix",
     "mix",
     "mix_inverse",
     "resolve",

@@ -36,6 +36,8 @@ from .layout import (
 )
 from .registry import eager, select
 
+Cotangents = tuple[Tensor, Tensor | None, Tensor | None]
+
 # The public functions
 
 
@@ -87,7 +89,7 @@ def coupling_vjp(
     scale: Tensor | None = None,
     eps_dtype: torch.dtype | None = None,
     want_source: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Cotangents:
     """The vector-Jacobian product of `coupling`: from the cotangent of its result to those of target, source and eps.
 
     grad: (B, ...). scale: a 0-dim tensor on its device that multiplies eps's cotangent, a power of two that keeps a
@@ -140,25 +142,19 @@ def _coupling_vjp_forward(
     scale: Tensor | None,
     eps_dtype: torch.dtype | None,
     want_source: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Cotangents:
     check_floating(grad=grad)
+    outs = _new_cotangents(grad, g, eps_dtype, want_source)
+    if grad.numel():
+        grad = grad.contiguous(memory_format=dense_format(grad))
+        select("coupling_vjp", grad)(*outs, grad, prepared_scale(scale, grad, eps_dtype), a, c, b, g)
+    return outs
+
+
+def _new_cotangents(grad: Tensor, g: float | None, eps_dtype: torch.dtype | None, want_source: bool) -> Cotangents:
     layout = dense_format(grad)
-    out = torch.empty_like(grad, memory_format=layout)
-    to_source = torch.empty_like(out) if want_source else None
-    to_eps = new_eps(grad, eps_dtype, g, layout)
-    if out.numel():
-        select("coupling_vjp", grad)(
-            out,
-            to_source,
-            to_eps,
-            grad.contiguous(memory_format=layout),
-            prepared_scale(scale, grad, eps_dtype),
-            a,
-            c,
-            b,
-            g,
-        )
-    return out, to_source, to_eps
+    to_target = torch.empty_like(grad, memory_format=layout)
+    return to_target, torch.empty_like(to_target) if want_source else None, new_eps(grad, eps_dtype, g, layout)
 
 
 def new_eps(grad: Tensor, eps_dtype: torch.dtype | None, g: float | None, layout: torch.memory_format) -> Tensor | None:
@@ -177,7 +173,7 @@ def prepared_scale(scale: Tensor | None, grad: Tensor, eps_dtype: torch.dtype | 
     return scale.to(compute_dtype(grad.dtype, eps_dtype))
 
 
-def unpack(outs: list[Tensor], want_source: bool, want_eps: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def unpack(outs: list[Tensor], want_source: bool, want_eps: bool) -> Cotangents:
     """A registered op returns a list, as a schema knows no optional outputs."""
     rest = iter(outs[1:])
     return outs[0], next(rest) if want_source else None, next(rest) if want_eps else None
@@ -264,22 +260,16 @@ def _coupling_vjp(
 # Registration
 
 
-@torch.library.custom_op(
+_coupling_op = torch.library.custom_op(
     "doodl_fast::coupling",
     mutates_args=(),
     schema="(Tensor target, Tensor? source, Tensor? eps, float a, float c, float b, float? g) -> Tensor",
-)
-def _coupling_op(
-    target: Tensor, source: Tensor | None, eps: Tensor | None, a: float, c: float, b: float, g: float | None
-) -> Tensor:
-    return _coupling_forward(target, source, eps, a, c, b, g)
+)(_coupling_forward)
 
 
 @_coupling_op.register_fake
-def _(
-    target: Tensor, source: Tensor | None, eps: Tensor | None, a: float, c: float, b: float, g: float | None
-) -> Tensor:
-    check_operands(target, source, eps, g)
+def _(target: Tensor, source: Tensor | None, eps: Tensor | None, *coefficients: Any) -> Tensor:
+    check_operands(target, source, eps, coefficients[-1])
     return torch.empty_like(target, memory_format=dense_format(target))
 
 
@@ -289,35 +279,14 @@ def _(
     schema="(Tensor grad, float a, float c, float b, float? g, Tensor? scale, ScalarType? eps_dtype, bool want_source)"
     " -> Tensor[]",
 )
-def _coupling_vjp_op(
-    grad: Tensor,
-    a: float,
-    c: float,
-    b: float,
-    g: float | None,
-    scale: Tensor | None,
-    eps_dtype: torch.dtype | None,
-    want_source: bool,
-) -> list[Tensor]:
-    outs = _coupling_vjp_forward(grad, a, c, b, g, scale, eps_dtype, want_source)
-    return [out for out in outs if out is not None]
+def _coupling_vjp_op(*arguments: Any) -> list[Tensor]:
+    return [out for out in _coupling_vjp_forward(*arguments) if out is not None]
 
 
 @_coupling_vjp_op.register_fake
-def _(
-    grad: Tensor,
-    a: float,
-    c: float,
-    b: float,
-    g: float | None,
-    scale: Tensor | None,
-    eps_dtype: torch.dtype | None,
-    want_source: bool,
-) -> list[Tensor]:
-    layout = dense_format(grad)
-    outs = [torch.empty_like(grad, memory_format=layout) for _ in range(1 + want_source)]
-    to_eps = new_eps(grad, eps_dtype, g, layout)
-    return outs if to_eps is None else [*outs, to_eps]
+def _(grad: Tensor, *rest: Any) -> list[Tensor]:
+    *_, g, _, eps_dtype, want_source = rest
+    return [out for out in _new_cotangents(grad, g, eps_dtype, want_source) if out is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

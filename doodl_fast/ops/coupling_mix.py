@@ -19,7 +19,8 @@ arithmetic until each output is rounded once. In this order, `.` a rounding:
              gt1, gs = f, o or o, f ;  q = (b.gt1).scale ;  out_s = gs + c.gt1 ;  out_t = a.gt1 ;  eps's as in
              `coupling`
 
-Terms whose coefficient is zero, or whose factor is one, are left out. Shapes and layouts as in `coupling`.
+Terms whose coefficient is zero in the dtype of the arithmetic, or whose factor is one, are left out. Shapes and layouts
+as in `coupling`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .coupling import moved, new_eps, prepared_scale, store_eps
-from .layout import check_floating, check_operands, check_same, compute_dtype, dense_format, is_plain, store
+from .layout import check_floating, check_operands, check_same, compute_dtype, dense_format, is_plain, store, vanishes
 from .registry import eager, select
 
 
@@ -72,7 +73,7 @@ def coupling_mix(
     Raises ValueError or TypeError, naming the argument.
     """
     if is_plain(target, source, eps):
-        return _coupling_mix_forward(target, source, eps, mixing, a, c, b, g)
+        return _coupling_mix_forward(target, source, eps, *mixing, a, c, b, g)
     pair: Pair = torch.ops.doodl_fast.coupling_mix(target, source, eps, *mixing, a, c, b, g)
     return pair
 
@@ -104,7 +105,7 @@ def coupling_mix_vjp(
     The source's is without what comes back through the network; eps's is None when eps_dtype is.
     """
     if is_plain(grad_target, grad_source, scale):
-        return _coupling_mix_vjp_forward(grad_target, grad_source, mixing, a, c, b, g, scale, eps_dtype)
+        return _coupling_mix_vjp_forward(grad_target, grad_source, *mixing, a, c, b, g, scale, eps_dtype)
     outs = torch.ops.doodl_fast.coupling_mix_vjp(grad_target, grad_source, *mixing, a, c, b, g, scale, eps_dtype)
     return outs[0], outs[1], outs[2] if eps_dtype is not None else None
 
@@ -112,30 +113,21 @@ def coupling_mix_vjp(
 # From tensors of any layout to a backend's kernel
 
 
-def _coupling_mix_forward(
-    target: Tensor,
-    source: Tensor,
-    eps: Tensor | None,
-    mixing: Mixing,
-    a: float,
-    c: float,
-    b: float,
-    g: float | None,
-) -> Pair:
+def _coupling_mix_forward(target: Tensor, source: Tensor, eps: Tensor | None, *numbers: Any) -> Pair:
+    """numbers: those of the mixing, then a, c, b, g."""
+    *others, b, g = numbers
     check_operands(target, source, eps, g)
     layout = dense_format(target)
     out_target = torch.empty_like(target, memory_format=layout)
     out_source = torch.empty_like(target, memory_format=layout)
-    if out_target.numel():
+    if target.numel():
         select("coupling_mix", target)(
             out_target,
             out_source,
             target.contiguous(memory_format=layout),
             source.contiguous(memory_format=layout),
             None if eps is None or b == 0 else eps.contiguous(memory_format=layout),
-            *mixing,
-            a,
-            c,
+            *others,
             b,
             None if b == 0 else g,
         )
@@ -143,37 +135,31 @@ def _coupling_mix_forward(
 
 
 def _coupling_mix_vjp_forward(
-    grad_target: Tensor,
-    grad_source: Tensor,
-    mixing: Mixing,
-    a: float,
-    c: float,
-    b: float,
-    g: float | None,
-    scale: Tensor | None,
-    eps_dtype: torch.dtype | None,
+    grad_target: Tensor, grad_source: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """rest: the numbers of the mixing, then a, c, b, g, then scale and eps_dtype."""
+    *numbers, scale, eps_dtype = rest
     check_floating(grad_target=grad_target)
     check_same("grad_target", grad_target, grad_source=grad_source)
-    layout = dense_format(grad_target)
-    to_target = torch.empty_like(grad_target, memory_format=layout)
-    to_source = torch.empty_like(to_target)
-    to_eps = new_eps(grad_target, eps_dtype, g, layout)
-    if to_target.numel():
+    outs = _new_cotangents(grad_target, numbers[-1], eps_dtype)
+    if grad_target.numel():
+        layout = dense_format(grad_target)
         select("coupling_mix_vjp", grad_target)(
-            to_target,
-            to_source,
-            to_eps,
+            *outs,
             grad_target.contiguous(memory_format=layout),
             grad_source.contiguous(memory_format=layout),
             prepared_scale(scale, grad_target, eps_dtype),
-            *mixing,
-            a,
-            c,
-            b,
-            g,
+            *numbers,
         )
-    return to_target, to_source, to_eps
+    return outs
+
+
+def _new_cotangents(
+    grad: Tensor, g: float | None, eps_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    layout = dense_format(grad)
+    to_target, to_source = (torch.empty_like(grad, memory_format=layout) for _ in range(2))
+    return to_target, to_source, new_eps(grad, eps_dtype, g, layout)
 
 
 # The reference kernels
@@ -184,7 +170,7 @@ def _times(value: Tensor, factor: float) -> Tensor:
 
 
 def _plus(value: Tensor, other: Tensor, factor: float) -> Tensor:
-    return value if factor == 0 else value + other * factor
+    return value if vanishes(factor, value.dtype) else value + other * factor
 
 
 @eager
@@ -251,19 +237,16 @@ def _coupling_mix_vjp(
 _MIXING = "bool target_first, float a0, float c0, float a1, float c1, "
 
 
-@torch.library.custom_op(
+_coupling_mix_op = torch.library.custom_op(
     "doodl_fast::coupling_mix",
     mutates_args=(),
     schema=f"(Tensor target, Tensor source, Tensor? eps, {_MIXING}float a, float c, float b, float? g)"
     " -> (Tensor, Tensor)",
-)
-def _coupling_mix_op(target: Tensor, source: Tensor, eps: Tensor | None, target_first: bool, *numbers: Any) -> Pair:
-    a0, c0, a1, c1, a, c, b, g = numbers
-    return _coupling_mix_forward(target, source, eps, Mixing(target_first, a0, c0, a1, c1), a, c, b, g)
+)(_coupling_mix_forward)
 
 
 @_coupling_mix_op.register_fake
-def _(target: Tensor, source: Tensor, eps: Tensor | None, target_first: bool, *numbers: Any) -> Pair:
+def _(target: Tensor, source: Tensor, eps: Tensor | None, *numbers: Any) -> Pair:
     check_operands(target, source, eps, numbers[-1])
     layout = dense_format(target)
     return torch.empty_like(target, memory_format=layout), torch.empty_like(target, memory_format=layout)
@@ -275,19 +258,14 @@ def _(target: Tensor, source: Tensor, eps: Tensor | None, target_first: bool, *n
     schema=f"(Tensor grad_target, Tensor grad_source, {_MIXING}float a, float c, float b, float? g, Tensor? scale, "
     "ScalarType? eps_dtype) -> Tensor[]",
 )
-def _coupling_mix_vjp_op(grad_target: Tensor, grad_source: Tensor, target_first: bool, *rest: Any) -> list[Tensor]:
-    a0, c0, a1, c1, *others = rest
-    outs = _coupling_mix_vjp_forward(grad_target, grad_source, Mixing(target_first, a0, c0, a1, c1), *others)
-    return [out for out in outs if out is not None]
+def _coupling_mix_vjp_op(*arguments: Any) -> list[Tensor]:
+    return [out for out in _coupling_mix_vjp_forward(*arguments) if out is not None]
 
 
 @_coupling_mix_vjp_op.register_fake
-def _(grad_target: Tensor, grad_source: Tensor, target_first: bool, *rest: Any) -> list[Tensor]:
+def _(grad_target: Tensor, grad_source: Tensor, *rest: Any) -> list[Tensor]:
     *_, g, _, eps_dtype = rest
-    layout = dense_format(grad_target)
-    outs = [torch.empty_like(grad_target, memory_format=layout) for _ in range(2)]
-    to_eps = new_eps(grad_target, eps_dtype, g, layout)
-    return outs if to_eps is None else [*outs, to_eps]
+    return [out for out in _new_cotangents(grad_target, g, eps_dtype) if out is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:

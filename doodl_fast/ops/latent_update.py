@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,36 +66,22 @@ def latent_update(
     return (x, y), (mx, my)
 
 
-def _latent_update_forward(
-    x: Tensor,
-    y: Tensor,
-    mx: Tensor,
-    my: Tensor,
-    gx: Tensor,
-    gy: Tensor,
-    noise: Tensor | None,
-    starts: Tensor | None,
-    rate: float,
-    clip: float,
-    momentum: float,
-    nesterov: bool,
-    tied: bool,
-    sigma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, starts, y=y, mx=mx, my=my, gx=gx, gy=gy, noise=noise)
-    layout = dense_format(x)
-    outs = [torch.empty_like(x, memory_format=layout) for _ in range(4)]
+def _latent_update_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The update of the schema below, and in its order."""
+    tensors, starts, settings = arguments[:7], arguments[7], arguments[8:]
+    outs = _outputs(*arguments[:8])
+    x, noise, sigma = tensors[0], tensors[6], settings[-1]
     if not x.numel():
-        return outs[0], outs[1], outs[2], outs[3]
+        return outs
+    layout = dense_format(x)
     squares = None if starts is None else torch.empty(2, x.shape[0], dtype=torch.float64, device=x.device)
-    inputs = [z.contiguous(memory_format=layout) for z in (x, y, mx, my, gx, gy)]
+    inputs = [z.contiguous(memory_format=layout) for z in tensors[:6]]
     noise = None if noise is None or sigma == 0 else noise.contiguous(memory_format=layout)
-    update = select("latent_update", x)
-    update(*outs, squares, *inputs, noise, rate, clip, momentum, nesterov, tied, sigma)
-    if squares is not None and starts is not None:
+    select("latent_update", x)(*outs, squares, *inputs, noise, *settings)
+    if squares is not None:
         factors = (starts / squares.sqrt()).to(x.dtype)
         select("scale_samples", x)(outs[0], outs[1], factors)
-    return outs[0], outs[1], outs[2], outs[3]
+    return outs
 
 
 _latent_update_op = torch.library.custom_op(
@@ -107,7 +94,11 @@ _latent_update_op = torch.library.custom_op(
 
 
 @_latent_update_op.register_fake
-def _(
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return _outputs(*arguments[:8])
+
+
+def _outputs(
     x: Tensor,
     y: Tensor,
     mx: Tensor,
@@ -116,26 +107,16 @@ def _(
     gy: Tensor,
     noise: Tensor | None,
     starts: Tensor | None,
-    rate: float,
-    clip: float,
-    momentum: float,
-    nesterov: bool,
-    tied: bool,
-    sigma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, starts, y=y, mx=mx, my=my, gx=gx, gy=gy, noise=noise)
-    x, y, mx, my = (torch.empty_like(x, memory_format=dense_format(x)) for _ in range(4))
-    return x, y, mx, my
-
-
-def _check(x: Tensor, starts: Tensor | None, **others: Tensor | None) -> None:
+) -> tuple[Tensor, ...]:
+    """New x, y, mx, my, not filled yet, once the operands are found to fit together."""
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"latents: expected float32 or float64, got {x.dtype}; smaller updates would vanish in it")
     if not x.ndim:
         raise ValueError("latents: expected a leading batch dimension, got 0-dim tensors")
-    check_same("x", x, **others)
+    check_same("x", x, y=y, mx=mx, my=my, gx=gx, gy=gy, noise=noise)
     if starts is not None and (tuple(starts.shape) != (2, x.shape[0]) or starts.device != x.device):
         raise ValueError(f"start_norms: expected one for each of {x.shape[0]} samples, on the latents' device")
+    return tuple(torch.empty_like(x, memory_format=dense_format(x)) for _ in range(4))
 
 
 # The reference kernels

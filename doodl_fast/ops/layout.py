@@ -36,6 +36,11 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def vanishes(coefficient: float, dtype: torch.dtype) -> bool:
+    """Whether a coefficient is zero once it is rounded to the dtype of the arithmetic: 2^-150 is still rounded to 0."""
+    return coefficient == 0 or (dtype == torch.float32 and abs(coefficient) <= 2.0**-150)
+
+
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` (float32 or float64) rounded once to `dtype`, to nearest even.
 

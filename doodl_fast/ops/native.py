@@ -18,7 +18,16 @@ from .registry import Kernel
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = {"cpu": "_native", "cuda": "_native_cuda"}
 REPORT = "_native_build.json"
-OPS = ("coupling", "coupling_vjp", "coupling_mix", "coupling_mix_vjp", "latent_update", "scale_samples")
+OPS = (
+    "coupling",
+    "coupling_vjp",
+    "coupling_mix",
+    "coupling_mix_vjp",
+    "latent_update",
+    "lattice_coupling",
+    "lattice_mix",
+    "scale_samples",
+)
 
 
 def build_report() -> dict[str, str]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import compute_dtype
+from .lattice_coupling import limit
+from .layout import compute_dtype, vanishes
 from .registry import Kernel
 
 OLDEST = (3, 6)
@@ -44,26 +45,32 @@ def kernels() -> dict[str, Kernel]:
         "coupling_mix": coupling_mix,
         "coupling_mix_vjp": coupling_mix_vjp,
         "latent_update": latent_update,
+        "lattice_coupling": lattice_coupling,
+        "lattice_mix": lattice_mix,
         "scale_samples": scale_samples,
     }
 
 
-def _launch(name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any) -> None:
-    from . import triton_kernels
+def _launch(
+    name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, block: int = BLOCK, **constants: Any
+) -> None:
+    from . import triton_kernels, triton_lattice
 
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_lattice if name == "lattice_kernel" else triton_kernels, name)
     if like.is_cpu:  # the interpreter
-        kernel[grid](*arguments, **constants, BLOCK=BLOCK)
+        kernel[grid](*arguments, **constants, BLOCK=block)
         return
     with torch.cuda.device(like.device):
-        kernel[grid](*arguments, **constants, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+        kernel[grid](*arguments, **constants, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False)
 
 
-def _compute(*tensors: Tensor | None) -> Any:
+def _arithmetic(*tensors: Tensor | None, **coefficients: float) -> dict[str, Any]:
+    """The kernels' constants: the dtype of the arithmetic, and which of the coefficients are not zero in it."""
     import triton.language as tl
 
-    wide = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None)) == torch.float64
-    return tl.float64 if wide else tl.float32
+    dtype = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None))
+    there = {f"HAS_{name.upper()}": not vanishes(value, dtype) for name, value in coefficients.items()}
+    return {"COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32, **there}
 
 
 def _blocks(n: int) -> int:
@@ -89,14 +96,12 @@ def coupling(
         target,
         *(out, out_source, target, source, eps, n),
         *(float(number) for number in (a, c, b, g or 0.0, a0, c0, a1, c1)),
-        COMPUTE=_compute(target, eps),
+        **_arithmetic(target, eps, c0=c0, c1=c1),
         SOURCE=source is not None and c != 0,
         EPS=eps is not None,
         GUIDED=g is not None,
         MIXES=out_source is not None,
         TARGET_FIRST=target_first,
-        HAS_C0=c0 != 0,
-        HAS_C1=c1 != 0,
     )
 
 
@@ -127,16 +132,13 @@ def coupling_vjp(
         grad,
         *(out, to_source, to_eps, grad, grad_source, scale, n),
         *(float(number) for number in (a, c, b, g or 0.0, a0, c0, a1, c1)),
-        COMPUTE=_compute(grad, to_eps),
+        **_arithmetic(grad, to_eps, c=c, c0=c0, c1=c1),
         SOURCE=to_source is not None,
         EPS=to_eps is not None,
         SCALED=scale is not None,
         GUIDED=g is not None,
         MIXES=grad_source is not None,
         TARGET_FIRST=target_first,
-        HAS_C=c != 0,
-        HAS_C0=c0 != 0,
-        HAS_C1=c1 != 0,
     )
 
 
@@ -170,7 +172,7 @@ def latent_update(*arguments: Any) -> None:
         x,
         *(*outs, sums, *inputs, noise, sample),
         *(float(number) for number in (rate, clip, momentum, sigma)),
-        COMPUTE=_compute(x),
+        **_arithmetic(x),
         SQUARES=sums is not None,
         NESTEROV=nesterov,
         TIED=tied,
@@ -185,3 +187,58 @@ def scale_samples(x: Tensor, y: Tensor, factors: Tensor) -> None:
     batch = x.shape[0]
     sample = x.numel() // batch
     _launch("scale_kernel", (_blocks(sample), batch), x, x, y, factors, sample)
+
+
+def lattice_coupling(
+    out: Tensor,
+    target: Tensor,
+    source: Tensor,
+    eps: Tensor | None,
+    faults: Tensor,
+    row: int,
+    c: float,
+    b: float,
+    g: float | None,
+    undo: bool,
+) -> None:
+    """Fills `out`, and a row of faults."""
+    _lattice((out, None, None, None), (target, source, None, None), eps, faults, row, (True,), (c, b, g, undo))
+
+
+def lattice_mix(*arguments: Any) -> None:
+    """Fills the four outputs, and a row of faults."""
+    eps, faults, row = arguments[8:11]
+    _lattice(arguments[:4], arguments[4:8], eps, faults, row, arguments[11:18], arguments[18:])
+
+
+def _lattice(
+    outs: tuple[Tensor | None, ...],
+    inputs: tuple[Any, ...],
+    eps: Tensor | None,
+    faults: Tensor,
+    row: int,
+    mixing: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+) -> None:
+    from .triton_lattice import BLOCK as SMALL
+
+    target, buffer = inputs[0], inputs[2]
+    target_first, by0, over0, c0, by1, over1, c1 = mixing if buffer is not None else (True, 1, 1, 0.0, 1, 1, 0.0)
+    c, b, g, undo = numbers
+    n = target.numel()
+    _launch(
+        "lattice_kernel",
+        (-(-n // SMALL),),
+        target,
+        *(*outs, *inputs, eps, faults, n, row, by0, over0, by1, over1),
+        *(float(number) for number in (c, b, g or 0.0, c0, c1)),
+        block=SMALL,
+        EPS=eps is not None,
+        GUIDED=g is not None,
+        UNDO=undo,
+        MIXES=buffer is not None,
+        TARGET_FIRST=target_first,
+        WORDS=0 if buffer is None else buffer.shape[0],
+        LIMIT=limit(target.dtype),
+        DIGITS=2 if target.dtype == torch.int32 else 4,
+    )

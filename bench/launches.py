@@ -1,0 +1,68 @@
+"""Kernels launched for an EDICT step on a GPU, by the plain expressions and by each backend of the fused ops.
+
+    python bench/launches.py        (prints one line of JSON)
+
+The network is guided and costs one launch, or two with its gradient. A step's count is the difference between chains of
+6 and of 5 steps; copies and fills count as launches. "plain" is memory="naive", the couplings in torch expressions
+under plain autograd, whose backward pass does not evaluate the network again; the others are memory="checkpoint".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import doodl_fast
+from doodl_fast import ops
+
+SHAPE = (1, 4, 64, 64)
+
+
+def launches(steps: int, memory: str) -> tuple[int, int]:
+    """Of a chain's forward and backward pass."""
+    alphas = torch.linspace(0.1, 0.95, steps + 1).tolist()
+    schedule = doodl_fast.Schedule(tuple(range(steps, 0, -1)), tuple(alphas[:-1]), tuple(alphas[1:]))
+    conditions = torch.zeros(2, 1, 1, 1, device="cuda", dtype=torch.float16)
+    network = torch.nn.Tanh()  # any module of one launch
+    denoiser = doodl_fast.Denoiser(lambda x, t, cond: network(x), conditions[0], conditions[1])
+    chain = doodl_fast.EDICT(denoiser, schedule, memory=memory)
+    x = torch.randn(SHAPE, device="cuda").requires_grad_()
+    counts = (0, 0)
+    for _ in range(2):  # the first round compiles
+        with profile(activities=[ProfilerActivity.CUDA]) as forward:
+            outputs = chain(x, x)
+            torch.cuda.synchronize()
+        loss = outputs[0].sum() + outputs[1].sum()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as backward:
+            loss.backward()
+            torch.cuda.synchronize()
+        counts = (on_device(forward), on_device(backward))
+    return counts
+
+
+def on_device(seen: profile) -> int:
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
+
+
+def per_step(memory: str) -> dict[str, int]:
+    short, long = launches(5, memory), launches(6, memory)
+    return {"forward": long[0] - short[0], "backward": long[1] - short[1]}
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("bench/launches.py counts launches on a GPU, and torch sees none")
+    found = {"plain": per_step("naive")}
+    for name in ops.NAMES:
+        if ops.why_not(name, "cuda") is None:
+            with ops.backend(name):
+                found[name] = per_step("checkpoint")
+    print(json.dumps({"launches per EDICT step": found}))
+
+
+if __name__ == "__main__":
+    main()

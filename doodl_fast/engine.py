@@ -1,0 +1,354 @@
+"""One run of a program, forwards, and its vector-Jacobian product, backwards.
+
+One coupling `target <- a target + c source + b f(source)` has the VJP
+`g_source += c g_target + b J_f(source)^T g_target; g_target <- a g_target`, and its inverse needs f at the same source.
+So one evaluation with a graph serves both: its value undoes the coupling, its graph gives the VJP (for reversible
+networks at large: Gomez et al., arXiv 1707.04585; for diffusion latents: DOODL, Wallace et al., arXiv 2303.13703).
+
+How x and y are held, and how a coupling is done and undone on them, is an `Arithmetic`'s business; cotangents are
+always floating point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import arithmetic
+from .arithmetic import Arithmetic, Eps, Group
+from .evaluator import Evaluator, Raw, raw_method, vjp_evaluator
+from .program import Coupling, Program, step_boundaries
+from .trust import Trust, Watch, distance
+
+Memory = str | int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one run and its gradient share. It holds no latents: those go through autograd's own storage."""
+
+    evaluator: Evaluator
+    raw: Raw | None
+    program: Program
+    groups: tuple[Group, ...]
+    stores: bool
+    anchors: frozenset[int] | None
+    """Positions in the program whose state is stored; None: the sources of all evaluations instead."""
+    latents_dtype: torch.dtype
+    state_dtype: torch.dtype
+    """Of the cotangents, of what the evaluator is given, and of a floating-point state."""
+    new_arithmetic: Callable[[], Arithmetic]
+    """Makes the arithmetic of one pass over the program."""
+    autocast: dict[str, Any] | None
+    network_dtype: torch.dtype
+    trust: Trust
+
+    @classmethod
+    def plan(
+        cls,
+        evaluator: Evaluator,
+        program: Program,
+        memory: Memory,
+        x: Tensor,
+        state_dtype: torch.dtype,
+        new_arithmetic: Callable[[], Arithmetic],
+        store: bool,
+        trust: Trust,
+    ) -> Run:
+        """x: the latents, or a tensor of their device and dtype. store: whether a gradient will be asked for."""
+        anchors = None
+        if memory == "reversible":
+            anchors = frozenset({len(program)})
+        elif isinstance(memory, int):
+            anchors = step_boundaries(program, memory)
+        autocast = _autocast_settings(x.device.type)
+        network_dtype = evaluator.compute_dtype(x.dtype)
+        if autocast and autocast["enabled"]:
+            network_dtype = autocast["dtype"]
+        return cls(
+            evaluator=evaluator,
+            raw=raw_method(evaluator),
+            program=program,
+            groups=arithmetic.group(program, anchors or ()),
+            stores=store,
+            anchors=anchors,
+            latents_dtype=x.dtype,
+            state_dtype=state_dtype,
+            new_arithmetic=new_arithmetic,
+            autocast=autocast,
+            network_dtype=network_dtype,
+            trust=trust,
+        )
+
+    @property
+    def half(self) -> bool:
+        """Whether the network computes in fp16 or bf16, so that its cotangents must be scaled."""
+        return self.network_dtype in (torch.float16, torch.bfloat16)
+
+    def for_vjp(self) -> Run:
+        """This run with what the evaluator has its VJPs taken of, most often itself."""
+        other = vjp_evaluator(self.evaluator)
+        if other is None:
+            return self
+        autocast = self.autocast and {**self.autocast, "enabled": False}
+        dtype = other.compute_dtype(self.latents_dtype)
+        return replace(self, evaluator=other, raw=raw_method(other), network_dtype=dtype, autocast=autocast)
+
+    def calling(self) -> contextlib.AbstractContextManager[Any]:
+        """What a backward pass calls the network under: the autocast of the forward run."""
+        return torch.autocast(**self.autocast) if self.autocast else contextlib.nullcontext()
+
+    def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps:
+        """f at a source, as the ops take it."""
+        arguments = (source, coupling.tag, tensors, self.latents_dtype)
+        eps = Eps(*self.raw(*arguments)) if self.raw is not None else Eps(self.evaluator(*arguments))
+        _check_value(eps, source)
+        return eps
+
+    def plain_forward(self, state: list[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Runs the program on `state` in plain differentiable torch: no ops, no peephole, nothing kept. The oracle."""
+        watch = Watch(self.program, "forward", self.network_dtype)
+        for coupling in self.program:
+            value = None
+            if coupling.calls_network:
+                value = self.evaluator(state[coupling.source], coupling.tag, tensors, self.latents_dtype)
+                _check_value(Eps(value), state[coupling.source])
+            state[coupling.target] = _plain(coupling, state[coupling.target], state[coupling.source], value)
+            if value is not None:
+                watch.note(state[coupling.target], coupling)
+        watch.read()
+        watch.check()
+
+    def forward(self, work: Arithmetic, state: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Runs the program on `state`, in place of its entries; returns what the gradient will need."""
+        kept: list[Tensor] = []
+        watch = Watch(self.program, "forward", self.network_dtype)
+        for group in self.groups:
+            eps = None
+            if group.coupling is not None and group.calls_network:
+                source = work.source(state, group.coupling)
+                if self.anchors is None and self.stores:
+                    kept.append(source)
+                eps = self.evaluate(source, group.coupling, tensors)
+            work.apply(group, state, eps)
+            if eps is not None:
+                watch.note(state[group.target], group.coupling)
+            if self.stores and self.anchors is not None and group.end in self.anchors:
+                kept += state
+        watch.read()
+        watch.check()
+        return kept
+
+    def gradient(
+        self,
+        kept: list[Tensor],
+        start: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        wanted: Sequence[bool],
+        cotangents: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Cotangents of the run's start and of the wanted tensors; consumes `kept`.
+
+        start: the latents that the run began with, where couplings are undone. If undoing them does not lead back to
+        it, the gradient is that of a second run, from checkpoints.
+        """
+        pull = NetworkPull(self, tensors, wanted)
+        pulled = [cotangent.to(self.state_dtype) for cotangent in cotangents]
+        for cotangent in pulled:
+            pull.watch.note(cotangent, None)
+        work = self.new_arithmetic()
+        drifts = self.backward(work, kept, start, pulled, pull)
+        drift = pull.watch.read(*([torch.stack(drifts).amax()] if drifts else []))
+        if drift and not self.trust.bears(drift[0], work.exact, self.half or self.state_dtype == torch.float32):
+            again = replace(self, anchors=None, groups=arithmetic.group(self.program))
+            work = again.new_arithmetic()
+            with again.calling():
+                kept = again.forward(work, work.enter(*start), tensors)
+            work.finish()
+            return again.gradient(kept, (), tensors, wanted, cotangents)
+        work.finish()
+        pull.watch.check()
+        return pulled, pull.sums
+
+    def backward(
+        self,
+        work: Arithmetic,
+        kept: list[Tensor],
+        start: Sequence[Tensor],
+        cotangents: list[Tensor],
+        pull: NetworkPull,
+    ) -> list[Tensor]:
+        """Replaces the cotangents of the run's result by those of its start; consumes `kept`.
+
+        Returns how far the undone states are from the stored ones, of which the start is the last.
+        """
+        state: list[Tensor] = []
+        drifts: list[Tensor] = []
+        for group in reversed(self.groups):
+            if self.anchors is not None and group.end in self.anchors:
+                stored = kept[-work.width :]
+                del kept[-work.width :]
+                if state:
+                    drifts.append(distance(state, stored))
+                state = stored
+            if state:
+                work.undo_mixing(group, state)
+            eps = None
+            if group.coupling is not None and group.calls_network:
+                source = work.source(state, group.coupling) if state else kept.pop()
+                eps = pull(source, group, cotangents, undoing=bool(state))
+            else:
+                arithmetic.transpose(group, cotangents, None, None)
+            if state:
+                work.undo_coupling(group, state, eps)
+        if state:
+            drifts.append(distance(state, work.enter(*start)))
+        return drifts
+
+
+class NetworkPull:
+    """Evaluates f once with a graph: gives its value and pulls a cotangent back through it.
+
+    An evaluator whose VJPs are taken of another one is evaluated a second time where its value is wanted.
+
+    Gradients of the evaluator's own tensors add up in `sums`, in the state's dtype.
+    """
+
+    def __init__(self, run: Run, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+        self.value, self.run = run, run.for_vjp()
+        self.watch = Watch(run.program, "VJP", self.run.network_dtype)
+        self.tensors = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
+        self.wanted = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
+        self.sums: list[Tensor | None] = [None] * len(self.wanted)
+
+    def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor], undoing: bool) -> Eps | None:
+        """Takes the cotangents back through a whole group; f at the source of its coupling if that is to be undone."""
+        assert group.coupling is not None
+        if self.value is self.run:
+            return self._pull(source, group, cotangents)
+        # up to the end of the VJP: a network that checkpoints its blocks calls them again in it
+        with self.run.evaluator.running():
+            self._pull(source, group, cotangents)
+        if not undoing:
+            return None
+        with self.value.calling():
+            return self.value.evaluate(source, group.coupling, self.tensors).detach()
+
+    def _pull(self, source: Tensor, group: Group, cotangents: list[Tensor]) -> Eps:
+        run, coupling = self.run, group.coupling
+        assert coupling is not None
+        with torch.enable_grad(), run.calling():
+            leaf = source.detach().requires_grad_()
+            eps = run.evaluate(leaf, coupling, self.tensors)
+        if not eps.value.requires_grad:  # f is constant
+            arithmetic.transpose(group, cotangents, None, None)
+            return eps
+        power = arithmetic.network_power(group, cotangents) if run.half else None
+        scale = None if power is None else power.reciprocal()
+        cotangent = arithmetic.transpose(group, cotangents, eps, scale)
+        pulled, *others = torch.autograd.grad(eps.value, [leaf, *self.wanted], cotangent, allow_unused=True)
+        for index, gradient in enumerate(others):
+            if gradient is not None:
+                gradient = _unscale(gradient.to(run.state_dtype), power)
+                total = self.sums[index]
+                self.watch.note(gradient, coupling)
+                self.sums[index] = gradient if total is None else total + gradient
+        if pulled is not None:
+            cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
+            self.watch.note(cotangents[coupling.source], coupling)
+        return eps.detach()
+
+
+class ChainFunction(torch.autograd.Function):
+    """A run as one node of the caller's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        work = run.new_arithmetic()
+        state = work.enter(x, y)
+        with run.evaluator.running():
+            kept = run.forward(work, state, tensors)
+        work.finish()
+        start = () if run.anchors is None else (x, y)
+        ctx.run, ctx.num_kept, ctx.num_start = run, len(kept), len(start)
+        # Clones: the caller may change his latents and conditions before the backward pass.
+        ctx.save_for_backward(*kept, *(t.clone() for t in (*start, *tensors)))
+        return work.leave(state)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        run: Run = ctx.run
+        saved, middle = list(ctx.saved_tensors), ctx.num_kept + ctx.num_start
+        kept, start, tensors = saved[: ctx.num_kept], saved[ctx.num_kept : middle], saved[middle:]
+        _, needs_x, needs_y, *wanted = ctx.needs_input_grad
+        with torch.no_grad(), run.evaluator.running():
+            cotangents, totals = run.gradient(kept, start, tensors, wanted, grad_outputs)
+            sums = iter(totals)
+            grads: list[Tensor | None] = [
+                cotangent.to(run.latents_dtype) if needed else None
+                for cotangent, needed in zip(cotangents, (needs_x, needs_y), strict=True)
+            ]
+            for tensor, want in zip(tensors, wanted, strict=True):
+                total = next(sums) if want else None
+                grads.append(None if total is None else total.to(tensor.dtype))
+        if torch.is_grad_enabled():  # create_graph=True
+            guard: Callable[[Tensor], Tensor] = _FirstOrderOnly.apply
+            grads = [None if gradient is None else guard(gradient.requires_grad_()) for gradient in grads]
+        return None, *grads
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Passes a gradient on; differentiating it again is an error rather than silently zero."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        raise RuntimeError(
+            "the chain's gradient cannot be differentiated again: its backward pass frees each network graph at once; "
+            'use memory="naive" for second derivatives'
+        )
+
+
+def _check_value(eps: Eps, source: Tensor) -> None:
+    batch = source.shape[0] * (1 if eps.g is None else 2)
+    if eps.value.shape != (batch, *source.shape[1:]):
+        raise ValueError(
+            f"evaluator: expected a value of shape {(batch, *source.shape[1:])}, got {tuple(eps.value.shape)}"
+        )
+
+
+def _plain(coupling: Coupling, target: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
+    """`a target + c source + b value` in the state's dtype. In the order of `ops.coupling`, and each operation on its
+    own (torch.add with alpha would contract two roundings into one on some devices): all modes give the same bits."""
+    if coupling.a != 1:
+        target = target * coupling.a
+    if coupling.c:
+        target = target + source * coupling.c
+    if value is not None:
+        target = target + value * coupling.b
+    return target
+
+
+def _unscale(gradient: Tensor, power: Tensor | None) -> Tensor:
+    return gradient if power is None else gradient * power
+
+
+def _autocast_settings(device_type: str) -> dict[str, Any] | None:
+    """The caller's autocast, to be entered again when the backward pass evaluates."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    return {
+        "device_type": device_type,
+        "enabled": torch.is_autocast_enabled(device_type),
+        "dtype": torch.get_autocast_dtype(device_type),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
