@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STEPS = (10, 20, 50, 100, 250, 1000)
 FLOATS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+EXACT = "exact"
 TABLE, FIGURE = "drift.json", "drift.png"
 
 Table = dict[str, list[float]]
@@ -34,7 +35,7 @@ def measure(
     """
     table: Table = {}
     x = x.to(dtype=_dtype("bf16")).float()
-    for name in FLOATS:
+    for name in (*FLOATS, EXACT):
         table[name] = []
         for count in steps:
             table[name].append(_error(name, denoiser, scheduler, count, mix_weight, x))
@@ -53,9 +54,13 @@ def _error(name: str, denoiser: Denoiser, scheduler: Any, steps: int, mix_weight
 
     schedule = Schedule.from_scheduler(scheduler, steps)
     with torch.no_grad(), denoiser.running():
+        if name == EXACT:
+            chain = EDICT(denoiser, schedule, mix_weight, arithmetic=EXACT)
+            run = chain._plan(x, False, store=False)
+            return there_and_back(run, run.new_arithmetic(), x, x, graph=False)[0]
         chain, x = EDICT(denoiser, schedule, mix_weight), x.to(_dtype(name))
         singly = tuple(Group(coupling, None, end) for end, coupling in enumerate(chain.program, start=1))
-        run = replace(chain._plan(chain.program, x, store=False), groups=singly)
+        run = replace(chain._plan(x, False, store=False), groups=singly)
         return there_and_back(run, Floats(x.dtype, x.dtype), x, x, graph=False)[0]
 
 

@@ -53,9 +53,9 @@ def check_reversibility(chain: Chain, x: Tensor, y: Tensor | None = None) -> Rev
     _check_latents(x, y)
     y = x if y is None else y
     directions = []
-    for program in (chain.program, invert(chain.program)):
-        run = chain._plan(program, x, store=False)
-        run = replace(run, groups=arithmetic.group(program, step_boundaries(program, 1)))
+    for inverse in (False, True):
+        run = chain._plan(x, inverse, store=False)
+        run = replace(run, groups=arithmetic.group(run.program, step_boundaries(run.program, 1)))
         with chain.evaluator.running():
             directions.append(there_and_back(run, run.new_arithmetic(), x, y))
     return Reversibility(*directions)

@@ -52,7 +52,7 @@ def test_two_objects_get_their_colours_and_shapes(pipeline) -> None:
     for image, prompt in zip(images, wanted, strict=True):
         found = sorted((str(r.colour), str(r.shape)) for r in shapes.read(image))
         right += found == sorted((thing.colour, thing.shape) for thing in prompt.things)
-    assert right >= 12
+    assert right >= 16
 
 
 def test_vae_keeps_what_is_in_a_picture(pipeline) -> None:
@@ -76,7 +76,7 @@ def test_clip_binds_attributes_to_objects() -> None:
     """Chance is one half."""
     preferences = evaluate.clip_preferences(60)
     assert len(preferences) == 7
-    assert sum(preferences.values()) / 7 >= 0.75
+    assert min(preferences.values()) >= 0.9
 
 
 @pytest.mark.parametrize("kind", ["clip", "classifier"])
