@@ -57,7 +57,10 @@ def _error(name: str, denoiser: Denoiser, scheduler: Any, steps: int, mix_weight
         if name == EXACT:
             chain = EDICT(denoiser, schedule, mix_weight, arithmetic=EXACT)
             run = chain._plan(x, False, store=False)
-            return there_and_back(run, run.new_arithmetic(), x, x, graph=False)[0]
+            try:
+                return there_and_back(run, run.new_arithmetic(), x, x, graph=False)[0]
+            except (OverflowError, FloatingPointError):
+                return math.nan
         chain, x = EDICT(denoiser, schedule, mix_weight), x.to(_dtype(name))
         singly = tuple(Group(coupling, None, end) for end, coupling in enumerate(chain.program, start=1))
         run = replace(chain._plan(x, False, store=False), groups=singly)

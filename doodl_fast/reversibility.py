@@ -13,7 +13,7 @@ from . import arithmetic
 from .arithmetic import Arithmetic, Group
 from .chain import Chain, _check_latents
 from .engine import Run
-from .program import invert, step_boundaries
+from .program import step_boundaries
 from .trust import distance
 
 
