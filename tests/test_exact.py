@@ -126,6 +126,18 @@ def _runs(chain, x, y):
         yield chain(x, y)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_the_recorded_unet_both_ways_without_a_differing_bit(dtype):
+    schedule = Schedule.from_scheduler(sd_scheduler(), 49 if dtype == "fp16" else 10)
+    chain = EDICT(golden_denoiser(DTYPES[dtype]), schedule, arithmetic="exact")
+    x, y = golden("chain")["pair"].to(DTYPES[dtype]).split(1)
+    noise = chain.state(x, y)
+    image = chain.forward_state(noise)
+    assert chain.inverse_state(image).equals(noise)
+    encoded = chain.state(image.latents()[0], end="image")
+    assert chain.forward_state(chain.inverse_state(encoded)).equals(encoded)
+
+
 def test_plain_latents_take_the_same_lattice():
     chain = exact_chain(6)
     x, y = latents(1, 3, 4, dtype=torch.float32)
