@@ -1,8 +1,8 @@
 """Trains the embedded pipeline from scratch: ``python -m doodl_fast.shapes.train --work DIR [--out DIR] [STAGE ...]``.
 
-Stages: ``text`` (what the text encoders of the next ones start from), ``vae``, ``unet`` (with its text encoder),
-``clip``, ``classifier``; then ``export`` writes fp16 safetensors in diffusers' and transformers' folders. Everything is
-seeded; each stage stores a checkpoint every minute and continues from it.
+Stages: ``text`` (the UNet's text encoder, and what CLIP's starts from), ``vae``, ``unet``, ``clip``, ``classifier``;
+then ``export`` writes fp16 safetensors in diffusers' and transformers' folders. Everything is seeded; each stage stores
+a checkpoint every minute and continues from it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Recipe:
 RECIPES = {
     "text": Recipe(steps=1500, batch=128, learning_rate=1e-3),
     "vae": Recipe(steps=3200, batch=8, learning_rate=2e-3, weight_decay=0.0, ema=0.99),
-    "unet": Recipe(steps=18_000, batch=32, learning_rate=1e-3, ema=0.999),
+    "unet": Recipe(steps=14_000, batch=32, learning_rate=1e-3, ema=0.999),
     "clip": Recipe(steps=4500, batch=64, learning_rate=8e-4, weight_decay=0.05, ema=0.995),
     "classifier": Recipe(steps=1200, batch=64, learning_rate=2e-3, weight_decay=0.05),
 }
@@ -208,46 +208,41 @@ def train_text(work: Path) -> Reader:
     return fit("text", work, reader, np.arange(len(captions)), loss)  # type: ignore[return-value]
 
 
-class TextToNoise(nn.Module):
-    """The UNet and its text encoder, trained together."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self.text_encoder = models.text_encoder(tokenizer)
-        self.unet = models.unet().to(memory_format=torch.channels_last)
-
-
 def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
     return torch.tensor(
         tokenizer(captions, padding="max_length", truncation=True, max_length=models.MAX_TOKENS).input_ids
     )
 
 
-def train_unet(work: Path, data: Pictures, vae: nn.Module) -> TextToNoise:
-    """Noise prediction, weighted by the square root of the clamped signal-to-noise ratio.
+def train_unet(work: Path, data: Pictures, vae: nn.Module) -> nn.Module:
+    """Noise prediction, weighted by the square root of the clamped signal-to-noise ratio; the text encoder is frozen.
+
+    Trained along with the UNet, the text encoder forgets who stands where: whether "left of" held could be told from
+    its output in half of all captions after 18,000 steps, and pictures were right as often.
 
     Min-SNR weighting (Hang et al., ICCV 2023, arXiv 2303.09556), with gamma = 5, weighs the squared error of the
     picture by min(SNR, 5): where the layout is decided, a hundredth of what details get. Its square root gives a tenth.
     """
     torch.manual_seed(2)
-    tokenizer = models.tokenizer(work / "tokenizer")
-    pair = TextToNoise(tokenizer)
-    pair.text_encoder.load_state_dict(train_text(work).text_encoder.state_dict())
+    unet = models.unet().to(memory_format=torch.channels_last)
     encoded, _ = latents(work, vae, data)
     alphas = models.scheduler().alphas_cumprod
-    ids, empty = tokens(tokenizer, data.captions), tokens(tokenizer, [""])
+    texts, which = np.unique(["", *data.captions], return_inverse=True)
+    with torch.no_grad():
+        hidden = train_text(work).text_encoder(tokens(models.tokenizer(work / "tokenizer"), texts.tolist()))[0]
+    empty, captions = int(which[0]), torch.from_numpy(which[1:])
 
     def loss(chosen: np.ndarray, step: int) -> Tensor:
         clean = encoded[chosen]
         noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(chosen),))
         alpha = alphas[t][:, None, None, None]
         noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        caption = torch.where((torch.rand(len(chosen)) < CAPTION_DROPOUT)[:, None], empty, ids[chosen])
-        eps = pair.unet(noisy, t, encoder_hidden_states=pair.text_encoder(caption)[0]).sample
+        caption = torch.where(torch.rand(len(chosen)) < CAPTION_DROPOUT, empty, captions[chosen])
+        eps = unet(noisy, t, encoder_hidden_states=hidden[caption]).sample
         snr = alphas[t] / (1 - alphas[t])
         return ((eps - noise).square().mean((1, 2, 3)) * snr.clamp(max=5.0).sqrt() / snr).mean() * 4
 
-    return fit("unet", work, pair, np.flatnonzero(~data.held_out), loss)  # type: ignore[return-value]
+    return fit("unet", work, unet, np.flatnonzero(~data.held_out), loss)
 
 
 def confusions(rng: np.random.Generator, caption: str, unchanged: bool = False) -> list[str]:
@@ -352,13 +347,12 @@ def export(work: Path, out: Path, data: Pictures) -> None:
     vae = train_vae(work, data)
     _, factor = latents(work, vae, data)
     vae.register_to_config(scaling_factor=factor)  # type: ignore[operator]
-    pair = train_unet(work, data, vae)
     tokenizer = models.tokenizer(work / "tokenizer")
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=pair.text_encoder,
+        text_encoder=train_text(work).text_encoder,
         tokenizer=tokenizer,
-        unet=pair.unet,
+        unet=train_unet(work, data, vae),
         scheduler=models.scheduler(),
         safety_checker=None,
         feature_extractor=None,
