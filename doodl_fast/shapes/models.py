@@ -26,9 +26,12 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     words = ["a", *COLOURS, *SHAPES, *" ".join(RELATIONS).split(), "picture", "photo", "and", "the"]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(
-        words * 4, trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
+    # given ids to begin with: otherwise they are drawn, and with them the order of merges that are equally frequent
+    endings = [letter + "</w>" for letter in sorted(set("".join(words)))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, end_of_word_suffix="</w>", special_tokens=endings, show_progress=False
     )
+    bpe.train_from_iterator(words * 4, trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = (
