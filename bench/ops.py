@@ -11,7 +11,8 @@ rounds of a contender are put together when the JSON is written; so a machine th
 "moved" counts every operand read once and every result written once, "allocated" every tensor that a call makes: the
 ops make their outputs (`latent_update` also a few numbers a sample, for the norms), eager its intermediate results,
 too. Two copies of the bytes moved are timed: into memory that is there, and `clone`, which allocates as the ops do:
-fresh memory costs page faults. A fraction of 1 is as fast as that copy. On CUDA a round ends with a synchronisation.
+fresh memory costs page faults. "out=" is the op writing into memory that is there, as `copy` does. A fraction of 1 is
+as fast as that copy. On CUDA a round ends with a synchronisation.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ DTYPES = {
 }
 OPS = ("coupling", "coupling_mix", "coupling_mix_vjp", "latent_update")
 PLAIN, FUSED, COPIES = ("eager", "compiled"), ("native", "triton"), ("copy", "clone")
+INTO = {name: f"{name} out=" for name in FUSED}
+BACKENDS = {**{name: name for name in FUSED}, **{into: name for name, into in INTO.items()}}
 OPTIONS: dict[str, dict[str, Any]] = {
     "--quick": {"action": "store_true", "help": "fewer and shorter rounds, fp32 alone"},
     "--sizes": {"default": ",".join(SIZES), "help": "of these sizes, separated by commas (default: %(default)s)"},
@@ -102,6 +105,7 @@ class Case:
     operands: tuple[Any, ...]
     fused: Call
     moved: int
+    into: Call | None = None
     compiled: Callable[..., Any] | None = None
     repeats: dict[str, int] = field(default_factory=dict)
     allocated: dict[str, int] = field(default_factory=dict)
@@ -135,10 +139,21 @@ def make_case(op: str, size: tuple[int, ...], state: torch.dtype, network: torch
             14 * latent,  # six read, four written, and x, y read and written again for the norm
         )
     eps = draw((2 * size[0], *size[1:]), network)
+    outs = torch.ones_like(x), torch.ones_like(x)
     if op == "coupling":
-        return Case(plain_coupling, (x, eps), lambda: ops.coupling(x, None, eps, A, 0.0, B, G), 2 * latent + output)
+        return Case(
+            plain_coupling,
+            (x, eps),
+            lambda: ops.coupling(x, None, eps, A, 0.0, B, G),
+            2 * latent + output,
+            lambda: ops.coupling(x, None, eps, A, 0.0, B, G, out=outs[0]),
+        )
     return Case(
-        plain_coupling_mix, (x, y, eps), lambda: ops.coupling_mix(x, y, eps, MIX, A, 0.0, B, G), 4 * latent + output
+        plain_coupling_mix,
+        (x, y, eps),
+        lambda: ops.coupling_mix(x, y, eps, MIX, A, 0.0, B, G),
+        4 * latent + output,
+        lambda: ops.coupling_mix(x, y, eps, MIX, A, 0.0, B, G, out=outs),
     )
 
 
@@ -192,6 +207,9 @@ def copy_of(moved: int, device: str) -> dict[str, Call]:
 def call_of(case: Case, contender: str, device: str) -> Call:
     if contender in COPIES:
         return copy_of(case.moved, device)[contender]
+    if contender in INTO.values():
+        assert case.into is not None
+        return case.into
     if contender in FUSED:
         return case.fused
     function = case.compiled if contender == "compiled" else case.plain
@@ -205,7 +223,7 @@ def contenders(options: Any) -> list[str]:
     for name in FUSED:
         interpreted = name == "triton" and options.device == "cpu"
         if not interpreted and ops.why_not(name, options.device) is None:
-            there.append(name)
+            there += [name, INTO[name]]
     return [*there, *COPIES]
 
 
@@ -219,7 +237,13 @@ def cases(options: Any) -> Iterator[tuple[str, str, str]]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
     rounds = range(5 if options.quick else 15)
-    runs = [(*case, turn, name) for case in cases(options) for turn in rounds for name in contenders(options)]
+    runs = [
+        (*case, turn, name)
+        for case in cases(options)
+        for turn in rounds
+        for name in contenders(options)
+        if name not in INTO.values() or case[0] in ("coupling", "coupling_mix")
+    ]
     metafunc.parametrize(
         ("op", "size", "dtype", "turn", "contender"), runs, ids=["-".join(map(str, run)) for run in runs]
     )
@@ -231,7 +255,7 @@ def test_op(benchmark: Any, pytestconfig: pytest.Config, op: str, size: str, dty
     options = pytestconfig.option
     case = prepared(op, size, dtype, options.device)
     call = call_of(case, contender, options.device)
-    with ops.backend(contender if contender in FUSED else ops.AUTO):
+    with ops.backend(BACKENDS.get(contender, ops.AUTO)):
         if turn == 0:
             call(), call()
             start = clock()
@@ -317,14 +341,14 @@ def table(results: dict[str, Any]) -> str:
         row = rows.setdefault((info["op"], info["size"], info["dtype"]), {"us": {}, "MB": {}})
         row["us"][info["contender"]] = entry["stats"]["median"] * 1e6
         row["MB"]["moved"] = info["bytes_moved"] / 1e6
-        if info["contender"] != "compiled" and info["bytes_allocated"] is not None:
+        if info["bytes_allocated"] is not None:
             row["MB"]["eager" if info["contender"] == "eager" else "ops"] = info["bytes_allocated"] / 1e6
     names = [name for name in (*PLAIN, *FUSED) if any(name in row["us"] for row in rows.values())]
     fused = [name for name in names if name in FUSED]
     head = ["op", "size", "dtype", *(f"{name} us" for name in names)]
     head += ["MB moved", "eager allocates", "ops allocate"]
     for name in fused:
-        head += [f"{name}: x eager", "GB/s", "of clone", "of copy"]
+        head += [f"{name}: x eager", "x compiled", "GB/s", "of clone", "of copy", "out=: of copy"]
     about = results["machine_info"]["doodl_fast"]
     lines = ["# Benchmarks", "", "Written by `bench/ops.py`, which says how it measures and what the columns are.", ""]
     if about["machine_was_busy"]:
@@ -336,12 +360,10 @@ def table(results: dict[str, Any]) -> str:
         cells = [*key, *(f"{us[name]:.1f}" if name in us else "" for name in names)]
         cells += [f"{size[kind]:.2f}" if kind in size else "" for kind in ("moved", "eager", "ops")]
         for name in fused:
-            ratios = [
-                us[other] / us[name] if {name, other} <= us.keys() else None for other in ("eager", *COPIES[::-1])
-            ]
-            cells += ["" if ratios[0] is None else f"{ratios[0]:.1f}"]
-            cells += [f"{size['moved'] / us[name] * 1e3:.1f}" if name in us else ""]
-            cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios[1:]]
+            pairs = [("eager", name), ("compiled", name), ("clone", name), ("copy", name), ("copy", INTO[name])]
+            ratios = [f"{us[other] / us[ours]:.2f}" if {ours, other} <= us.keys() else "" for other, ours in pairs]
+            speed = f"{size['moved'] / us[name] * 1e3:.1f}" if name in us else ""
+            cells += [*ratios[:2], speed, *ratios[2:]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

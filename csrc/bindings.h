@@ -27,11 +27,10 @@
 #define SCHEMA_COUPLING_MIX_VJP                                                                                   \
   "coupling_mix_vjp(Tensor(a!) out_target, Tensor(b!) out_source, Tensor(c!)? out_eps, Tensor grad_target, Tensor " \
   "grad_source, Tensor? scale, " DF_MIXING DF_COUPLING ") -> ()"
-#define SCHEMA_LATENT_UPDATE                                                                                       \
-  "latent_update(Tensor(a!) x, Tensor(b!) y, Tensor(c!) mx, Tensor(d!) my, Tensor(e!)? squares, Tensor in_x, Tensor " \
-  "in_y, Tensor in_mx, Tensor in_my, Tensor gx, Tensor gy, Tensor? noise, float rate, float clip, float momentum, bool " \
+#define SCHEMA_LATENT_UPDATE                                                                                           \
+  "latent_update(Tensor(a!) x, Tensor(b!) y, Tensor(c!) mx, Tensor(d!) my, Tensor in_x, Tensor in_y, Tensor in_mx, "  \
+  "Tensor in_my, Tensor gx, Tensor gy, Tensor? noise, Tensor? starts, float rate, float clip, float momentum, bool " \
   "nesterov, bool tied, float sigma) -> ()"
-#define SCHEMA_SCALE_SAMPLES "scale_samples(Tensor(a!) x, Tensor(b!) y, Tensor factors) -> ()"
 
 namespace {
 
@@ -110,18 +109,25 @@ void add_mixing(Call& call, bool target_first, double a0, double c0, double a1, 
 }
 
 doodl_fast::UpdateCall update_call(const std::array<Tensor, 4>& outs, const std::array<Tensor, 6>& ins,
-                                   const MaybeTensor& noise) {
+                                   const MaybeTensor& noise, const MaybeTensor& starts) {
   const Tensor& like = ins[0];
   const int64_t n = like.numel();
   doodl_fast::UpdateCall call;
   call.is_double = dtype_of("x", like) == doodl_fast::Dtype::f64;
   STD_TORCH_CHECK(call.is_double || dtype_of("x", like) == doodl_fast::Dtype::f32, "x: expected fp32 or fp64");
   STD_TORCH_CHECK(n > 0, "x: expected elements");
+  call.batch = like.size(0);
+  call.sample = n / call.batch;
   void** out_at[] = {&call.x, &call.y, &call.mx, &call.my};
   for (size_t i = 0; i < outs.size(); ++i) *out_at[i] = output("outputs", outs[i], like, n).data;
   const void** in_at[] = {&call.in_x, &call.in_y, &call.in_mx, &call.in_my, &call.gx, &call.gy};
   for (size_t i = 0; i < ins.size(); ++i) *in_at[i] = input("inputs", ins[i], like, n).data;
   if (noise) call.noise = input("noise", *noise, like, n).data;
+  if (starts) {
+    const doodl_fast::In in = input("starts", *starts, like, 2 * call.batch, false);
+    STD_TORCH_CHECK(in.dtype == doodl_fast::Dtype::f64, "starts: expected fp64");
+    call.starts = static_cast<const double*>(in.data);
+  }
   return call;
 }
 

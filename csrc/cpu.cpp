@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -99,50 +101,40 @@ void coupling_mix_vjp(Tensor out_target, Tensor out_source, MaybeTensor out_eps,
 // number of threads.
 constexpr int64_t PIECE = 4096;
 
-void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, MaybeTensor squares, Tensor in_x, Tensor in_y,
-                   Tensor in_mx, Tensor in_my, Tensor gx, Tensor gy, MaybeTensor noise, double rate, double clip,
+// Scales every sample of x and y from its norm to the one that it started with. sums: (B, pieces, 2) sums of squares.
+void rescale(const UpdateCall& call, const std::vector<double>& sums, int64_t pieces) {
+  std::vector<double> factors(2 * call.batch);
+  for (int64_t b = 0; b < call.batch; ++b)
+    for (int64_t which = 0; which < 2; ++which) {
+      double total = 0;
+      for (int64_t piece = 0; piece < pieces; ++piece) total += sums[2 * (b * pieces + piece) + which];
+      factors[2 * b + which] = call.starts[which * call.batch + b] / std::sqrt(total);
+    }
+  torch::stable::parallel_for(0, call.batch * pieces, GRAIN / PIECE, [&](int64_t first, int64_t last) {
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t b = index / pieces, begin = b * call.sample + index % pieces * PIECE;
+      kernels().scale(call, factors[2 * b], factors[2 * b + 1], begin, std::min(begin + PIECE, (b + 1) * call.sample));
+    }
+  });
+}
+
+void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, Tensor in_x, Tensor in_y, Tensor in_mx, Tensor in_my,
+                   Tensor gx, Tensor gy, MaybeTensor noise, MaybeTensor starts, double rate, double clip,
                    double momentum, bool nesterov, bool tied, double sigma) {
-  UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise);
+  UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise, starts);
   call.rate = rate, call.clip = clip, call.momentum = momentum, call.sigma = sigma;
   call.nesterov = nesterov, call.tied = tied;
   advise(x), advise(y), advise(mx), advise(my);
-  const int64_t batch = in_x.size(0), sample = in_x.numel() / batch, pieces = (sample + PIECE - 1) / PIECE;
-  std::vector<double> sums(squares ? 2 * batch * pieces : 0);
-  const auto work = [&](int64_t first, int64_t last) {
+  const int64_t pieces = (call.sample + PIECE - 1) / PIECE;
+  std::vector<double> sums(starts ? 2 * call.batch * pieces : 0);
+  torch::stable::parallel_for(0, call.batch * pieces, GRAIN / PIECE, [&](int64_t first, int64_t last) {
     for (int64_t index = first; index < last; ++index) {
-      const int64_t begin = index / pieces * sample + index % pieces * PIECE;
-      const int64_t end = std::min(begin + PIECE, (index / pieces + 1) * sample);
-      double* sum = squares ? &sums[2 * index] : nullptr;
-      kernels().update(call, begin, end, sum, sum ? sum + 1 : nullptr);
+      const int64_t b = index / pieces, begin = b * call.sample + index % pieces * PIECE;
+      double* sum = starts ? &sums[2 * index] : nullptr;
+      kernels().update(call, begin, std::min(begin + PIECE, (b + 1) * call.sample), sum, sum ? sum + 1 : nullptr);
     }
-  };
-  torch::stable::parallel_for(0, batch * pieces, GRAIN / PIECE, work);
-  if (!squares) return;
-  double* totals = static_cast<double*>(squares->mutable_data_ptr());
-  for (int64_t which = 0; which < 2; ++which)
-    for (int64_t b = 0; b < batch; ++b) {
-      double total = 0;
-      for (int64_t piece = 0; piece < pieces; ++piece) total += sums[2 * (b * pieces + piece) + which];
-      totals[which * batch + b] = total;
-    }
-}
-
-void scale_samples(Tensor x, Tensor y, Tensor factors) {
-  const bool is_double = dtype_of("x", x) == Dtype::f64;
-  const int64_t batch = x.size(0), sample = x.numel() / batch;
-  STD_TORCH_CHECK(factors.numel() == 2 * batch && dtype_of("factors", factors) == dtype_of("x", x),
-                  "factors: expected (2, B) of x's dtype");
-  const void* values = factors.const_data_ptr();
-  for (int64_t which = 0; which < 2; ++which)
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t at = which * batch + b;
-      const double factor =
-          is_double ? static_cast<const double*>(values)[at] : double(static_cast<const float*>(values)[at]);
-      void* data = (which ? y : x).mutable_data_ptr();
-      split(sample, [&](int64_t begin, int64_t end) {
-        kernels().scale(data, is_double, factor, b * sample + begin, b * sample + end);
-      });
-    }
+  });
+  if (starts) rescale(call, sums, pieces);
 }
 
 std::string instruction_set() { return kernels().name; }
@@ -155,7 +147,6 @@ STABLE_TORCH_LIBRARY(doodl_fast_native, library) {
   library.def(SCHEMA_COUPLING_MIX);
   library.def(SCHEMA_COUPLING_MIX_VJP);
   library.def(SCHEMA_LATENT_UPDATE);
-  library.def(SCHEMA_SCALE_SAMPLES);
   library.def("instruction_set() -> str");
 }
 
@@ -165,7 +156,6 @@ STABLE_TORCH_LIBRARY_IMPL(doodl_fast_native, CPU, library) {
   library.impl("coupling_mix", TORCH_BOX(&coupling_mix));
   library.impl("coupling_mix_vjp", TORCH_BOX(&coupling_mix_vjp));
   library.impl("latent_update", TORCH_BOX(&latent_update));
-  library.impl("scale_samples", TORCH_BOX(&scale_samples));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(doodl_fast_native, CompositeExplicitAutograd, library) {

@@ -43,6 +43,8 @@ struct UpdateCall {
   void *x = nullptr, *y = nullptr, *mx = nullptr, *my = nullptr;
   const void *in_x = nullptr, *in_y = nullptr, *in_mx = nullptr, *in_my = nullptr, *gx = nullptr, *gy = nullptr,
              *noise = nullptr;
+  const double* starts = nullptr;  // (2, B), the norms that x and y are scaled back to; null: they are not
+  int64_t batch = 0, sample = 0;
   double rate = 1, clip = 0, momentum = 0, sigma = 0;
   bool nesterov = false, tied = false, is_double = false;
 };
@@ -54,7 +56,8 @@ struct Kernels {
   void (*vjp)(const VjpCall&, int64_t begin, int64_t end);
   // also adds up the squares of the new x and y over the range, in an order that depends on its length alone
   void (*update)(const UpdateCall&, int64_t begin, int64_t end, double* square_x, double* square_y);
-  void (*scale)(void* data, bool is_double, double factor, int64_t begin, int64_t end);
+  // elements [begin, end) of x and y, of one sample, times a factor each
+  void (*scale)(const UpdateCall&, double factor_x, double factor_y, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels_default();

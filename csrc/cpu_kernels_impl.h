@@ -335,15 +335,16 @@ void update_range(const UpdateCall& call, int64_t begin, int64_t end, double* sq
                  : run_update<float>(call, begin, end, square_x, square_y);
 }
 
-void scale_range(void* data, bool is_double, double factor, int64_t begin, int64_t end) {
-  if (is_double) {
-    double* values = static_cast<double*>(data);
-    for (int64_t i = begin; i < end; ++i) values[i] *= factor;
-  } else {
-    float* values = static_cast<float*>(data);
-    const float narrow = float(factor);
-    for (int64_t i = begin; i < end; ++i) values[i] *= narrow;
-  }
+template <class T>
+void run_scale(const UpdateCall& call, T factor_x, T factor_y, int64_t begin, int64_t end) {
+  T *const x = static_cast<T*>(call.x), *const y = static_cast<T*>(call.y);
+  for (int64_t i = begin; i < end; ++i) x[i] *= factor_x;
+  for (int64_t i = begin; i < end; ++i) y[i] *= factor_y;
+}
+
+void scale_range(const UpdateCall& call, double factor_x, double factor_y, int64_t begin, int64_t end) {
+  call.is_double ? run_scale<double>(call, factor_x, factor_y, begin, end)
+                 : run_scale<float>(call, float(factor_x), float(factor_y), begin, end);
 }
 
 }  // namespace

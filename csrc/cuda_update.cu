@@ -59,25 +59,26 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
+// What each sample is scaled by: the norm that it started with over its own. factors and starts: (2, B), rows = 2 B.
 __global__ void __launch_bounds__(THREADS)
-    total_kernel(const double* sums, double* totals, int64_t rows, int64_t pieces) {
+    factor_kernel(const double* sums, const double* starts, double* factors, int64_t rows, int64_t pieces) {
   __shared__ double room[THREADS];
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     double sum = 0;
     for (int64_t piece = threadIdx.x; piece < pieces; piece += THREADS) sum += sums[row * pieces + piece];
     sum = block_sum(sum, room);
-    if (threadIdx.x == 0) totals[row] = sum;
+    if (threadIdx.x == 0) factors[row] = starts[row] / sqrt(sum);
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    scale_kernel(T* x, T* y, const T* factors, int64_t batch, int64_t sample) {
+    scale_kernel(T* x, T* y, const double* factors, int64_t batch, int64_t sample) {
   const int64_t n = batch * sample, stride = int64_t(gridDim.x) * THREADS;
   for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < n; i += stride) {
     const int64_t row = i / sample;
-    x[i] = x[i] * factors[row];
-    y[i] = y[i] * factors[batch + row];
+    x[i] = x[i] * T(factors[row]);
+    y[i] = y[i] * T(factors[batch + row]);
   }
 }
 
@@ -89,62 +90,47 @@ cudaStream_t stream_of(const Tensor& like) {
 
 unsigned blocks(int64_t wanted) { return unsigned(std::min<int64_t>(std::max<int64_t>(wanted, 1), 1 << 16)); }
 
+// sums: room for (2, B, pieces) sums of squares and behind them (2, B) factors, or null.
 template <class T>
-void launch_update(const UpdateCall& call, double* sums, int64_t batch, int64_t sample, cudaStream_t stream) {
+void launch_update(const UpdateCall& call, double* sums, int64_t pieces, cudaStream_t stream) {
   const auto out = [](void* data) { return static_cast<T*>(data); };
   const auto in = [](const void* data) { return static_cast<const T*>(data); };
   const UpdatePointers<T> p{out(call.x),     out(call.y),     out(call.mx), out(call.my), in(call.in_x), in(call.in_y),
                             in(call.in_mx),  in(call.in_my),  in(call.gx),  in(call.gy),  in(call.noise)};
   const Momentum<T> k{T(call.rate), T(call.clip), T(call.momentum), T(call.sigma), call.nesterov, call.tied,
                       call.noise != nullptr};
-  const int64_t pieces = (sample + PIECE - 1) / PIECE;
+  const int64_t batch = call.batch, sample = call.sample;
   update_kernel<T><<<blocks(batch * pieces), THREADS, 0, stream>>>(p, sums, sample, pieces, batch, k);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (!sums) return;
+  double* factors = sums + 2 * batch * pieces;
+  factor_kernel<<<blocks(2 * batch), THREADS, 0, stream>>>(sums, call.starts, factors, 2 * batch, pieces);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  scale_kernel<T><<<blocks((batch * sample + THREADS - 1) / THREADS), THREADS, 0, stream>>>(p.x, p.y, factors, batch,
+                                                                                           sample);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, MaybeTensor squares, Tensor in_x, Tensor in_y,
-                   Tensor in_mx, Tensor in_my, Tensor gx, Tensor gy, MaybeTensor noise, double rate, double clip,
+void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, Tensor in_x, Tensor in_y, Tensor in_mx, Tensor in_my,
+                   Tensor gx, Tensor gy, MaybeTensor noise, MaybeTensor starts, double rate, double clip,
                    double momentum, bool nesterov, bool tied, double sigma) {
   const torch::stable::accelerator::DeviceGuard guard(in_x.get_device());
-  UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise);
+  UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise, starts);
   call.rate = rate, call.clip = clip, call.momentum = momentum, call.sigma = sigma;
   call.nesterov = nesterov, call.tied = tied;
-  const int64_t batch = in_x.size(0), sample = in_x.numel() / batch, pieces = (sample + PIECE - 1) / PIECE;
+  const int64_t pieces = (call.sample + PIECE - 1) / PIECE;
   const cudaStream_t stream = stream_of(in_x);
   MaybeTensor room;
   double* sums = nullptr;
-  if (squares) {
-    room = torch::stable::new_empty(*squares, {2 * batch * pieces});
+  if (starts) {
+    room = torch::stable::new_empty(*starts, {2 * call.batch * (pieces + 1)});
     sums = static_cast<double*>(room->mutable_data_ptr());
   }
-  call.is_double ? launch_update<double>(call, sums, batch, sample, stream)
-                 : launch_update<float>(call, sums, batch, sample, stream);
-  if (!squares) return;
-  total_kernel<<<blocks(2 * batch), THREADS, 0, stream>>>(sums, static_cast<double*>(squares->mutable_data_ptr()),
-                                                          2 * batch, pieces);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <class T>
-void launch_scale(const Tensor& x, const Tensor& y, const Tensor& factors) {
-  const int64_t batch = x.size(0), sample = x.numel() / batch;
-  scale_kernel<T><<<blocks((x.numel() + THREADS - 1) / THREADS), THREADS, 0, stream_of(x)>>>(
-      static_cast<T*>(x.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
-      static_cast<const T*>(factors.const_data_ptr()), batch, sample);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-void scale_samples(Tensor x, Tensor y, Tensor factors) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  const Dtype dtype = dtype_of("x", x);
-  STD_TORCH_CHECK(factors.numel() == 2 * x.size(0) && dtype_of("factors", factors) == dtype,
-                  "factors: expected (2, B) of x's dtype");
-  dtype == Dtype::f64 ? launch_scale<double>(x, y, factors) : launch_scale<float>(x, y, factors);
+  call.is_double ? launch_update<double>(call, sums, pieces, stream) : launch_update<float>(call, sums, pieces, stream);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(doodl_fast_native, CUDA, library) {
   library.impl("latent_update", TORCH_BOX(&latent_update));
-  library.impl("scale_samples", TORCH_BOX(&scale_samples));
 }

@@ -64,7 +64,7 @@ def test_opcheck_of_the_native_kernels():
     require("native")
     x, y, eps = operands((2, 3, 4), "fp32", "fp16", True)
     outs = [torch.empty_like(x) for _ in range(4)]
-    squares = torch.empty(2, 2, dtype=torch.float64, device=DEVICE)
+    starts = torch.ones(2, 2, dtype=torch.float64, device=DEVICE)
     calls = {
         "coupling": (outs[0], x, y, eps, 0.9, 0.2, 0.3, 3.0),
         "coupling_vjp": (
@@ -80,8 +80,7 @@ def test_opcheck_of_the_native_kernels():
         ),
         "coupling_mix": (outs[0], outs[1], x, y, eps, *MIX, 0.9, 0.2, 0.3, 3.0),
         "coupling_mix_vjp": (outs[0], outs[1], torch.empty_like(eps), x, y, None, *MIX, 0.9, 0.2, 0.3, 3.0),
-        "latent_update": (*outs, squares, x, y, x, y, y, x, None, 0.5, 0.1, 0.9, False, True, 0.1),
-        "scale_samples": (outs[0], outs[1], torch.ones(2, 2, device=DEVICE)),
+        "latent_update": (*outs, x, y, x, y, y, x, None, starts, 0.5, 0.1, 0.9, False, True, 0.1),
     }
     assert {*calls, "lattice_coupling", "lattice_mix"} == set(native.OPS)  # those: tests/test_lattice_ops.py
     for name, call in calls.items():

@@ -27,6 +27,7 @@ from torch import Tensor
 from .layout import (
     check_floating,
     check_operands,
+    check_out,
     compute_dtype,
     dense_format,
     eps_shape,
@@ -49,16 +50,22 @@ def coupling(
     c: float = 0.0,
     b: float = 0.0,
     g: float | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`a target + c source + b (eps_u + g (eps_c - eps_u))`, or `b eps` without g; differentiable in its tensors.
 
     target, source: (B, ...) of one dtype. eps: (B, ...), or (2B, ...) = [uncond; cond] when g is given.
-    Returns a new tensor of target's shape and dtype. Raises ValueError or TypeError, naming the argument.
+    out: where the result is written, dense memory of its own like target; not where a gradient is wanted.
+    Returns a tensor of target's shape and dtype, `out` or a new one.
+    Raises ValueError or TypeError, naming the argument.
     """
-    if is_plain(target, source, eps):
-        return _coupling_forward(target, source, eps, a, c, b, g)
+    if out is not None:
+        check_out(target, {"out": out}, (target, source, eps))
+    if is_plain(target, source, eps, out):
+        return _coupling_forward(target, source, eps, a, c, b, g, out)
     result: Tensor = torch.ops.doodl_fast.coupling(target, source, eps, a, c, b, g)
-    return result
+    return result if out is None else out.copy_(result)
 
 
 def coupling_inverse(
@@ -115,10 +122,12 @@ def _coupling_forward(
     c: float,
     b: float,
     g: float | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     check_operands(target, source, eps, g)
     layout = dense_format(target)
-    out = torch.empty_like(target, memory_format=layout)
+    if out is None:
+        out = torch.empty_like(target, memory_format=layout)
     if out.numel():
         select("coupling", target)(
             out,

@@ -31,7 +31,17 @@ import torch
 from torch import Tensor
 
 from .coupling import moved, new_eps, prepared_scale, store_eps
-from .layout import check_floating, check_operands, check_same, compute_dtype, dense_format, is_plain, store, vanishes
+from .layout import (
+    check_floating,
+    check_operands,
+    check_out,
+    check_same,
+    compute_dtype,
+    dense_format,
+    is_plain,
+    store,
+    vanishes,
+)
 from .registry import eager, select
 
 
@@ -66,16 +76,22 @@ def coupling_mix(
     c: float = 0.0,
     b: float = 0.0,
     g: float | None = None,
+    *,
+    out: Pair | None = None,
 ) -> Pair:
-    """`coupling`, then the mixing: new (target, source); differentiable in its tensors.
+    """`coupling`, then the mixing: (target, source) after both; differentiable in its tensors.
 
     target, source: (B, ...) of one dtype. eps: (B, ...), or (2B, ...) = [uncond; cond] when g is given, or None.
+    out: the pair of tensors that the results are written into, else new ones; otherwise as in `coupling`.
     Raises ValueError or TypeError, naming the argument.
     """
-    if is_plain(target, source, eps):
-        return _coupling_mix_forward(target, source, eps, *mixing, a, c, b, g)
+    outs: tuple[Tensor, ...] = () if out is None else tuple(out)
+    if out is not None:
+        check_out(target, dict(zip(("out[0]", "out[1]"), out, strict=True)), (target, source, eps))
+    if is_plain(target, source, eps, *outs):
+        return _coupling_mix_forward(target, source, eps, *mixing, a, c, b, g, out=out)
     pair: Pair = torch.ops.doodl_fast.coupling_mix(target, source, eps, *mixing, a, c, b, g)
-    return pair
+    return pair if out is None else (out[0].copy_(pair[0]), out[1].copy_(pair[1]))
 
 
 def mix(target: Tensor, source: Tensor, mixing: Mixing) -> Pair:
@@ -113,17 +129,18 @@ def coupling_mix_vjp(
 # From tensors of any layout to a backend's kernel
 
 
-def _coupling_mix_forward(target: Tensor, source: Tensor, eps: Tensor | None, *numbers: Any) -> Pair:
+def _coupling_mix_forward(
+    target: Tensor, source: Tensor, eps: Tensor | None, *numbers: Any, out: Pair | None = None
+) -> Pair:
     """numbers: those of the mixing, then a, c, b, g."""
     *others, b, g = numbers
     check_operands(target, source, eps, g)
     layout = dense_format(target)
-    out_target = torch.empty_like(target, memory_format=layout)
-    out_source = torch.empty_like(target, memory_format=layout)
+    if out is None:
+        out = torch.empty_like(target, memory_format=layout), torch.empty_like(target, memory_format=layout)
     if target.numel():
         select("coupling_mix", target)(
-            out_target,
-            out_source,
+            *out,
             target.contiguous(memory_format=layout),
             source.contiguous(memory_format=layout),
             None if eps is None or b == 0 else eps.contiguous(memory_format=layout),
@@ -131,7 +148,7 @@ def _coupling_mix_forward(target: Tensor, source: Tensor, eps: Tensor | None, *n
             b,
             None if b == 0 else g,
         )
-    return out_target, out_source
+    return out
 
 
 def _coupling_mix_vjp_forward(

@@ -56,7 +56,7 @@ def latent_update(
     """
     starts = None
     if start_norms is not None:
-        starts = torch.stack([norm.reshape(-1).to(torch.float64) for norm in start_norms])
+        starts = torch.cat([norm.reshape(1, -1) for norm in start_norms]).to(torch.float64)
     clip = math.inf if clip is None else clip
     tensors = (*latents, *momenta, *gradients, noise, starts)
     update: Callable[..., tuple[Tensor, ...]] = torch.ops.doodl_fast.latent_update
@@ -74,13 +74,9 @@ def _latent_update_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if not x.numel():
         return outs
     layout = dense_format(x)
-    squares = None if starts is None else torch.empty(2, x.shape[0], dtype=torch.float64, device=x.device)
     inputs = [z.contiguous(memory_format=layout) for z in tensors[:6]]
     noise = None if noise is None or sigma == 0 else noise.contiguous(memory_format=layout)
-    select("latent_update", x)(*outs, squares, *inputs, noise, *settings)
-    if squares is not None:
-        factors = (starts / squares.sqrt()).to(x.dtype)
-        select("scale_samples", x)(outs[0], outs[1], factors)
+    select("latent_update", x)(*outs, *inputs, noise, starts, *settings)
     return outs
 
 
@@ -128,7 +124,6 @@ def _latent_update(
     out_y: Tensor,
     out_mx: Tensor,
     out_my: Tensor,
-    squares: Tensor | None,
     x: Tensor,
     y: Tensor,
     mx: Tensor,
@@ -136,6 +131,7 @@ def _latent_update(
     gx: Tensor,
     gy: Tensor,
     noise: Tensor | None,
+    starts: Tensor | None,
     rate: float,
     clip: float,
     momentum: float,
@@ -154,14 +150,15 @@ def _latent_update(
         moved.append(z if noise is None else z + noise * sigma)
     if tied:
         moved = [(moved[0] + moved[1]) * 0.5] * 2
-    for index, (out, z) in enumerate(((out_x, moved[0]), (out_y, moved[1]))):
-        out.copy_(z)
-        if squares is not None:
-            squares[index] = z.double().square().flatten(1).sum(1) if z.ndim > 1 else z.double().square()
+    out_x.copy_(moved[0])
+    out_y.copy_(moved[1])
+    if starts is not None:
+        squares = torch.stack([z.double().square().reshape(len(z), -1).sum(1) for z in (out_x, out_y)])
+        rescale(out_x, out_y, squares, starts)
 
 
-@eager
-def _scale_samples(x: Tensor, y: Tensor, factors: Tensor) -> None:
-    """x, y <- each sample times its factor, in place. factors: (2, B)."""
+def rescale(x: Tensor, y: Tensor, squares: Tensor, starts: Tensor) -> None:
+    """Scales each sample from the norm that its sum of squares gives to the one it started with, in place."""
+    factors = (starts / squares.sqrt()).to(x.dtype)
     for z, factor in zip((x, y), factors, strict=True):
         z.mul_(factor.reshape(-1, *[1] * (z.ndim - 1)))

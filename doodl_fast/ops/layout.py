@@ -99,6 +99,22 @@ def check_operands(target: Tensor, source: Tensor | None, eps: Tensor | None, g:
     check_eps(target, eps, g)
 
 
+def check_out(target: Tensor, outs: dict[str, Tensor], operands: Sequence[Tensor | None]) -> None:
+    """Raises ValueError or TypeError unless results for a target can be written into `outs`, given by name."""
+    check_same("target", target, **outs)
+    if torch.compiler.is_dynamo_compiling():  # the result is copied then: shared and strided memory are fine
+        return
+    layout, taken = dense_format(target), {z.untyped_storage().data_ptr() for z in operands if z is not None}
+    for name, out in outs.items():
+        if not out.is_contiguous(memory_format=layout):
+            raise ValueError(f"{name}: expected dense memory in {layout}, got strides {out.stride()}; use empty_like()")
+        if out.numel() and out.untyped_storage().data_ptr() in taken:
+            raise ValueError(f"{name}: expected memory of its own, got that of another argument; use empty_like()")
+        taken.add(out.untyped_storage().data_ptr())
+    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (*operands, *outs.values())):
+        raise ValueError("out: expected no gradient to be wanted; call it under torch.no_grad(), or without out")
+
+
 def check_eps(target: Tensor, eps: Tensor | None, g: float | None) -> None:
     """Raises ValueError unless eps fits the target: (B, ...), or (2B, ...) with guidance."""
     if eps is None:

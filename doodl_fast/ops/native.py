@@ -26,7 +26,6 @@ OPS = (
     "latent_update",
     "lattice_coupling",
     "lattice_mix",
-    "scale_samples",
 )
 
 

@@ -47,7 +47,6 @@ def kernels() -> dict[str, Kernel]:
         "latent_update": latent_update,
         "lattice_coupling": lattice_coupling,
         "lattice_mix": lattice_mix,
-        "scale_samples": scale_samples,
     }
 
 
@@ -158,17 +157,17 @@ def coupling_mix_vjp(
 
 
 def latent_update(*arguments: Any) -> None:
-    """Fills x, y, mx, my, and the sums of squares when they are wanted."""
-    outs, squares, inputs, noise = arguments[:4], arguments[4], arguments[5:11], arguments[11]
+    """Fills x, y, mx, my."""
+    outs, inputs, noise, starts = arguments[:4], arguments[4:10], arguments[10], arguments[11]
     rate, clip, momentum, nesterov, tied, sigma = arguments[12:]
     x = inputs[0]
     batch = x.shape[0]
     sample = x.numel() // batch
-    blocks = _blocks(sample)
-    sums = None if squares is None else x.new_empty(2, batch, blocks, dtype=torch.float64)
+    grid = (_blocks(sample), batch)
+    sums = None if starts is None else x.new_empty(2, batch, grid[0], dtype=torch.float64)
     _launch(
         "update_kernel",
-        (blocks, batch),
+        grid,
         x,
         *(*outs, sums, *inputs, noise, sample),
         *(float(number) for number in (rate, clip, momentum, sigma)),
@@ -178,15 +177,9 @@ def latent_update(*arguments: Any) -> None:
         TIED=tied,
         NOISY=noise is not None,
     )
-    if squares is not None and sums is not None:
-        torch.sum(sums, dim=2, out=squares)
-
-
-def scale_samples(x: Tensor, y: Tensor, factors: Tensor) -> None:
-    """x, y <- each sample times its factor, in place."""
-    batch = x.shape[0]
-    sample = x.numel() // batch
-    _launch("scale_kernel", (_blocks(sample), batch), x, x, y, factors, sample)
+    if starts is not None and sums is not None:
+        factors = (starts / sums.sum(2).sqrt()).to(x.dtype)
+        _launch("scale_kernel", grid, x, outs[0], outs[1], factors, sample)
 
 
 def lattice_coupling(
