@@ -45,19 +45,19 @@ TASKS = (
     Task(
         "clip",
         "CLIP guidance on a prompt of two objects",
-        "a black triangle above a green circle",
+        "a green circle above a purple circle",
         (0, 1, 2, 3),
         learning_rate=10.0,
         one_step_scale=1.0,
     ),
     Task(
         "classifier",
-        'Classifier guidance to a variety that captions do not name: "5-pointed star"',
+        'Classifier guidance to a variety that captions do not name: "6-pointed star"',
         "a red star",
         (0, 1, 2, 3),
         learning_rate=10.0,
         one_step_scale=3.0,
-        variety="5-pointed star",
+        variety="6-pointed star",
     ),
 )
 
@@ -238,6 +238,6 @@ def main(args: Any) -> int:
     run(
         Path(args.out),
         12 if args.steps is None else args.steps,
-        15 if args.optimization_steps is None else args.optimization_steps,
+        12 if args.optimization_steps is None else args.optimization_steps,
     )
     return 0

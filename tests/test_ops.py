@@ -248,9 +248,21 @@ def test_no_fused_multiply_add(backend):
     assert ops.coupling_mix(target, source, None, mixing)[0].abs().max() == 0
 
 
+def drops_signs_of_zero() -> bool:
+    """Whether this is Triton's interpreter of a version (3.6) that takes a float argument of -0.0 for 0."""
+    if DEVICE.type != "cpu":
+        return False
+    from triton.runtime.interpreter import _implicit_cvt
+
+    return isinstance(_implicit_cvt(-0.0), float)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
 @pytest.mark.parametrize("tiny", [1e-237, 2.0**-150, -(2.0**-150), 2.0**-149, 1e-45])
-def test_coefficients_that_vanish_in_fp32(backend, tiny):
+def test_coefficients_that_vanish_in_fp32(backend, tiny, zero):
     """A coefficient that is rounded to zero counts as zero: its term is left out, signed zeros and infinities too."""
+    if backend == "triton" and math.copysign(1, zero) < 0 and drops_signs_of_zero():
+        pytest.skip("this Triton's interpreter has no argument of -0.0; its compiler has")
     x = torch.tensor([[1.5, -0.0, -2.0, math.inf]], device=DEVICE)
     y = torch.tensor([[-1.0, -3.0, -0.0, 2.0]], device=DEVICE)
     results = []
@@ -258,7 +270,7 @@ def test_coefficients_that_vanish_in_fp32(backend, tiny):
         with ops.backend(name):
             results.append([])
             for target_first in (True, False):
-                mixing = ops.Mixing(target_first, 1.0, tiny, -0.0, tiny)
+                mixing = ops.Mixing(target_first, 1.0, tiny, zero, tiny)
                 results[-1] += ops.coupling_mix(x, y, None, mixing)
                 results[-1] += ops.coupling_mix_vjp(x, y, mixing, 1.0, tiny)[:2]
     assert all(same_bits(got, want) for got, want in zip(*results, strict=True))
