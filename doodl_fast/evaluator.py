@@ -51,6 +51,11 @@ def vjp_evaluator(evaluator: Evaluator) -> Evaluator | None:
     return other
 
 
+def insists_on_vjps(evaluator: Evaluator) -> bool:
+    """Whether plain autograd through the evaluator would not be what its `vjp_dtype`, if it has one, asks for."""
+    return getattr(evaluator, "vjp_dtype", None) not in (None, "auto")
+
+
 def raw_method(evaluator: Evaluator) -> Raw | None:
     """The evaluator's `raw`, unless a class nearer than the one that has it overrides `__call__` alone."""
     for cls in type(evaluator).__mro__:
