@@ -54,8 +54,8 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "width": int,
 }
 """what generate must know of invert, and its type in the file"""
-PARTED = 0.5
-"""|x - y| / |x| of the noise from which on edits are poor"""
+LOUD, PARTED = 1.5, 1.0
+"""Standard deviation of the noise, and |x - y| / |x| of the image, above which edits were poor (docs/editing.md)"""
 
 
 def add_invert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,10 +113,10 @@ def invert(args: argparse.Namespace, load: Load) -> int:
         index = {"settings": settings, "image": str(args.image), "weights": fingerprint(pipeline), "report": report}
         write_json(folder / INDEX, index)
     print(f"the noise: standard deviation {report['deviation']:.3g}, |x - y| / |x| = {report['parted']:.2g}")
-    if report["parted"] > PARTED:
+    if report["deviation"] > LOUD:
         print(
-            "the two latents have parted, so edits will be poor: describe the picture better, or try a lower "
-            "--guidance-scale, --strength or --mix-weight"
+            "that is louder than noise that the model knows, so edits will be poor: try a prompt that describes the "
+            "picture better, a lower --guidance-scale or --strength, or more --steps"
         )
     print(f"the VAE's error: {report['vae_error']:.3g} of 255 (rms); states and pictures in {args.out}")
     return 0
@@ -160,7 +160,10 @@ def generate(args: argparse.Namespace, load: Load) -> int:
 def _said(report: dict[str, Any], same: bool, out: Path) -> str:
     vae, change = (f"{report[name]:.3g} of 255 (rms)" for name in ("vae_error", "change"))
     if not same:
-        return f"edited: the picture changed by {change}, its two latents differ by {report['parted']:.2g}; {out}"
+        said = f"edited: the picture changed by {change}, |x - y| / |x| = {report['parted']:.2g}; {out}"
+        if report["parted"] > PARTED:
+            said += "\nthe two latents have parted: invert with a lower --mix-weight, less guidance or more --steps"
+        return said
     if report["equal"]:
         return (
             f"the encoded latents came back bit for bit; the picture's error is {vae} by the VAE, 0 by the chain; {out}"

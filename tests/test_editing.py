@@ -86,7 +86,8 @@ def test_the_embedded_pipeline_there_and_back(
     assert settings.items() <= index["settings"].items()
     noise, image = (LatticeState.load(out / f"{end}.safetensors") for end in ("noise", "image"))
     assert (noise.end, image.end) == ("noise", "image") and not torch.equal(noise.x, image.x)
-    assert "the VAE's error" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the VAE's error" in said and "louder" not in said
 
     assert cli.main(["generate", str(out)]) == 0
     said = capsys.readouterr().out
@@ -143,6 +144,17 @@ def test_other_settings_are_an_edit(inverted: Path, tmp_path: Path, capsys: pyte
         assert "edited: " in capsys.readouterr().out
     assert cli.main(["generate", str(out), "--prompt", "a red circle", "--guidance-scale", "3"]) == 0
     assert "bit for bit" in capsys.readouterr().out
+
+
+def test_what_makes_edits_poor_is_said(
+    model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A random network under a guidance far beyond what any is made for."""
+    out = tmp_path / "loud"
+    assert cli.main(command(model, picture, out, "--steps", "10", "--guidance-scale", "1000")) == 0
+    assert "louder than noise that the model knows" in capsys.readouterr().out
+    assert cli.main(["generate", str(out), "--guidance-scale=-1000"]) == 0
+    assert "the two latents have parted" in capsys.readouterr().out
 
 
 def test_a_network_that_is_not_the_same_twice_is_reported(
