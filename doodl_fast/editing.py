@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Load = Callable[[argparse.Namespace], Any]
 """Loads the diffusers pipeline that a command line names."""
 
+EMBEDDED = "shapes"
 PICTURE, ENCODED, NOISE, IMAGE, INDEX = (
     "picture.png",
     "encoded.png",
@@ -96,12 +97,12 @@ def invert(args: argparse.Namespace, load: Load) -> int:
     pipeline = load(args)
     height, width = _size(pipeline, args.height, args.width)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"height": height, "width": width}
-    if Path(args.model).is_dir():
-        settings["model"] = os.path.abspath(args.model)
+    if args.model != EMBEDDED and Path(args.model).expanduser().is_dir():
+        settings["model"] = os.path.abspath(Path(args.model).expanduser())
     chain, decode = _chain(pipeline, settings), _decoder(pipeline)
     pixels = _tensor(fit(picture, height, width)).to(pipeline.unet.device)
-    image = chain.state(decode.encode(pixels), end="image")
     with _in_range(_parting(settings, chain)):
+        image = chain.state(decode.encode(pixels), end="image")
         noise = chain.inverse_state(image)
     encoded = _decode(decode, image)
     report = {"vae_error": _error(encoded, pixels), **_describe(noise)}
@@ -129,8 +130,10 @@ def generate(args: argparse.Namespace, load: Load) -> int:
     settings = stored.settings | {name: value for name, value in given.items() if value is not None}
     same = settings == stored.settings
     out = args.out or args.state / (SAME if same else EDITED)
-    if not out.parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out: expected a file in an existing folder, got {str(out)!r}")
+    if not out.parent.is_dir() or out.is_dir() or out.suffix != ".png":
+        raise ValueError(f"--out: expected a .png file in an existing folder, got {str(out)!r}")
+    if out.stem in (Path(PICTURE).stem, Path(ENCODED).stem, Path(INDEX).stem):
+        raise ValueError(f"--out: expected another name than those that invert gives, got {str(out)!r}")
     model = {"model": args.model or settings["model"], "variant": settings["variant"], "dtype": settings["dtype"]}
     pipeline = load(argparse.Namespace(**model, device=args.device))
     if fingerprint(pipeline) != stored.weights:

@@ -41,7 +41,9 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def inverted(model: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("states") / "red"
-    assert cli.main(command(model, picture, out)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(model.parent)
+        assert cli.main(command(model.name, picture, out)) == 0
     return out
 
 
@@ -276,8 +278,20 @@ def test_damaged_states(inverted: Path, tmp_path: Path, capsys: pytest.CaptureFi
     damage("invert.json", other.encode(), "made by a chain with another schedule, mix_weight")
     (out / "image.safetensors").unlink()
     assert "is damaged (FileNotFoundError" in refused(["generate", str(out)], capsys)
-    nowhere = ["generate", str(inverted), "--out", str(tmp_path / "no" / "a.png")]
-    assert "--out: expected a file in an existing folder" in refused(nowhere, capsys)
+
+
+def test_where_a_picture_may_go(
+    inverted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (tmp_path / "no" / "a.png", tmp_path, tmp_path / "a.jpg"):
+        message = refused(["generate", str(inverted), "--out", str(place)], capsys)
+        assert "--out: expected a .png file in an existing folder" in message
+    before = (inverted / "invert.json").read_bytes()
+    message = refused(["generate", str(inverted), "--out", str(inverted / "invert.png")], capsys)
+    assert "--out: expected another name" in message and (inverted / "invert.json").read_bytes() == before
+    out = copied(inverted, tmp_path)
+    monkeypatch.chdir(tmp_path)  # the model's folder is stored in full
+    assert cli.main(["generate", "state"]) == 0 and (out / "reconstruction.png").is_file()
 
 
 # Pictures
