@@ -51,11 +51,6 @@ def vjp_evaluator(evaluator: Evaluator) -> Evaluator | None:
     return other
 
 
-def insists_on_vjps(evaluator: Evaluator) -> bool:
-    """Whether plain autograd through the evaluator would not be what its `vjp_dtype`, if it has one, asks for."""
-    return getattr(evaluator, "vjp_dtype", None) not in (None, "auto")
-
-
 def raw_method(evaluator: Evaluator) -> Raw | None:
     """The evaluator's `raw`, unless a class nearer than the one that has it overrides `__call__` alone."""
     for cls in type(evaluator).__mro__:
@@ -65,3 +60,8 @@ def raw_method(evaluator: Evaluator) -> Raw | None:
         if "__call__" in vars(cls):
             break
     return None
+
+
+def insists_on_vjps(evaluator: Evaluator) -> bool:
+    """Whether plain autograd through the evaluator would not be what its `vjp_dtype`, if it has one, asks for."""
+    return getattr(evaluator, "vjp_dtype", None) not in (None, "auto")
