@@ -56,7 +56,7 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
 }
 """what generate must know of invert, and its type in the file"""
 LOUD, PARTED = 1.5, 1.0
-"""Standard deviation of the noise, and |x - y| / |x| of the image, above which edits were poor (docs/editing.md)"""
+"""Standard deviation of the noise, and |x - y| / |x| of the image, above which edits were mostly poor"""
 
 
 def add_invert_arguments(parser: argparse.ArgumentParser) -> None:
