@@ -116,8 +116,8 @@ def invert(args: argparse.Namespace, load: Load) -> int:
     print(f"the noise: standard deviation {report['deviation']:.3g}, |x - y| / |x| = {report['parted']:.2g}")
     if report["deviation"] > LOUD:
         print(
-            "that is louder than noise that the model knows, so edits will be poor: try a prompt that describes the "
-            "picture better, a lower --guidance-scale or --strength, or more --steps"
+            "that is louder than noise that the model knows, so edits may be poor: try a prompt that describes the "
+            "picture better, or a lower --guidance-scale or --strength"
         )
     print(f"the VAE's error: {report['vae_error']:.3g} of 255 (rms); states and pictures in {args.out}")
     return 0
