@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .files import replace, write_json, write_picture
+from .guides import DEFAULT_CLIP, EMBEDDED, GUIDES
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from .doodl import Result, StepInfo
 
-EMBEDDED = "shapes"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 SETTINGS, RESULT, STATE = "run.json", "result.json", "state"
 OUTPUTS = ("before.png", "after.png", "best.png", "losses.png", SETTINGS, RESULT, STATE)
 MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "device")
@@ -317,58 +315,6 @@ def _load_pipeline(args: argparse.Namespace, device: torch.device, dtype: torch.
     return load_pipeline(args.model, device, dtype, args.variant)
 
 
-# one function a guide: (args, device, dtype) -> loss on pixels
-
-
-def _clip(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
-        from . import shapes
-
-        model, processor = shapes.load_clip()
-        return model.to(device, dtype), processor
-    from .guidance.clip import load_clip
-
-    return load_clip(args.guidance_model or DEFAULT_CLIP, device, dtype)
-
-
-def _clip_text(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .guidance import ClipText
-
-    model, processor = _clip(args, device, dtype)
-    text = args.prompt if args.guidance_prompt is None else args.guidance_prompt
-    return ClipText(model, processor, text, args.num_cutouts, args.cut_power)
-
-
-def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .guidance import ClipImage
-
-    if not args.guidance_image:
-        raise ValueError("--guidance-image: expected one or more files with --guidance clip-image, got none")
-    model, processor = _clip(args, device, dtype)
-    return ClipImage(model, args.guidance_image, processor, args.num_cutouts, args.cut_power)
-
-
-def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .guidance import Classifier
-
-    if args.label is None:
-        raise ValueError("--label: expected a class's name or index with --guidance classifier, got none")
-    if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
-        from . import shapes
-
-        model, processor = shapes.load_classifier()
-        return Classifier(model.to(device, dtype), processor, args.label)
-    if args.guidance_model is None:
-        raise ValueError("--guidance-model: expected an image classifier with --guidance classifier, got none")
-    return Classifier.from_pretrained(args.guidance_model, args.label, device, dtype)
-
-
-def _symmetry(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .guidance import Symmetry
-
-    return Symmetry(args.direction)
-
-
 # what a run writes
 
 
@@ -423,12 +369,6 @@ def _plot(path: Path, losses: Sequence[float], name: str) -> None:
     replace(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
-GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Callable[[Tensor], Tensor]]] = {
-    "clip-text": _clip_text,
-    "clip-image": _clip_image,
-    "classifier": _classifier,
-    "symmetry": _symmetry,
-}
 COMMANDS = {
     "demo": Command("optimise latents of the embedded pipeline and show what changes", _demo_arguments, _demo),
     "run": Command("optimise latents of a diffusers pipeline for a guide", _run_arguments, _run),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import new_folder, write_json, write_picture
+from .guides import EMBEDDED
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 Load = Callable[[argparse.Namespace], Any]
 """Loads the diffusers pipeline that a command line names."""
 
-EMBEDDED = "shapes"
 PICTURE, ENCODED, NOISE, IMAGE, INDEX = (
     "picture.png",
     "encoded.png",
