@@ -2,6 +2,9 @@
 
     python bench/gradient_error.py [--steps 10 50]
 
+and, before it, what torch's kernels have to do with it: the error of a convolution's input gradient by its size, and
+the seconds of a network call with a graph and its VJP in each dtype, for this network and for the embedded one.
+
 Everything is in the clone: tests/golden holds a small UNet, a start, a loss `(out * w).sum()` and the reference's
 gradients (tests/golden/README.md). An error is |gradient - truth| / |truth| in the 2-norm. The truth is the fp64
 gradient of the same weights: for fp16 and bf16 the rounded ones, as are conditions, start and w (for fp16 recorded from
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from functools import cache
 from pathlib import Path
 
@@ -56,7 +60,7 @@ def gradient(
     memory: str | int = "checkpoint",
     loss_scale: float = 1.0,
     latents: torch.dtype = torch.float32,
-    vjp_dtype: torch.dtype | None = None,
+    vjp_dtype: torch.dtype | str | None = "auto",
 ) -> Tensor:
     """Of the loss with respect to the start; everything that goes in is rounded to `dtype` first."""
     conditions = (stored("models")[f"embedding_{kind}conditional"].to(dtype) for kind in ("", "un"))
@@ -85,16 +89,72 @@ def rows(steps: int, name: str) -> dict[str, list[str]]:
     table = {}
     recorded = stored("chain").get(f"T{steps}/{name}/keep_input/grad")
     table["the reference"] = ["-" if recorded is None else f"{error(recorded, right):.2e}", "-"]
+
+    def measured(memory: str | int, vjp_dtype: torch.dtype | str | None) -> list[str]:
+        found = [gradient(network(dtype), dtype, steps, memory, s, vjp_dtype=vjp_dtype) for s in LOSS_SCALES]
+        return [f"{error(got, right):.2e}" for got in found]
+
     for memory in MEMORIES:
-        found = [error(gradient(network(dtype), dtype, steps, memory, s), right) for s in LOSS_SCALES]
-        table[f"`memory={memory!r}`"] = [f"{value:.2e}" for value in found]
+        table[f"`memory={memory!r}`"] = measured(memory, "auto")
     if name != "fp32":
-        found = [
-            error(gradient(network(dtype), dtype, steps, "checkpoint", s, vjp_dtype=torch.float32), right)
-            for s in LOSS_SCALES
-        ]
-        table["`vjp_dtype=torch.float32`"] = [f"{value:.2e}" for value in found]
+        table["`vjp_dtype=None`"] = measured("checkpoint", None)
+        table["`vjp_dtype=torch.float32`"] = measured("checkpoint", torch.float32)
     return table
+
+
+# What the kernels have to do with it
+
+
+def convolution(dtype: torch.dtype, channels: int, size: int) -> tuple[float, float]:
+    """Errors of a convolution's input gradient, and of the right one rounded once; operands are numbers of `dtype`."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, channels, 16, 16), (channels, channels, size, size), (1, channels, 16, 16))
+    operands = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+    def pulled(*tensors: Tensor) -> Tensor:
+        x = tensors[0].clone().requires_grad_()
+        y = torch.nn.functional.conv2d(x, tensors[1], padding=size // 2)
+        return torch.autograd.grad(y, x, tensors[2])[0]
+
+    right = pulled(*(tensor.double() for tensor in operands))
+    return error(pulled(*operands), right), error(right.to(dtype), right)
+
+
+def seconds(unet: nn.Module, dtype: torch.dtype, repeats: int = 5) -> tuple[float, float]:
+    """The least of a call without a graph, and of one with a graph and its VJP, on a guidance batch of 2."""
+    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    unet = copy.deepcopy(unet).to(dtype).requires_grad_(False)
+    x, cond = torch.randn(2, 4, size, size).to(dtype).requires_grad_(), torch.randn(2, 8, width).to(dtype)
+    arguments = {"timestep": torch.tensor(500), "encoder_hidden_states": cond, "return_dict": False}
+
+    def vjp() -> None:
+        y = unet(x, **arguments)[0]
+        torch.autograd.grad(y, x, torch.ones_like(y))
+
+    times: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        for function, found in zip((torch.no_grad()(lambda: unet(x, **arguments)), vjp), times, strict=True):
+            start = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - start)
+    return min(times[0]), min(times[1])
+
+
+def kernels() -> None:
+    from doodl_fast import shapes
+
+    print("| convolution's input gradient | error | rounded once |\n|---|---|---|")
+    for name in ("fp16", "bf16"):
+        for channels, size in ((64, 1), (16, 3), (64, 3), (256, 3), (64, 5)):
+            errors = [f"{value:.1e}" for value in convolution(DTYPES[name], channels, size)]
+            print(f"| {name}, {channels} channels, {size} x {size} | {' | '.join(errors)} |")
+    print("\n| one call | without a graph | with its VJP | fp32's VJP, of it |\n|---|---|---|---|")
+    for title, unet in (("this UNet", network(torch.float32)), ("the embedded UNet", shapes.load_pipeline().unet)):
+        wide = seconds(unet, torch.float32)
+        for name, dtype in DTYPES.items():
+            value, vjp = wide if name == "fp32" else seconds(unet, dtype)
+            print(f"| {title}, {name} | {value:.4f} s | {vjp:.4f} s | {wide[1] / vjp:.2f} |", flush=True)
+    print()
 
 
 def main() -> None:
@@ -102,6 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 50], choices=(10, 20, 25, 30, 50))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    kernels()
     print("| network | steps | gradient | error | error, loss times 1e-6 |\n|---|---|---|---|---|")
     for name in DTYPES:
         for steps in args.steps:

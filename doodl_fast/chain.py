@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .arithmetic import Arithmetic, Floats
 from .engine import ChainFunction, Memory, Run
-from .evaluator import Evaluator, vjp_evaluator
+from .evaluator import Evaluator, insists_on_vjps
 from .exact import Exact
 from .lattice import WIDTHS, Lattice, grown, to_lattice
 from .lattice_state import ENDS, LatticeState, check_state, state_of
@@ -156,10 +156,10 @@ class Chain:
         y = x if y is None else y
         tensors = self.evaluator.tensors()
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *tensors))
-        if differentiable and self.memory == "naive" and vjp_evaluator(self.evaluator) is not None:
+        if differentiable and self.memory == "naive" and insists_on_vjps(self.evaluator):
             raise ValueError(
                 'memory: "naive" differentiates the very calls that it ran, so it cannot take VJPs in vjp_dtype; use '
-                '"checkpoint" or a Denoiser without vjp_dtype'
+                '"checkpoint" or a Denoiser with vjp_dtype=None'
             )
         run = self._plan(x, inverse, store=differentiable and self.memory != "naive")
         if run.stores:

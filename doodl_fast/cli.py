@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .files import replace, write_json, write_picture
+from .guides import DEFAULT_CLIP, EMBEDDED, GUIDES
+
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from .doodl import Result, StepInfo
 
-EMBEDDED = "shapes"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 SETTINGS, RESULT, STATE = "run.json", "result.json", "state"
 OUTPUTS = ("before.png", "after.png", "best.png", "losses.png", SETTINGS, RESULT, STATE)
 MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "device")
@@ -125,12 +125,36 @@ def _drift_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _drift(args: argparse.Namespace) -> int:
-    _quiet_libraries()
-    import torch
-
     from . import drift
 
-    return drift.main(args, _load_pipeline(args, _device(args.device), getattr(torch, DTYPES[args.dtype])))
+    return drift.main(args, _loaded(args))
+
+
+# invert, generate
+
+
+def _invert_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import editing
+
+    editing.add_invert_arguments(parser)
+
+
+def _invert(args: argparse.Namespace) -> int:
+    from . import editing
+
+    return editing.invert(args, _loaded)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import editing
+
+    editing.add_generate_arguments(parser)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from . import editing
+
+    return editing.generate(args, _loaded)
 
 
 # run
@@ -273,6 +297,14 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def _loaded(args: argparse.Namespace) -> Any:
+    """The pipeline that --model, --variant, --device and --dtype ask for."""
+    _quiet_libraries()
+    import torch
+
+    return _load_pipeline(args, _device(args.device), getattr(torch, DTYPES[args.dtype]))
+
+
 def _load_pipeline(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Any:
     if args.model == EMBEDDED:
         from . import shapes
@@ -281,58 +313,6 @@ def _load_pipeline(args: argparse.Namespace, device: torch.device, dtype: torch.
     from .pipeline import load_pipeline
 
     return load_pipeline(args.model, device, dtype, args.variant)
-
-
-# one function a guide: (args, device, dtype) -> loss on pixels
-
-
-def _clip(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
-        from . import shapes
-
-        model, processor = shapes.load_clip()
-        return model.to(device, dtype), processor
-    from .guidance.clip import load_clip
-
-    return load_clip(args.guidance_model or DEFAULT_CLIP, device, dtype)
-
-
-def _clip_text(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .guidance import ClipText
-
-    model, processor = _clip(args, device, dtype)
-    text = args.prompt if args.guidance_prompt is None else args.guidance_prompt
-    return ClipText(model, processor, text, args.num_cutouts, args.cut_power)
-
-
-def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .guidance import ClipImage
-
-    if not args.guidance_image:
-        raise ValueError("--guidance-image: expected one or more files with --guidance clip-image, got none")
-    model, processor = _clip(args, device, dtype)
-    return ClipImage(model, args.guidance_image, processor, args.num_cutouts, args.cut_power)
-
-
-def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .guidance import Classifier
-
-    if args.label is None:
-        raise ValueError("--label: expected a class's name or index with --guidance classifier, got none")
-    if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
-        from . import shapes
-
-        model, processor = shapes.load_classifier()
-        return Classifier(model.to(device, dtype), processor, args.label)
-    if args.guidance_model is None:
-        raise ValueError("--guidance-model: expected an image classifier with --guidance classifier, got none")
-    return Classifier.from_pretrained(args.guidance_model, args.label, device, dtype)
-
-
-def _symmetry(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from .guidance import Symmetry
-
-    return Symmetry(args.direction)
 
 
 # what a run writes
@@ -348,11 +328,11 @@ class _Writer:
 
     def __call__(self, info: StepInfo) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        _write_json(self.out / SETTINGS, self.settings)
+        write_json(self.out / SETTINGS, self.settings)
         if info.step == 0:
-            _write_picture(self.out / "before.png", info.images[0])
+            write_picture(self.out / "before.png", info.images[0])
         if info.step % self.every == 0:
-            _write_picture(self.out / f"step_{info.step:03d}.png", info.images[0])
+            write_picture(self.out / f"step_{info.step:03d}.png", info.images[0])
 
 
 def _write_result(out: Path, settings: dict[str, Any], result: Result, seconds: float) -> None:
@@ -360,8 +340,8 @@ def _write_result(out: Path, settings: dict[str, Any], result: Result, seconds: 
 
     from . import __version__
 
-    _write_picture(out / "after.png", result.images[0])
-    _write_picture(out / "best.png", result.best_images[0])
+    write_picture(out / "after.png", result.images[0])
+    write_picture(out / "best.png", result.best_images[0])
     _plot(out / "losses.png", [*result.losses, result.final_loss], settings["guidance"])
     summary = {
         "losses": result.losses,
@@ -373,7 +353,7 @@ def _write_result(out: Path, settings: dict[str, Any], result: Result, seconds: 
         "versions": {"doodl_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "options": settings,
     }
-    _write_json(out / RESULT, summary)
+    write_json(out / RESULT, summary)
 
 
 def _plot(path: Path, losses: Sequence[float], name: str) -> None:
@@ -386,35 +366,14 @@ def _plot(path: Path, losses: Sequence[float], name: str) -> None:
     axes.set(xlabel="optimisation steps done", ylabel=f"loss ({name})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    _replace(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+    replace(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
-def _write_picture(path: Path, images: Tensor) -> None:
-    from .pipeline import to_pil
-
-    _replace(path, lambda partial: to_pil(images[:1])[0].save(partial, format="PNG"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path` and then renames: whoever is interrupted leaves no half file under that name."""
-    partial = path.with_name(path.name + ".tmp")
-    write(partial)
-    os.replace(partial, path)
-
-
-GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Callable[[Tensor], Tensor]]] = {
-    "clip-text": _clip_text,
-    "clip-image": _clip_image,
-    "classifier": _classifier,
-    "symmetry": _symmetry,
-}
 COMMANDS = {
     "demo": Command("optimise latents of the embedded pipeline and show what changes", _demo_arguments, _demo),
     "run": Command("optimise latents of a diffusers pipeline for a guide", _run_arguments, _run),
+    "invert": Command("take a picture to the noise that leads to it, exactly", _invert_arguments, _invert),
+    "generate": Command("make an inverted picture again, or edit it by another prompt", _generate_arguments, _generate),
     "drift": Command("measure how exactly chains come back, by arithmetic and length", _drift_arguments, _drift),
     "doctor": Command("say which kernel backends there are, and why others are missing", lambda parser: None, _doctor),
 }

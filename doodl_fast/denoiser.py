@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import without_weight_grad
+from .modules import FLOAT_DTYPES, HALF_DTYPES, weights_cast, without_weight_grad
 
 _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AUTO = "auto"
 
 
 class Denoiser:
@@ -37,9 +37,11 @@ class Denoiser:
         values pass through.
 
     vjp_dtype: dtype in which chains evaluate the network for its VJPs, torch.float32 or torch.float64; None: that of
-        its weights. What an fp16 network costs a gradient in accuracy it costs mostly there (docs/precision.md). The
-        weights are cast anew for each VJP and freed with its graph. Where couplings are undone too (an int k,
-        "reversible"), the value that undoes them needs a call of its own. Not for plain callables or memory="naive".
+        its weights. "auto": float32 for fp16 and bf16 weights on a CPU, whose half-precision kernels are less accurate
+        and slower than its float32 ones, else None. What an fp16 network costs a gradient in accuracy it costs mostly
+        there (docs/precision.md). The weights are cast anew for each VJP and freed with its graph. Where couplings are
+        undone too (an int k, "reversible"), the value that undoes them needs a call of its own. Has no effect on plain
+        callables; memory="naive" has the network's own VJPs under "auto" and refuses a dtype.
 
     Floating conditions are cast to the network's dtype. All attributes are read-only: a gradient must see what its
     forward saw.
@@ -53,7 +55,7 @@ class Denoiser:
         uncond: Tensor | None = None,
         guidance_scale: float = 7.5,
         *,
-        vjp_dtype: torch.dtype | None = None,
+        vjp_dtype: torch.dtype | str | None = AUTO,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
@@ -80,11 +82,13 @@ class Denoiser:
         self._unet_kwargs: dict[str, Any] = unet_kwargs
         self._module: nn.Module | None = _module_of(unet)
         self._call: _Call = _calling_convention(unet, self._module)
-        if vjp_dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(f"vjp_dtype: expected torch.float32, torch.float64 or None, got {vjp_dtype!r}")
-        if vjp_dtype is not None and self._module is None:
-            raise ValueError("vjp_dtype: expected None for a callable without weights; cast inside the callable")
-        self._vjp_dtype: torch.dtype | None = vjp_dtype
+        if vjp_dtype not in (AUTO, None, torch.float32, torch.float64):
+            raise ValueError(f'vjp_dtype: expected "auto", torch.float32, torch.float64 or None, got {vjp_dtype!r}')
+        if isinstance(vjp_dtype, torch.dtype) and self._module is None:
+            raise ValueError(
+                'vjp_dtype: expected "auto" or None for a callable without weights; cast inside the callable'
+            )
+        self._vjp_dtype: torch.dtype | str | None = vjp_dtype
         self._cast_to: torch.dtype | None = None
         self._timetables: dict[torch.device, Tensor] = {}
 
@@ -110,6 +114,10 @@ class Denoiser:
         return dict(self._unet_kwargs)
 
     @property
+    def vjp_dtype(self) -> torch.dtype | str | None:
+        return self._vjp_dtype
+
+    @property
     def guided(self) -> bool:
         """Whether two evaluations are combined."""
         return self._uncond is not None and self._guidance_scale != 1
@@ -129,19 +137,25 @@ class Denoiser:
         """The dtype in which the network gets x: that of its weights, else the latents'."""
         if self._cast_to is not None:
             return self._cast_to
-        if self._module is not None:
-            for parameter in self._module.parameters():
-                # float8 and integer weights are storage formats that the module unpacks itself
-                if parameter.dtype in FLOAT_DTYPES:
-                    return parameter.dtype
-        return latents_dtype
+        weight = self._weight()
+        return latents_dtype if weight is None else weight.dtype
+
+    def _weight(self) -> Tensor | None:
+        """The first of the network's weights that it computes with."""
+        weights = () if self._module is None else self._module.parameters()
+        # float8 and integer weights are storage formats that the module unpacks itself
+        return next((weight for weight in weights if weight.dtype in FLOAT_DTYPES), None)
 
     def for_vjp(self) -> Denoiser | None:
         """The same in vjp_dtype, whose `running` casts the weights; None where VJPs need no other. For chains."""
-        if self._vjp_dtype is None or self._module is None:
+        dtype, weight = self._vjp_dtype, self._weight()
+        if dtype == AUTO:
+            slow = weight is not None and weight.device.type == "cpu" and weight.dtype in HALF_DTYPES
+            dtype = torch.float32 if slow else None
+        if not isinstance(dtype, torch.dtype) or self._module is None:
             return None
         other = copy.copy(self)
-        other._vjp_dtype, other._cast_to = None, self._vjp_dtype
+        other._vjp_dtype, other._cast_to = None, dtype
         return other
 
     @contextlib.contextmanager
@@ -155,7 +169,7 @@ class Denoiser:
             yield
             return
         if self._cast_to is not None:
-            with _weights_cast(self._module, self._cast_to):
+            with weights_cast(self._module, self._cast_to):
                 yield
             return
         _refuse_stochastic(self._module)
@@ -274,31 +288,6 @@ def _calling_convention(network: Callable[..., Any], module: nn.Module | None) -
     if "timestep" in names:  # by name: diffusers' transformers take it third
         return lambda x, t, cond, kwargs: network(x, timestep=t, encoder_hidden_states=cond, **tail, **kwargs)
     return lambda x, t, cond, kwargs: network(x, t, encoder_hidden_states=cond, **tail, **kwargs)
-
-
-@contextlib.contextmanager
-def _weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For its duration the floating weights and buffers of a network are copies in another dtype."""
-    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
-            return tensor
-        if tensor not in copies:
-            copies[tensor] = tensor.detach().to(dtype)
-        return copies[tensor]
-
-    try:
-        for module in network.modules():
-            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for tensors in tables:
-                replaced.append((tensors, dict(tensors)))
-                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
-        yield
-    finally:
-        for tensors, originals in replaced:
-            tensors.update(originals)
 
 
 def _as_tensor(output: Any) -> Tensor:

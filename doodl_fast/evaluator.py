@@ -60,3 +60,8 @@ def raw_method(evaluator: Evaluator) -> Raw | None:
         if "__call__" in vars(cls):
             break
     return None
+
+
+def insists_on_vjps(evaluator: Evaluator) -> bool:
+    """Whether plain autograd through the evaluator would not be what its `vjp_dtype`, if it has one, asks for."""
+    return getattr(evaluator, "vjp_dtype", None) not in (None, "auto")

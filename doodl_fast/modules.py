@@ -15,6 +15,7 @@ from .arithmetic import power_of_two
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
 
 def check_source(source: str | Path, index: str, argument: str = "model") -> str:
@@ -131,3 +132,28 @@ class _UnscaleGradient(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         wide = torch.promote_types(ctx.dtype, torch.float32)
         return (grad_outputs[0].to(wide) * ctx.power[0]).to(ctx.dtype), None, None
+
+
+@contextlib.contextmanager
+def weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For its duration the floating weights and buffers of a network are copies in another dtype."""
+    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
+            return tensor
+        if tensor not in copies:
+            copies[tensor] = tensor.detach().to(dtype)
+        return copies[tensor]
+
+    try:
+        for module in network.modules():
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in tables:
+                replaced.append((tensors, dict(tensors)))
+                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
+        yield
+    finally:
+        for tensors, originals in replaced:
+            tensors.update(originals)

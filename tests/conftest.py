@@ -61,10 +61,11 @@ def golden_unet(dtype: torch.dtype = torch.float32) -> nn.Module:
     return unet.to(dtype).eval()
 
 
-def golden_denoiser(dtype: torch.dtype, guidance_scale: float = 7.5) -> Denoiser:
+def golden_denoiser(dtype: torch.dtype, guidance_scale: float = 7.5, vjp_dtype: Any = None) -> Denoiser:
+    """With its own VJPs in half precision too, on any device, unless vjp_dtype says otherwise."""
     models = golden("models")
     cond, uncond = models["embedding_conditional"].to(dtype), models["embedding_unconditional"].to(dtype)
-    return Denoiser(golden_unet(dtype), cond, uncond, guidance_scale)
+    return Denoiser(golden_unet(dtype), cond, uncond, guidance_scale, vjp_dtype=vjp_dtype)
 
 
 def sd_scheduler(**changes: Any) -> Any:
@@ -140,9 +141,10 @@ def tiny_chain(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> EDICT:
-    """EDICT on a tiny network, guided unless guidance_scale is 1."""
+    """EDICT on a tiny network, guided unless guidance_scale is 1, with the network's own VJPs in half precision too."""
     cond, uncond = conditions(dtype=dtype)
-    denoiser = Denoiser(TinyNet().to(dtype) if network is None else network, cond, uncond, guidance_scale)
+    network = TinyNet().to(dtype) if network is None else network
+    denoiser = Denoiser(network, cond, uncond, guidance_scale, vjp_dtype=None)
     schedule = Schedule.from_scheduler(sd_scheduler(prediction_type=prediction_type), steps)
     return EDICT(denoiser, schedule, memory=memory, **options)
 

@@ -11,7 +11,7 @@ import tiny_pipeline
 import torch
 from PIL import Image
 
-from doodl_fast import cli, doodl
+from doodl_fast import cli, doodl, files
 
 FILES = {"before.png", "after.png", "best.png", "losses.png", "result.json", "run.json", "state"}
 
@@ -201,12 +201,12 @@ def test_help_imports_no_torch() -> None:
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    cli._write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
 
     def broken(partial: Path) -> None:
         partial.write_text('{"new"')
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cli._replace(path, broken)
+        files.replace(path, broken)
     assert json.loads(path.read_text()) == {"old": 1}

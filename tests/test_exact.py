@@ -85,11 +85,20 @@ def test_long_chains_without_a_differing_bit(steps, near_one, guidance_scale, dt
     assert chain.forward_state(chain.inverse_state(start)).equals(start)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_long_chains_under_the_other_backends(backend):
+@pytest.mark.parametrize(
+    ("backend", "steps", "guidance_scale", "dtype"),
+    [
+        ("eager", 250, 7.5, "fp16"),
+        ("eager", 1000, 1.0, "bf16"),
+        ("triton", 9, 7.5, "fp16"),
+        ("triton", 10, 1.0, "bf16"),
+        ("triton", 10, 7.5, "fp32"),
+    ],
+)
+def test_chains_under_the_other_backends(backend, steps, guidance_scale, dtype):
     require(backend)
     with ops.backend(backend):
-        assert_no_bit_differs(exact_chain(250 if backend == "eager" else 10, guidance_scale=1.0), (1, 3, 2), False)
+        assert_no_bit_differs(exact_chain(steps, guidance_scale=guidance_scale, dtype=DTYPES[dtype]), (1, 3, 2), False)
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "exact64"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import (
+    DEVICE,
     Counting,
     TinyNet,
     conditions,
@@ -31,9 +32,16 @@ def golden_gradient(denoiser: Denoiser, steps: int, memory: str | int, scale: fl
     return torch.cat([x.grad, y.grad]) / scale
 
 
-def wide_vjps(guidance_scale: float = 7.5) -> Denoiser:
-    plain = golden_denoiser(torch.float16, guidance_scale)
-    return Denoiser(plain.unet, plain.cond, plain.uncond, guidance_scale, vjp_dtype=torch.float32)
+def wide_vjps() -> Denoiser:
+    return golden_denoiser(torch.float16, vjp_dtype=torch.float32)
+
+
+def default(denoiser: Denoiser) -> Denoiser:
+    """The same without a word about vjp_dtype."""
+    return Denoiser(denoiser.unet, denoiser.cond, denoiser.uncond, denoiser.guidance_scale)
+
+
+on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason='"auto" takes VJPs in float32 on a CPU only')
 
 
 @pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
@@ -44,6 +52,41 @@ def test_a_third_of_the_references_error(memory):
     error = relative(golden_gradient(wide_vjps(), 50, memory), truth)
     assert error < reference / 3
     assert relative(golden_gradient(wide_vjps(), 50, memory, 1e-6), truth) == pytest.approx(error, rel=0.1)
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_is_the_default_on_a_cpu(dtype):
+    """So the default reaches a third of the reference's error, as above."""
+    own, wide = (golden_denoiser(dtype, vjp_dtype=vjp_dtype) for vjp_dtype in (None, torch.float32))
+    assert default(own).vjp_dtype == "auto" and default(own).for_vjp().compute_dtype(dtype) == torch.float32
+    gradients = [golden_gradient(denoiser, 10, "checkpoint") for denoiser in (default(own), wide, own)]
+    assert torch.equal(gradients[0], gradients[1]) and relative(gradients[2], gradients[1]) > 1e-3
+
+
+@on_cpu
+def test_other_networks_have_their_own_vjps_by_default():
+    cond, _ = conditions()
+    for network in (TinyNet(), TinyNet().double(), TinyNet().half().to("meta"), lambda x, t, cond: x, torch.nn.ReLU()):
+        assert Denoiser(network, cond).for_vjp() is None
+    assert Denoiser(TinyNet().half(), cond, vjp_dtype=None).for_vjp() is None
+
+
+@on_cpu
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+def test_the_default_in_every_memory_mode(arithmetic):
+    """Undone or stored, the gradient is the same; plain autograd has the network's own."""
+    network = TinyNet().half()
+    cond, uncond = conditions(dtype=torch.float16)
+    x, y = latents(1, 3, 4, dtype=torch.float32, grad=True)
+    found = {}
+    for memory in ("checkpoint", 2, "reversible", *(["naive"] if arithmetic == "float" else [])):
+        chain = EDICT(Denoiser(network, cond, uncond), tiny_chain(6).schedule, memory=memory, arithmetic=arithmetic)
+        found[memory] = torch.cat(pull(chain(x, y), [x, y]))
+    for memory in (2, "reversible"):
+        assert relative(found[memory], found["checkpoint"]) < (1e-6 if arithmetic == "float" else 1e-30)
+    if arithmetic == "float":
+        assert 1e-5 < relative(found["naive"], found["checkpoint"]) < 1e-2
 
 
 def test_loss_scale_with_an_fp16_network():
@@ -172,9 +215,9 @@ def test_shared_weights_stay_shared_and_come_back_after_an_error():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"vjp_dtype: expected torch.float32, torch.float64 or None, got torch.float1"):
+    with pytest.raises(ValueError, match=r'vjp_dtype: expected "auto", torch.float32, .* or None, got torch.float16'):
         Denoiser(TinyNet(), None, vjp_dtype=torch.float16)
-    with pytest.raises(ValueError, match="vjp_dtype: expected None for a callable without weights"):
+    with pytest.raises(ValueError, match=r'vjp_dtype: expected "auto" or None for a callable without weights'):
         Denoiser(lambda x, t, cond: x, None, vjp_dtype=torch.float32)
     chain = EDICT(Denoiser(golden_unet(), None, vjp_dtype=torch.float32), tiny_chain(3).schedule, memory="naive")
     with pytest.raises(ValueError, match=r'memory: "naive" .* vjp_dtype'):
