@@ -48,7 +48,7 @@ TASKS = (
         "a green circle above a purple circle",
         (0, 1, 2, 3),
         learning_rate=10.0,
-        one_step_scale=1.0,
+        one_step_scale=10.0,
     ),
     Task(
         "classifier",
@@ -56,7 +56,7 @@ TASKS = (
         "a red star",
         (0, 1, 2, 3),
         learning_rate=10.0,
-        one_step_scale=3.0,
+        one_step_scale=10.0,
         variety="6-pointed star",
     ),
 )
