@@ -138,7 +138,7 @@ def test_errors():
     x = torch.zeros(1, 4)
     with pytest.raises(ValueError, match=r"timestep: expected at most 900, the scheduler's first, got 901"):
         forward_step(scheduler, x, 901, x)
-    with pytest.raises(ValueError, match="self: expected a scheduler that knows its timesteps; call its set_timesteps"):
+    with pytest.raises(ValueError, match="scheduler: expected one that knows its timesteps; call its set_timesteps"):
         reverse_step(ReferenceScheduler(), x, 0, x)
     with pytest.raises(ValueError, match="num_inference_steps: expected an int from 1 to 1000, got 0"):
         ReferenceScheduler().set_timesteps(0)

@@ -107,7 +107,7 @@ def forward_step(
     number or a tensor of one element, one of the scheduler's; the step leads to `timestep - 1000 / steps`.
     Raises ValueError for a scheduler without timesteps and for a timestep beyond its first.
     """
-    alpha, alpha_prev = _levels(self, timestep, quirks)
+    alpha, alpha_prev = levels(self, timestep, quirks)
     if quirks.half_updates and sample.dtype in HALF_DTYPES:
         return rounded_step(sample, model_output, alpha, alpha_prev)
     a, _, b = ddim_coefficients(alpha, alpha_prev, "epsilon")
@@ -118,7 +118,7 @@ def reverse_step(
     self: Any, model_output: Tensor, timestep: int | Tensor, sample: Tensor, quirks: Quirks = DEFAULT
 ) -> Tensor:
     """Undoes `forward_step` where model_output is the one that it had; arguments and errors as there."""
-    alpha, alpha_prev = _levels(self, timestep, quirks)
+    alpha, alpha_prev = levels(self, timestep, quirks)
     if quirks.half_updates and sample.dtype in HALF_DTYPES:
         return rounded_step(sample, model_output, alpha_prev, alpha)
     a, _, b = ddim_coefficients(alpha, alpha_prev, "epsilon")
@@ -133,9 +133,10 @@ def rounded_step(sample: Tensor, noise: Tensor, alpha: float, alpha_to: float) -
     return ratio * sample - (ratio * math.sqrt(1 - alpha)) * noise + math.sqrt(1 - alpha_to) * noise
 
 
-def _levels(scheduler: Any, timestep: int | Tensor, quirks: Quirks) -> tuple[float, float]:
+def levels(scheduler: Any, timestep: int | Tensor, quirks: Quirks) -> tuple[float, float]:
+    """The cumulative alphas that the step at a timestep goes from and to. Raises ValueError as `forward_step`."""
     if getattr(scheduler, "num_inference_steps", None) is None:
-        raise ValueError("self: expected a scheduler that knows its timesteps; call its set_timesteps first")
+        raise ValueError("scheduler: expected one that knows its timesteps; call its set_timesteps first")
     t, first = int(timestep), int(scheduler.timesteps.max())
     if t > first:
         raise ValueError(f"timestep: expected at most {first}, the scheduler's first, got {t}")

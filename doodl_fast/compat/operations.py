@@ -1,0 +1,203 @@
+"""What calls of the reference's layers do, as `Operation`s: short runs of the library's engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..arithmetic import Eps, Floats, Group
+from ..engine import NetworkPull, Run
+from ..evaluator import Evaluator
+from ..modules import HALF_DTYPES
+from ..program import Program, invert
+from ..trust import Trust
+from .noise import LayerNoise
+from .reversible import Gradients, Values
+from .schedule import rounded_step
+
+
+class Step:
+    """One call of a `SteppingLayer`, as an `Operation` on (i, t, pair, what came after it).
+
+    evaluator: the noise, as the engine takes it. program: the couplings of the step, or of its inverse.
+    alphas: the noise levels it goes from and to. single: whether the first latent stands for both.
+    half_updates: see `Quirks`.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        program: Program,
+        alphas: tuple[float, float],
+        dtype: torch.dtype,
+        single: bool,
+        half_updates: bool,
+    ) -> None:
+        self.evaluator, self.program, self.alphas, self.single = evaluator, program, alphas, single
+        half = dtype in HALF_DTYPES
+        self.rounded = half and half_updates
+        self.rebuilds = not single and not half
+        self.others = () if isinstance(evaluator, LayerNoise) else evaluator.tensors()
+
+    def plan(self, pair: Tensor, program: Program, store: bool) -> Run:
+        state_dtype = torch.promote_types(torch.float32, pair.dtype)
+        new: Callable[[], Floats] = functools.partial(Floats, pair.dtype, state_dtype)
+        if self.rounded:
+            new = functools.partial(Rounded, pair.dtype, state_dtype, self.alphas)
+        return Run.plan(self.evaluator, program, "checkpoint", pair, state_dtype, new, store, Trust())
+
+    def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
+        run = self.plan(inputs[2], self.program, keep)
+        tensors = self.evaluator.tensors()
+        pair, sources = self._through(run, inputs[2], tensors)
+        return (*map(clone, inputs[:2]), pair, *inputs[3:]), (run, sources, tensors) if keep else None
+
+    def _through(self, run: Run, pair: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        x, y = pair.chunk(2)
+        work = run.new_arithmetic()
+        state = work.enter(x, x if self.single else y)
+        with run.evaluator.running():
+            sources = run.forward(work, state, tensors)
+        x, y = work.leave(state)
+        return torch.cat([x, x if self.single else y]), sources
+
+    def undo(self, outputs: Values) -> Values:
+        run = self.plan(outputs[2], invert(self.program), store=False)
+        return (*outputs[:2], self._through(run, outputs[2], self.evaluator.tensors())[0], *outputs[3:])
+
+    def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
+        run, sources, tensors = kept
+        if cotangents[2] is None:
+            return self._gradients(None, [], cotangents, needs)
+        wanted = self._wanted(needs)
+        with run.evaluator.running():
+            pulled, sums = run.gradient(list(sources), (), tensors, wanted, self._enter(cotangents[2]))
+        return self._gradients(self._leave(pulled), sums, cotangents, needs)
+
+    def undo_and_pull(
+        self, outputs: Values, cotangents: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> tuple[Values, Gradients]:
+        """One evaluation a coupling: its value undoes it, its graph pulls the cotangent through."""
+        pair = outputs[2]
+        if cotangents[2] is None:
+            return self.undo(outputs), self._gradients(None, [], cotangents, needs)
+        run = self.plan(pair, self.program, store=False)
+        work = run.new_arithmetic()
+        state = work.enter(*pair.chunk(2))
+        pulled = [cotangent.to(run.state_dtype) for cotangent in self._enter(cotangents[2])]
+        with run.evaluator.running():
+            pull = NetworkPull(run, self.evaluator.tensors(), self._wanted(needs))
+            for group in reversed(run.groups):
+                assert group.coupling is not None
+                eps = pull(work.source(state, group.coupling), group, pulled, undoing=True)
+                work.undo_coupling(group, state, eps)
+        pull.watch.read()
+        pull.watch.check()
+        inputs = (*outputs[:2], torch.cat(work.leave(state)), *outputs[3:])
+        return inputs, self._gradients(self._leave(pulled), pull.sums, cotangents, needs)
+
+    # Between the caller's inputs and the engine's pair and tensors
+
+    def _enter(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        to_x, to_y = cotangent.chunk(2)
+        return (to_x + to_y, torch.zeros_like(to_y)) if self.single else (to_x, to_y)
+
+    def _leave(self, pulled: list[Tensor]) -> Tensor:
+        to_x, to_y = pulled
+        return torch.cat([to_x + to_y, torch.zeros_like(to_y)] if self.single else pulled)
+
+    def _wanted(self, needs: Sequence[bool]) -> list[bool]:
+        """Which of the evaluator's tensors want a gradient: the tensors among the further inputs, or the others."""
+        return [needs[place] for place in self._places(needs)]
+
+    def _places(self, needs: Sequence[bool]) -> list[int]:
+        if isinstance(self.evaluator, LayerNoise):
+            return [3 + place for place in self.evaluator.places]
+        return list(range(len(needs) - len(self.others), len(needs)))
+
+    def _gradients(
+        self,
+        to_pair: Tensor | None,
+        sums: list[Tensor | None],
+        cotangents: Sequence[Tensor | None],
+        needs: Sequence[bool],
+    ) -> Gradients:
+        """sums: of the wanted tensors. What was passed through gets its cotangent as well."""
+        gradients: Gradients = [*cotangents, *[None] * (len(needs) - len(cotangents))]
+        gradients[2] = to_pair
+        wanted = [place for place in self._places(needs) if needs[place]]
+        for place, total in zip(wanted, sums, strict=False):
+            if total is not None:
+                passed = gradients[place]
+                gradients[place] = total if passed is None else passed + total
+        return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+
+
+@dataclass(frozen=True)
+class Rounded(Floats):
+    """fp16 or bf16 latents as the reference updates them: guidance and every term of a step are rounded to their dtype
+    (`Quirks.half_updates`).
+
+    alphas: the noise levels that the step goes from and to.
+    """
+
+    alphas: tuple[float, float]
+
+    def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        assert eps is not None
+        value, g = eps
+        noise = value.to(self.latents_dtype)
+        if g is not None:
+            uncond, cond = noise.chunk(2)
+            noise = uncond + g * (cond - uncond)
+        target = state[group.target].to(self.latents_dtype)
+        state[group.target] = rounded_step(target, noise, *self.alphas).to(self.state_dtype)
+
+
+class Mix:
+    """One call of a `MixingLayer`, or of its inverse, as an `Operation`. Linear: it keeps nothing."""
+
+    others: tuple[Tensor, ...] = ()
+
+    def __init__(self, p: float, dtype: torch.dtype, inverse: bool, half_updates: bool) -> None:
+        mixing = ops.Mixing(True, p, 1 - p, p, 1 - p)
+        self.mixing, self.undoing = (mixing.inverse(), mixing) if inverse else (mixing, mixing.inverse())
+        self.rounded = half_updates and dtype in HALF_DTYPES
+        self.rebuilds = dtype not in HALF_DTYPES
+
+    def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
+        return (self._mixed(inputs[0], self.mixing),), None
+
+    def undo(self, outputs: Values) -> Values:
+        return (self._mixed(outputs[0], self.undoing),)
+
+    def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
+        if cotangents[0] is None:
+            return [None]
+        to_x, to_y = cotangents[0].chunk(2)
+        to_x, to_y, _ = ops.coupling_mix_vjp(to_x, to_y, self.mixing)
+        return [torch.cat([to_x, to_y])]
+
+    def undo_and_pull(
+        self, outputs: Values, cotangents: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> tuple[Values, Gradients]:
+        return self.undo(outputs), self.pull(None, cotangents, needs)
+
+    def _mixed(self, pair: Tensor, mixing: ops.Mixing) -> Tensor:
+        x, y = pair.chunk(2)
+        if not self.rounded:
+            return torch.cat(ops.mix(x, y, mixing))
+        first, second = (x, y) if mixing.target_first else (y, x)
+        first = mixing.a0 * first + mixing.c0 * second
+        second = mixing.a1 * second + mixing.c1 * first
+        return torch.cat([first, second] if mixing.target_first else [second, first])
+
+
+def clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
