@@ -71,6 +71,7 @@ class SteppingLayer(ReversibleLayer):
         self.clip_cond_fn = clip_cond_fn
         self.single_variable = single_variable
         self.quirks = quirks
+        self._made: tuple[tuple[Any, ...], Denoiser] | None = None
 
     def forward(self, i: Number, t: Number, latent_pair: Tensor, *extra: Any, reverse: bool = False) -> Values:
         return apply(self.operation((i, t, latent_pair, *extra), reverse), (i, t, latent_pair, *extra))
@@ -115,7 +116,11 @@ class SteppingLayer(ReversibleLayer):
         )
 
     def _denoiser(self) -> Denoiser:
-        return Denoiser(self.unet, self.e_c, self.e_uc, self.guidance_scale)
+        """Made anew when one of the attributes that it stands for was replaced; it keeps tables on the device."""
+        made, parts = self._made, (self.unet, self.e_c, self.e_uc, self.guidance_scale)
+        if made is None or any(old is not new for old, new in zip(made[0], parts, strict=True)):
+            self._made = made = parts, Denoiser(*parts)
+        return made[1]
 
     def _noise(self, latent: Tensor, t: Tensor, embedding: Tensor | None) -> Tensor:
         cond = None if embedding is None else embedding.to(latent.dtype)
@@ -127,7 +132,7 @@ class SteppingLayer(ReversibleLayer):
         return all(e is None or e.shape[0] in (1, batch) for e in (self.e_uc, self.e_c))
 
     def _evaluator(self, pair: Tensor, extra: Values) -> Evaluator:
-        plain = type(self).predict_noise is SteppingLayer.predict_noise
+        plain = getattr(self.predict_noise, "__func__", None) is SteppingLayer.predict_noise
         if plain and extra:
             raise TypeError(f"latent_pair: {len(extra)} more inputs came after it, and predict_noise takes none")
         if plain and self.clip_cond_fn is None and self._fits(pair.shape[0] // 2):

@@ -22,7 +22,8 @@ class InvertibleModuleWrapper(nn.Module):
     """`fn` as one node of the graph: between forward and backward it holds its inputs or outputs, no activations.
 
     fn: an object with `forward` and `inverse`, of any number and kind of inputs and outputs (tensors of any dtype,
-        other objects; a single output or a tuple). Outputs that it passes through are allowed.
+        other objects; a single output or a tuple). Outputs that it passes through are allowed; inputs beyond the number
+        of outputs, an index behind a pair for instance, are held and handed to `inverse` again.
     keep_input, keep_input_inverse: whether calls, and calls of `inverse`, hold their inputs for the backward pass.
         If not, `fn.inverse` rebuilds them: for a sequence of wrapped modules memory does not grow with its length, and
         rounding errors add up. The modules of `compat.doodl` rebuild and differentiate with one evaluation; with fp16
@@ -63,7 +64,7 @@ class InvertibleModuleWrapper(nn.Module):
         self.preserve_rng_state = preserve_rng_state
         self.weight_grads = weight_grads
         self._fn = fn
-        self._memo = Memo()
+        self._memo = Memo(turn=hasattr(fn, "num_timesteps"))
 
     def forward(self, *xin: Any) -> Any:
         """`fn(*xin)`; a tuple of one output is unpacked."""

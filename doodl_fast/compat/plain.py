@@ -23,8 +23,8 @@ rounding is far below, a wrong inverse far above."""
 class Memo:
     """What the calls of one wrapper have found out."""
 
-    turn: bool = False
-    """Whether the module's inverse counts steps from the other end."""
+    turn: bool
+    """Whether the module's inverse counts steps from the other end: a guess at first."""
 
 
 class Plain:
@@ -42,9 +42,12 @@ class Plain:
         self.others: tuple[Tensor, ...] = tuple(weight for weight in weights if weight.requires_grad)
         devices = {value.device for value in inputs if isinstance(value, Tensor)}
         self.surroundings = Surroundings(devices, preserve_rng_state)
+        self.rest: Values = ()  # the inputs that have no output beside them
 
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
-        return as_tuple(self.forwards(*inputs)), (inputs, Guard(inputs)) if keep else None
+        outputs = as_tuple(self.forwards(*inputs))
+        self.rest = inputs[len(outputs) :]
+        return outputs, (inputs, Guard(inputs)) if keep else None
 
     def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
         inputs, guard = kept
@@ -84,7 +87,7 @@ class Plain:
         """The inputs by `fn`'s own inverse. turn: whether its index, the first value, counts from the other end."""
         given = (self.fn.num_timesteps - (outputs[0] + 1), *outputs[1:]) if turn else outputs
         with self.surroundings.again():
-            inputs = as_tuple(self.backwards(*given))
+            inputs = (*as_tuple(self.backwards(*given, *self.rest))[: len(outputs)], *self.rest)
         return (outputs[0], *inputs[1:]) if turn else inputs
 
     def _again(self, inputs: Values) -> Values:
