@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import io
 import json
 import platform
 import statistics
@@ -26,6 +28,7 @@ import sys
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,8 +101,9 @@ def reference_layers(folder: Path, device: str) -> Layers:
 def reference_memcnn(folder: Path) -> types.ModuleType:
     sys.path.insert(0, str(folder))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it names torch's older API
+        # it prints, and names torch's older API
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             return __import__("memcnn")
     finally:
         sys.path.remove(str(folder))
@@ -211,36 +215,38 @@ class Bench:
 class Storages(TorchDispatchMode):
     """Counts the bytes of all storages that are made inside, as long as they live; one emptied by hand counts as such.
 
-    peak: the most after any operation.
+    peak: the most after any operation, to within 1%.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[int, StorageWeakRef] = {}
-        self.peak = 0
+        self.bound = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        before = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-        new = False
+        given = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in before:
-                storage = value.untyped_storage()
-                self.known[storage._cdata] = StorageWeakRef(storage)
-                new = True
-        if new:
+            if isinstance(value, Tensor):
+                key = value.untyped_storage()._cdata
+                if key not in given and key not in self.known:
+                    self._meet(value.untyped_storage())
+        if self.bound > 1.01 * self.peak:  # the bound knows nothing of emptied ones
             self.peak = max(self.peak, self.living())
         return result
 
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        self.known[storage._cdata] = StorageWeakRef(storage)
+        self.bound += storage.nbytes()
+        weakref.finalize(storage, self._lose, storage._cdata, storage.nbytes())
+
+    def _lose(self, key: int, size: int) -> None:
+        self.known.pop(key, None)
+        self.bound -= size
+
     def living(self) -> int:
-        total = 0
-        for key, reference in list(self.known.items()):
-            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-            if storage is None:
-                del self.known[key]
-            else:
-                total += storage.nbytes()
-        return total
+        storages = (torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in list(self.known.values()))
+        return sum(storage.nbytes() for storage in storages if storage is not None)
 
 
 def difference(got: Tensor, want: Tensor) -> float:
