@@ -26,8 +26,8 @@ class InvertibleModuleWrapper(nn.Module):
         of outputs, an index behind a pair for instance, are held and handed to `inverse` again.
     keep_input, keep_input_inverse: whether calls, and calls of `inverse`, hold their inputs for the backward pass.
         If not, `fn.inverse` rebuilds them: for a sequence of wrapped modules memory does not grow with its length, and
-        rounding errors add up. The modules of `compat.doodl` rebuild and differentiate with one evaluation; with fp16
-        or bf16 latents they keep what they need in any case, as rebuilding EDICT from rounded states is useless.
+        rounding errors add up. The layers of `compat.doodl` rebuild and differentiate with one evaluation, and hand
+        each other an fp64 state; with fp16 or bf16 latents they keep what they need in any case.
     num_bwd_passes: how many backward passes may go through one call; what it holds is let go of after the last.
     disable: plain autograd through `fn`.
     preserve_rng_state: whether the random numbers of the forward call are drawn again wherever `fn` runs again.

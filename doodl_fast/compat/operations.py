@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..arithmetic import Eps, Floats, Group
+from ..arithmetic import Eps, Floats, Group, group
+from ..chain import NO_FLOAT64
 from ..engine import NetworkPull, Run
 from ..evaluator import Evaluator
 from ..modules import HALF_DTYPES
@@ -30,6 +31,8 @@ class Step:
     half_updates: see `Quirks`.
     """
 
+    wide = True
+
     def __init__(
         self,
         evaluator: Evaluator,
@@ -40,36 +43,42 @@ class Step:
         half_updates: bool,
     ) -> None:
         self.evaluator, self.program, self.alphas, self.single = evaluator, program, alphas, single
-        half = dtype in HALF_DTYPES
-        self.rounded = half and half_updates
-        self.rebuilds = not single and not half
+        self.dtype = dtype
+        self.rounded = half_updates and dtype in HALF_DTYPES
+        self.rebuilds = not single and dtype not in HALF_DTYPES
         self.others = () if isinstance(evaluator, LayerNoise) else evaluator.tensors()
 
-    def plan(self, pair: Tensor, program: Program, store: bool) -> Run:
-        state_dtype = torch.promote_types(torch.float32, pair.dtype)
-        new: Callable[[], Floats] = functools.partial(Floats, pair.dtype, state_dtype)
-        if self.rounded:
-            new = functools.partial(Rounded, pair.dtype, state_dtype, self.alphas)
-        return Run.plan(self.evaluator, program, "checkpoint", pair, state_dtype, new, store, Trust())
-
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
-        run = self.plan(inputs[2], self.program, keep)
+        run = self.planned = self._plan(inputs[2], keep)
         tensors = self.evaluator.tensors()
         pair, sources = self._through(run, inputs[2], tensors)
-        return (*map(clone, inputs[:2]), pair, *inputs[3:]), (run, sources, tensors) if keep else None
-
-    def _through(self, run: Run, pair: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        x, y = pair.chunk(2)
-        work = run.new_arithmetic()
-        state = work.enter(x, x if self.single else y)
-        with run.evaluator.running():
-            sources = run.forward(work, state, tensors)
-        x, y = work.leave(state)
-        return torch.cat([x, x if self.single else y]), sources
+        outputs = (*map(clone, inputs[:2]), pair.to(self.dtype), *inputs[3:])
+        return outputs, (run, sources, tensors) if keep else (*outputs[:2], pair, *outputs[3:])
 
     def undo(self, outputs: Values) -> Values:
-        run = self.plan(outputs[2], invert(self.program), store=False)
-        return (*outputs[:2], self._through(run, outputs[2], self.evaluator.tensors())[0], *outputs[3:])
+        program = invert(self.program)
+        run = replace(self.planned, program=program, groups=group(program))
+        with run.calling():
+            pair, _ = self._through(run, outputs[2], self.evaluator.tensors())
+        return (*outputs[:2], pair, *outputs[3:])
+
+    def _plan(self, pair: Tensor, keep: bool) -> Run:
+        state_dtype = torch.promote_types(torch.float32, self.dtype)
+        if self.rebuilds and not keep:
+            state_dtype = wide_dtype(pair)
+        new: Callable[[], Floats] = functools.partial(Floats, self.dtype, state_dtype)
+        if self.rounded:
+            new = functools.partial(Rounded, self.dtype, state_dtype, self.alphas)
+        like = pair.new_empty(0, dtype=self.dtype)
+        return Run.plan(self.evaluator, self.program, "checkpoint", like, state_dtype, new, keep, Trust())
+
+    def _through(self, run: Run, pair: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The pair after the run, in the dtype of its state, and the sources of its couplings if they are stored."""
+        x, y = pair.chunk(2)
+        state = [half.to(run.state_dtype, copy=True) for half in (x, x if self.single else y)]
+        with run.evaluator.running():
+            sources = run.forward(run.new_arithmetic(), state, tensors)
+        return torch.cat([state[0], state[0]] if self.single else state), sources
 
     def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
         run, sources, tensors = kept
@@ -84,22 +93,20 @@ class Step:
         self, outputs: Values, cotangents: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> tuple[Values, Gradients]:
         """One evaluation a coupling: its value undoes it, its graph pulls the cotangent through."""
-        pair = outputs[2]
         if cotangents[2] is None:
             return self.undo(outputs), self._gradients(None, [], cotangents, needs)
-        run = self.plan(pair, self.program, store=False)
-        work = run.new_arithmetic()
-        state = work.enter(*pair.chunk(2))
+        run = self.planned
+        work, state = run.new_arithmetic(), [half.to(run.state_dtype) for half in outputs[2].chunk(2)]
         pulled = [cotangent.to(run.state_dtype) for cotangent in self._enter(cotangents[2])]
         with run.evaluator.running():
             pull = NetworkPull(run, self.evaluator.tensors(), self._wanted(needs))
-            for group in reversed(run.groups):
-                assert group.coupling is not None
-                eps = pull(work.source(state, group.coupling), group, pulled, undoing=True)
-                work.undo_coupling(group, state, eps)
+            for passed in reversed(run.groups):
+                assert passed.coupling is not None
+                eps = pull(work.source(state, passed.coupling), passed, pulled, undoing=True)
+                work.undo_coupling(passed, state, eps)
         pull.watch.read()
         pull.watch.check()
-        inputs = (*outputs[:2], torch.cat(work.leave(state)), *outputs[3:])
+        inputs = (*outputs[:2], torch.cat(state), *outputs[3:])
         return inputs, self._gradients(self._leave(pulled), pull.sums, cotangents, needs)
 
     # Between the caller's inputs and the engine's pair and tensors
@@ -164,15 +171,19 @@ class Mix:
     """One call of a `MixingLayer`, or of its inverse, as an `Operation`. Linear: it keeps nothing."""
 
     others: tuple[Tensor, ...] = ()
+    wide = True
 
     def __init__(self, p: float, dtype: torch.dtype, inverse: bool, half_updates: bool) -> None:
         mixing = ops.Mixing(True, p, 1 - p, p, 1 - p)
         self.mixing, self.undoing = (mixing.inverse(), mixing) if inverse else (mixing, mixing.inverse())
+        self.dtype = dtype
         self.rounded = half_updates and dtype in HALF_DTYPES
         self.rebuilds = dtype not in HALF_DTYPES
 
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
-        return (self._mixed(inputs[0], self.mixing),), None
+        pair = inputs[0] if keep or not self.rebuilds else inputs[0].to(wide_dtype(inputs[0]))
+        pair = self._mixed(pair, self.mixing)
+        return (pair.to(self.dtype),), None if keep else (pair,)
 
     def undo(self, outputs: Values) -> Values:
         return (self._mixed(outputs[0], self.undoing),)
@@ -197,6 +208,11 @@ class Mix:
         first = mixing.a0 * first + mixing.c0 * second
         second = mixing.a1 * second + mixing.c1 * first
         return torch.cat([first, second] if mixing.target_first else [second, first])
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What a state is carried in between calls that rebuild."""
+    return torch.float32 if tensor.device.type in NO_FLOAT64 else torch.float64
 
 
 def clone(value: Any) -> Any:

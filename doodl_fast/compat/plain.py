@@ -31,6 +31,7 @@ class Plain:
     """One call of `fn.forward`, or of `fn.inverse`, as an `Operation`."""
 
     rebuilds = True
+    wide = False
 
     def __init__(
         self, fn: Any, inputs: Values, inverse: bool, preserve_rng_state: bool, weight_grads: bool, memo: Memo
@@ -47,7 +48,7 @@ class Plain:
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
         outputs = as_tuple(self.forwards(*inputs))
         self.rest = inputs[len(outputs) :]
-        return outputs, (inputs, Guard(inputs)) if keep else None
+        return outputs, (inputs, Guard(inputs)) if keep else outputs
 
     def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
         inputs, guard = kept

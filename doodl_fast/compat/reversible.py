@@ -25,11 +25,17 @@ class Operation(Protocol):
 
     rebuilds: bool
     """Whether inputs can be had back from outputs precisely enough for a gradient."""
+    wide: bool
+    """Whether it takes and returns values of higher precision than the caller's between calls that rebuild: rounding to
+    the caller's dtype after each of many calls could not be undone."""
     others: tuple[Tensor, ...]
     """What it depends on besides its inputs and may have to give gradients to."""
 
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
-        """The outputs, and, if `keep`, what `pull` will need. Called without grad mode."""
+        """The outputs, and, if `keep`, what `pull` will need, else the outputs as precise as there are.
+
+        Called without grad mode.
+        """
         ...
 
     def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
@@ -81,7 +87,7 @@ def apply(operation: Operation, inputs: Values, keep: bool = True, passes: int =
             return operation.run(inputs, keep=False)[0]
     call = Call(operation, keep or not operation.rebuilds, passes)
     run: Callable[..., Values] = Node.apply
-    outputs = run(call, *inputs, *operation.others)
+    outputs = run(call, call.origins(inputs), *inputs, *operation.others)
     call.link(inputs, outputs)
     return outputs
 
@@ -102,17 +108,21 @@ class Guard:
 
 
 class Slot:
-    """An output that a call needs for its backward pass, or who will rebuild it."""
+    """An output that a call needs for its backward pass, or who will rebuild it.
 
-    def __init__(self, output: Any) -> None:
-        self.value: Any = output.detach() if isinstance(output, Tensor) else output
-        self.version = version_of(output)
+    value: the output, perhaps more precise than the caller got it. given: what he got.
+    """
+
+    def __init__(self, value: Any, given: Any) -> None:
+        self.value: Any = value.detach() if isinstance(value, Tensor) else value
+        self.dtype = value.dtype if isinstance(value, Tensor) else None
+        self.noted, self.version = version_of(value), version_of(given)
         self.supplier: Call | None = None
 
     def get(self) -> Any:
         if self.value is None and self.supplier is not None:
             self.supplier.supply()
-        if self.supplier is None and version_of(self.value) != self.version:
+        if self.supplier is None and version_of(self.value) != self.noted:
             raise RuntimeError(
                 "an output of an invertible module was changed in place after the call, so its inputs cannot be "
                 "rebuilt from it; change a clone, or use keep_input=True"
@@ -121,6 +131,9 @@ class Slot:
 
     def release(self, supplier: Call) -> None:
         self.value, self.supplier = None, supplier
+
+    def fill(self, value: Tensor) -> None:
+        self.value = value.detach().to(self.dtype)
 
     def done(self) -> None:
         """Lets go of a rebuilt value."""
@@ -139,21 +152,27 @@ class Call:
         self.sources: list[weakref.ref[Slot] | None] = []
         self.guard = Guard(operation.others)
 
+    def origins(self, inputs: Values) -> list[Slot | None]:
+        """The slots of those inputs that are outputs of calls which rebuild, if this one does."""
+        slots: list[Slot | None] = [None if self.keep else getattr(value, "_doodl_slot", None) for value in inputs]
+        return [
+            slot if slot is not None and slot.version == version_of(value) else None
+            for slot, value in zip(slots, inputs, strict=True)
+        ]
+
     def link(self, inputs: Values, outputs: Values) -> None:
         """Gives every output a slot, and takes over those of the inputs."""
         if self.keep:
             return
-        self.slots = [Slot(output) for output in outputs]
+        self.slots = [Slot(value, output) for value, output in zip(self.kept, outputs, strict=True)]
+        self.kept = None
         for output, slot in zip(outputs, self.slots, strict=True):
             if isinstance(output, Tensor) and output.requires_grad:
                 output._doodl_slot = slot  # type: ignore[attr-defined]
-        for value in inputs:
-            origin: Slot | None = getattr(value, "_doodl_slot", None)
-            if origin is not None and origin.version == version_of(value):
-                self.sources.append(weakref.ref(origin))
+        for origin in self.origins(inputs):
+            self.sources.append(None if origin is None else weakref.ref(origin))
+            if origin is not None:
                 origin.release(self)
-            else:
-                self.sources.append(None)
 
     def outputs(self) -> Values:
         if not self.slots:
@@ -169,7 +188,7 @@ class Call:
         for source, value in zip(self.sources, inputs, strict=True):
             target = source() if source is not None else None
             if target is not None:
-                target.value = value.detach()
+                target.fill(value)
 
     def backward(self, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
         if self.passes == 0:
@@ -201,9 +220,12 @@ class Node(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *values: Any) -> Values:
-        count = len(values) - len(call.operation.others)
-        inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in values[:count])
+    def forward(ctx: Any, call: Call, origins: list[Slot | None], *values: Any) -> Values:
+        given = (
+            slot.value if slot is not None and slot.value is not None and call.operation.wide else value
+            for slot, value in zip(origins, values, strict=False)
+        )
+        inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in given)
         outputs, call.kept = call.operation.run(inputs, call.keep)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -216,7 +238,7 @@ class Node(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> Values:
         with torch.no_grad():
-            return None, *ctx.call.backward(cotangents, ctx.needs_input_grad[1:])
+            return None, None, *ctx.call.backward(cotangents, ctx.needs_input_grad[2:])
 
 
 def version_of(value: Any) -> int:
