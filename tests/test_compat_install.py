@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 import textwrap
 
@@ -202,6 +203,16 @@ def test_a_layer_that_takes_more_is_left_as_it_is(existing):
         theirs = importlib.import_module("doodl")
     assert theirs.SteppingLayer.__module__ == "doodl" and theirs.MixingLayer is doodl.MixingLayer
     assert theirs.gen(START)[2] == 32
+
+
+def test_importing_costs_nothing_beyond_torch():
+    code = """
+import sys, torch
+from doodl_fast.compat import doodl, install, memcnn, uninstall
+assert torch.is_grad_enabled()
+assert not {"diffusers", "transformers", "matplotlib", "PIL"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_errors(existing):
