@@ -284,6 +284,38 @@ def test_clip_cond_fn_steers():
     assert relative(steered[0], expected) < 1e-12
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_loss_that_is_not_finite_passes_through(keep):
+    """It is the loss's own affair; only where finite numbers become NaN or Inf a layer speaks up."""
+    (s,) = wrapped(tiny_layer(4), keep=keep)
+    pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    *_, out = s(0, 500, pair)
+    (grad,) = torch.autograd.grad((out * torch.nan).sum(), pair)
+    assert grad.isnan().all()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_backward_runs_under_the_autocast_of_the_call(keep):
+    seen = []
+
+    class Watching(TinyNet):
+        def forward(self, x, t, cond=None):
+            out = super().forward(x, t, cond)
+            seen.append((out.dtype, torch.is_autocast_enabled("cpu")))
+            return out
+
+    cond, uncond = (c.float() for c in conditions())
+    layer = SteppingLayer(Watching(), uncond, cond, num_timesteps=4)
+    (s,) = wrapped(layer, keep=keep)
+    pair = torch.randn(2, 3, 4, 4, requires_grad=True, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        *_, out = s(0, 500, pair.clone())
+    out.sum().backward()
+    assert out.dtype == pair.grad.dtype == torch.float32
+    if DEVICE.type == "cpu":
+        assert seen == [seen[0]] * 4 and seen[0][1]
+
+
 # Quirks
 
 

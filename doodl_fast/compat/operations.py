@@ -84,10 +84,8 @@ class Step:
         run, sources, tensors = kept
         if cotangents[2] is None:
             return self._gradients(None, [], cotangents, needs)
-        wanted = self._wanted(needs)
-        with run.evaluator.running():
-            pulled, sums = run.gradient(list(sources), (), tensors, wanted, self._enter(cotangents[2]))
-        return self._gradients(self._leave(pulled), sums, cotangents, needs)
+        to_pair, sums = self._back(run, list(sources), None, tensors, cotangents[2], needs)
+        return self._gradients(to_pair, sums, cotangents, needs)
 
     def undo_and_pull(
         self, outputs: Values, cotangents: Sequence[Tensor | None], needs: Sequence[bool]
@@ -96,18 +94,35 @@ class Step:
         if cotangents[2] is None:
             return self.undo(outputs), self._gradients(None, [], cotangents, needs)
         run = self.planned
-        work, state = run.new_arithmetic(), [half.to(run.state_dtype) for half in outputs[2].chunk(2)]
-        pulled = [cotangent.to(run.state_dtype) for cotangent in self._enter(cotangents[2])]
+        state = [half.to(run.state_dtype) for half in outputs[2].chunk(2)]
+        to_pair, sums = self._back(run, [], state, self.evaluator.tensors(), cotangents[2], needs)
+        return (*outputs[:2], torch.cat(state), *outputs[3:]), self._gradients(to_pair, sums, cotangents, needs)
+
+    def _back(
+        self,
+        run: Run,
+        sources: list[Tensor],
+        state: list[Tensor] | None,
+        tensors: Sequence[Tensor],
+        cotangent: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients of the pair and of the wanted tensors. Takes the couplings' sources, or undoes them in `state`."""
+        pulled = [half.to(run.state_dtype) for half in self._enter(cotangent)]
+        work = run.new_arithmetic()
         with run.evaluator.running():
-            pull = NetworkPull(run, self.evaluator.tensors(), self._wanted(needs))
+            pull = NetworkPull(run, tensors, self._wanted(needs))
+            for half in pulled:
+                pull.watch.note(half, None)
             for passed in reversed(run.groups):
                 assert passed.coupling is not None
-                eps = pull(work.source(state, passed.coupling), passed, pulled, undoing=True)
-                work.undo_coupling(passed, state, eps)
+                source = sources.pop() if state is None else work.source(state, passed.coupling)
+                eps = pull(source, passed, pulled, undoing=state is not None)
+                if state is not None:
+                    work.undo_coupling(passed, state, eps)
         pull.watch.read()
         pull.watch.check()
-        inputs = (*outputs[:2], torch.cat(state), *outputs[3:])
-        return inputs, self._gradients(self._leave(pulled), pull.sums, cotangents, needs)
+        return self._leave(pulled), pull.sums
 
     # Between the caller's inputs and the engine's pair and tensors
 
