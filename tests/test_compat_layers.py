@@ -175,6 +175,21 @@ def test_network_calls(keep):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
 
 
+def test_coefficients_are_read_once(monkeypatch):
+    """A second loop asks the scheduler for nothing but its timesteps; other timesteps have other coefficients."""
+    layer, mix = tiny_layer(4), MixingLayer()
+    pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
+    first = loop(layer, mix, pair)
+    alphas = layer.scheduler.alphas_cumprod
+    monkeypatch.delattr(layer.scheduler, "alphas_cumprod")
+    assert torch.equal(loop(layer, mix, pair), first)
+    layer.scheduler.alphas_cumprod = alphas
+    *_, of_four = layer(0, 500, pair)
+    layer.scheduler.set_timesteps(8)
+    *_, of_eight = layer(0, 500, pair)
+    assert not torch.equal(of_four, of_eight)
+
+
 def test_one_call_without_guidance():
     network = Counting(TinyNet().double())
     cond, _ = conditions()

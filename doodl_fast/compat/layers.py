@@ -72,6 +72,7 @@ class SteppingLayer(ReversibleLayer):
         self.single_variable = single_variable
         self.quirks = quirks
         self._made: tuple[tuple[Any, ...], Denoiser] | None = None
+        self._table: tuple[Any, dict[int, tuple[float, float]]] = None, {}
 
     def forward(self, i: Number, t: Number, latent_pair: Tensor, *extra: Any, reverse: bool = False) -> Values:
         return apply(self.operation((i, t, latent_pair, *extra), reverse), (i, t, latent_pair, *extra))
@@ -101,7 +102,7 @@ class SteppingLayer(ReversibleLayer):
         i, t, pair, *extra = inputs
         check_pair(pair, "latent_pair")
         first, timestep = self._place(i, t, inverse)
-        alpha, alpha_prev = levels(self.scheduler, timestep, self.quirks)
+        alpha, alpha_prev = self._levels(timestep)
         kind = "epsilon" if self.quirks.ignored_prediction_type else self.scheduler.config.prediction_type
         a, c, b = ddim_coefficients(alpha, alpha_prev, kind)
         targets = (0,) if self.single_variable else (first, 1 - first)
@@ -114,6 +115,16 @@ class SteppingLayer(ReversibleLayer):
             self.single_variable,
             self.quirks.half_updates,
         )
+
+    def _levels(self, timestep: int) -> tuple[float, float]:
+        """The noise levels that a step goes from and to, read off the scheduler once for its current timesteps."""
+        timesteps, rows = self._table
+        if timesteps is not self.scheduler.timesteps:
+            rows = {}
+            self._table = self.scheduler.timesteps, rows
+        if timestep not in rows:
+            rows[timestep] = levels(self.scheduler, timestep, self.quirks)
+        return rows[timestep]
 
     def _denoiser(self) -> Denoiser:
         """Made anew when one of the attributes that it stands for was replaced; it keeps tables on the device."""
