@@ -1,0 +1,130 @@
+"""memcnn's names: a wrapper that makes any module with an `inverse` differentiable without keeping its graph.
+
+from doodl_fast.compat import memcnn
+s = memcnn.InvertibleModuleWrapper(SteppingLayer(...), keep_input=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .plain import Memo, Plain, as_tuple
+from .reversible import Values, apply, operation_of
+
+Shape = Sequence[int]
+
+
+class InvertibleModuleWrapper(nn.Module):
+    """`fn` as one node of the graph: between forward and backward it holds its inputs or outputs, no activations.
+
+    fn: an object with `forward` and `inverse`, of any number and kind of inputs and outputs (tensors of any dtype,
+        other objects; a single output or a tuple). Outputs that it passes through are allowed; inputs beyond the number
+        of outputs, an index behind a pair for instance, are held and handed to `inverse` again.
+    keep_input, keep_input_inverse: whether calls, and calls of `inverse`, hold their inputs for the backward pass.
+        If not, `fn.inverse` rebuilds them: for a sequence of wrapped modules memory does not grow with its length, and
+        rounding errors add up. The layers of `compat.doodl` rebuild and differentiate with one evaluation, and hand
+        each other an fp64 state; with fp16 or bf16 latents they keep what they need in any case.
+    num_bwd_passes: how many backward passes may go through one call; what it holds is let go of after the last.
+    disable: plain autograd through `fn`.
+    preserve_rng_state: whether the random numbers of the forward call are drawn again wherever `fn` runs again.
+    weight_grads: whether gradients for fn's weights are computed. Off by default, as no DOODL code uses them and they
+        cost memory and time. Not for `compat.doodl`'s layers, whose weights are constants.
+
+    Inputs are never freed or changed. `.backward()` and `torch.autograd.grad` both work; a second derivative is an
+    error. Calls in the backward pass run under the autocast of the forward call.
+    Raises RuntimeError in the backward pass if rebuilt inputs do not lead to the outputs (for layers with a
+    `num_timesteps`, whose inverse counts steps backwards, the index is turned around first), if tensors were changed
+    in place since the call, or after more passes than num_bwd_passes.
+    """
+
+    def __init__(
+        self,
+        fn: Any,
+        keep_input: bool = False,
+        keep_input_inverse: bool = False,
+        num_bwd_passes: int = 1,
+        disable: bool = False,
+        preserve_rng_state: bool = False,
+        *,
+        weight_grads: bool = False,
+    ) -> None:
+        super().__init__()
+        if not (hasattr(fn, "forward") and hasattr(fn, "inverse")):
+            raise TypeError(f"fn: expected a module with forward and inverse, got {type(fn).__name__}; add an inverse")
+        if isinstance(num_bwd_passes, bool) or not isinstance(num_bwd_passes, int) or num_bwd_passes < 1:
+            raise ValueError(f"num_bwd_passes: expected an int of at least 1, got {num_bwd_passes!r}")
+        self.disable = disable
+        self.keep_input = keep_input
+        self.keep_input_inverse = keep_input_inverse
+        self.num_bwd_passes = num_bwd_passes
+        self.preserve_rng_state = preserve_rng_state
+        self.weight_grads = weight_grads
+        self._fn = fn
+        self._memo = Memo(turn=hasattr(fn, "num_timesteps"))
+
+    def forward(self, *xin: Any) -> Any:
+        """`fn(*xin)`; a tuple of one output is unpacked."""
+        if self.disable:
+            return _unpacked(self._fn(*xin) if callable(self._fn) else self._fn.forward(*xin))
+        return self._run(xin, False, self.keep_input)
+
+    def inverse(self, *yin: Any) -> Any:
+        """`fn.inverse(*yin)`, as differentiable as `forward`."""
+        if self.disable:
+            return _unpacked(self._fn.inverse(*yin))
+        return self._run(yin, True, self.keep_input_inverse)
+
+    def _run(self, inputs: Values, inverse: bool, keep: bool) -> Any:
+        operation = operation_of(self._fn, inputs, inverse)
+        if operation is None:
+            plain = Plain(self._fn, inputs, inverse, self.preserve_rng_state, self.weight_grads, self._memo)
+            return _unpacked(apply(plain, inputs, keep, self.num_bwd_passes))
+        if self.weight_grads:
+            raise ValueError(f"weight_grads: {type(self._fn).__name__} treats weights as constants; expected False")
+        return _unpacked(apply(operation, inputs, keep, self.num_bwd_passes))
+
+
+def _unpacked(outputs: Any) -> Any:
+    return outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs
+
+
+def is_invertible_module(
+    module_in: Any,
+    test_input_shape: Shape | Sequence[Shape],
+    test_input_dtype: torch.dtype = torch.float32,
+    atol: float = 1e-6,
+    random_seed: int = 42,
+) -> bool:
+    """Whether `inverse` undoes a module, and the module its `inverse`, on random inputs.
+
+    module_in: a module, or a wrapper, whose module is tested. test_input_shape: the shape of its input, or a sequence
+    of shapes of its inputs. atol: the largest difference allowed (besides a relative 1e-5).
+    Leaves the global random state as it was. Raises ValueError for anything else as a shape.
+    """
+    module = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
+    if not hasattr(module, "inverse"):
+        return False
+    generator = torch.Generator().manual_seed(random_seed)
+    inputs = tuple(torch.rand(s, generator=generator, dtype=test_input_dtype) for s in _shapes(test_input_shape))
+    with torch.no_grad():
+        outputs = as_tuple(module.forward(*inputs))
+        again = as_tuple(module.inverse(*outputs))
+        return _close(again, inputs, atol) and _close(as_tuple(module.forward(*again)), outputs, atol)
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    is_shape: Callable[[Any], bool] = lambda v: isinstance(v, (tuple, list)) and all(isinstance(n, int) for n in v)  # noqa: E731
+    if is_shape(value) and len(value):
+        return [tuple(value)]
+    if isinstance(value, (tuple, list)) and len(value) and all(map(is_shape, value)):
+        return [tuple(shape) for shape in value]
+    raise ValueError(f"test_input_shape: expected a shape such as (2, 4, 8, 8), or a sequence of them, got {value!r}")
+
+
+def _close(got: Values, want: Values, atol: float) -> bool:
+    pairs = list(zip(got, want, strict=False))
+    return len(got) == len(want) and all(torch.allclose(a, b, atol=atol) for a, b in pairs if isinstance(b, Tensor))
