@@ -109,19 +109,31 @@ def optimize(
     x, y = _as_pair(latents)
     generator = generator or torch.Generator().manual_seed(seed)
     update = LatentUpdate(x, y, settings, generator, optimizer)
-    objective = _Objective(chain, decode, loss, x.dtype, 1 if first_image_only else 2)
-    run = _Run(update, {**settings.as_dict(), "first_image_only": first_image_only, "start": _fingerprint(x, y)})
+    objective = Objective(chain, decode, loss, x.dtype, 1 if first_image_only else 2)
+    run = Run(update, {**settings.as_dict(), "first_image_only": first_image_only, "start": _fingerprint(x, y)})
     home = _home(folder, resume)
     if resume and home is not None:
         run.load(home)
+    return descend(run, objective, num_optimization_steps, callback, progress, home)
+
+
+def descend(
+    run: Run,
+    objective: Objective,
+    num_optimization_steps: int,
+    callback: Callable[[StepInfo], bool | None] | None = None,
+    progress: bool = True,
+    home: Path | None = None,
+) -> Result:
+    """The loop of `optimize`, from wherever the run stands; it is stored in `home`, if there is one."""
     with tqdm(total=num_optimization_steps, initial=min(run.step, num_optimization_steps), disable=not progress) as bar:
         while run.step < num_optimization_steps:
-            losses, images, gradients = objective.gradient(update.latents, run.step)
+            losses, images, gradients = objective.gradient(run.update.latents, run.step)
             run.record(losses)
             bar.set_postfix(loss=f"{run.losses[-1]:.4g}")
-            info = StepInfo(run.step, run.losses[-1], (update.latents[0], update.latents[1]), images)
+            info = StepInfo(run.step, run.losses[-1], (run.update.latents[0], run.update.latents[1]), images)
             stop = callback(info) if callback else False
-            update.step(*gradients)
+            run.update.step(*gradients)
             run.step += 1
             bar.update()
             if home is not None:
@@ -167,7 +179,7 @@ def _home(folder: str | Path | None, resume: bool | str | Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class _Objective:
+class Objective:
     """From noise latents to losses, and back to the gradients with respect to the latents."""
 
     chain: Callable[..., Pair]
@@ -223,7 +235,7 @@ class _Objective:
         return image, value.reshape(())
 
 
-class _Run:
+class Run:
     """The progress of one optimisation: what is stored after each step, and what the result is made of."""
 
     def __init__(self, update: LatentUpdate, settings: dict[str, Any]) -> None:
@@ -263,7 +275,7 @@ class _Run:
         self.best_latents = [z.to(self.update.latents[0].device) for z in tree["best_latents"]]
         runstate.restore_random_state(tree["random"])
 
-    def finish(self, objective: _Objective) -> Result:
+    def finish(self, objective: Objective) -> Result:
         x, y = self.update.latents
         losses, images = objective.value((x, y))
         final = sum(losses) / len(losses)

@@ -68,7 +68,7 @@ class LatentUpdate:
     ``step(grad_x, grad_y)`` takes the gradients of the *sum* of both members' losses; since the two images are copies
     of one another, their mean is what is descended. ``optimizer`` replaces momentum SGD: a factory that takes a list
     of tensors (one when tied, else two) and returns any ``torch.optim.Optimizer``; clipping, tying, perturbation and
-    renormalisation stay.
+    renormalisation stay. The perturbation is drawn where the generator is: on the CPU a seed means the same for all.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class LatentUpdate:
         gradients = [gradient.to(dtype) for gradient in (grad_x, grad_y)]
         noise = None
         if self.settings.perturbation_scale:
-            # drawn on the CPU, so that a seed means the same on every device
-            noise = torch.randn(self.latents[0].shape, generator=self.generator, dtype=torch.float32)
+            shape, where = self.latents[0].shape, self.generator.device
+            noise = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=where)
             noise = noise.to(self.latents[0])
         if self.optimizer is None:
             self._descend(gradients, noise)

@@ -60,7 +60,16 @@ class Quirks:
     signed_alpha: bool = True
     """A source image's transparency is taken as being in [-1, 1] when it is composed with white. Off: in [0, 1]."""
 
+    renormalized_to_noise: bool = True
+    """With traversal and `opt_t`, latents are renormalised to the norm of the noise that the run began with, which is
+    that of another noise level. Off: to their own norms where the optimisation begins."""
+
     # losses
+    aliased_resize: bool = True
+    """Pictures are shrunk for a guide without antialiasing, as the torchvision 0.12 that the reference pins does. Off:
+    with it, as torchvision does from 0.17 on."""
+    skipped_grey_guides: bool = True
+    """A greyscale picture in `clip_viz_paths` is left out, with a warning. Off: it counts as the others."""
     minimum_over_cutouts: bool = True
     """`spherical_dist_loss` of several rows is that of the closest one. Off: their mean."""
     infinite_gradient_of_opposites: bool = True

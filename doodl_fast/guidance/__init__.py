@@ -5,6 +5,7 @@ Anything else that does so will do. transformers is imported when a guide is loa
 
 from __future__ import annotations
 
+from .aesthetic import Aesthetic
 from .classifier import Classifier
 from .clip import ClipImage, ClipText, spherical_distance
 from .cutouts import random_cutouts
@@ -12,6 +13,7 @@ from .one_step import OneStepGuidance, one_step
 from .symmetry import Symmetry
 
 __all__ = [
+    "Aesthetic",
     "Classifier",
     "ClipImage",
     "ClipText",

@@ -37,8 +37,8 @@ def load_classifier(
 class Classifier:
     """Cross-entropy between a classifier's logits and one class: `loss(images)`, a mean over pictures.
 
-    model: transformers image-classification model, or a module from pixels to logits (N, classes), or to an object
-        with `.logits`; any dtype.
+    model: transformers image-classification model, or a module from pixels to logits (N, classes), to an object with
+        `.logits`, or to a tuple that ends with them; any dtype.
     processor: its image processor; mean, std (three floats each) and size (an int) override what it says. Without
         either: mean = std = 0.5, i.e. pixels in [-1, 1], and the config's image_size, or else the size they come in.
     label: the class's index, or its name in the model's config (ImageNet's synonyms count, case does not).
@@ -86,6 +86,7 @@ class Classifier:
 
     def _run(self, x: Tensor) -> Tensor:
         output = self.model(x)
+        output = output[-1] if isinstance(output, tuple) else output
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 

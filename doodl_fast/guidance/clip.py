@@ -45,15 +45,16 @@ def load_clip(
     return model.to(device).eval(), processor
 
 
-class _Clip:
-    """Mean spherical distance between pictures' embeddings and a target.
+class ClipGuide:
+    """What the guides that look at CLIP's embedding of pictures share; `ClipText` and `ClipImage` compare it with a
+    target.
 
     model: transformers CLIPModel, in any dtype. processor: gives mean, deviation and interpolation if it has them;
     CLIP's own otherwise. num_cutouts: 0 looks at the whole picture (shorter side resized, centre cropped), else at
     that many random squares of it; cut_power: see `random_cutouts`.
     """
 
-    def __init__(self, model: Any, processor: Any, num_cutouts: int, cut_power: float) -> None:
+    def __init__(self, model: Any, processor: Any, num_cutouts: int = 0, cut_power: float = 0.3) -> None:
         if isinstance(num_cutouts, bool) or not isinstance(num_cutouts, int) or num_cutouts < 0:
             raise ValueError(f"num_cutouts: expected an int of at least 0, got {num_cutouts!r}")
         if not cut_power > 0:
@@ -71,26 +72,24 @@ class _Clip:
 
     def __call__(self, images: Tensor) -> Tensor:
         """0-dim loss of images (B, 3, H, W) in [-1, 1]."""
-        pixels = unit_range(check_images(images))
-        if self.num_cutouts:
-            pixels = random_cutouts(pixels, self.num_cutouts, self.size, self.cut_power)
-        else:
-            pixels = resize_and_crop(pixels, self.size, self.mode)
-        features = self._embed(pixels)
+        features = self.look(images)
         return spherical_distance(features, self.target.to(features)).mean()
 
-    def _embed(self, pixels: Tensor) -> Tensor:
+    def look(self, images: Tensor) -> Tensor:
+        """The embeddings (N, D) of what the guide sees of images (B, 3, H, W) in [-1, 1]: of B squares or cutouts."""
+        pixels = unit_range(check_images(images))
+        if self.num_cutouts:
+            return self.embed(random_cutouts(pixels, self.num_cutouts, self.size, self.cut_power))
+        return self.embed(resize_and_crop(pixels, self.size, self.mode))
+
+    def embed(self, pixels: Tensor) -> Tensor:
         """(B, D) of square pictures (B, 3, size, size) in [0, 1], in float32 at least."""
         mean, std = (pixels.new_tensor(values).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
-
-        def features(x: Tensor) -> Tensor:
-            return _tensor(self.model.get_image_features(pixel_values=x))
-
         with frozen(self.model):
-            return run_in_dtype(features, (pixels - mean) / std, self.model.dtype)
+            return run_in_dtype(lambda x: image_features(self.model, x), (pixels - mean) / std, self.model.dtype)
 
 
-class ClipText(_Clip):
+class ClipText(ClipGuide):
     """CLIP distance between pictures and a text: `loss(images)`, a mean over pictures and cutouts.
 
     model, num_cutouts, cut_power: see above. processor: a CLIPProcessor, or a tokenizer alone. prompt: the text, cut at
@@ -125,7 +124,7 @@ class ClipText(_Clip):
         return cls(model, processor, prompt, **options)
 
 
-class ClipImage(_Clip):
+class ClipImage(ClipGuide):
     """CLIP distance between pictures and the mean direction of other pictures: `loss(images)`.
 
     images: a tensor (N, 3, H, W) in [-1, 1], or files or PIL pictures of any sizes. The rest as for `ClipText`.
@@ -146,7 +145,7 @@ class ClipImage(_Clip):
             raise ValueError("images: expected at least one picture, got none")
         squares = [resize_and_crop(unit_range(check_images(p)), self.size, self.mode) for p in pictures]
         with torch.no_grad():
-            embedded = F.normalize(self._embed(torch.cat(squares).to(model.device)), dim=-1)
+            embedded = F.normalize(self.embed(torch.cat(squares).to(model.device)), dim=-1)
         self.target = F.normalize(embedded.mean(0, keepdim=True), dim=-1)
 
     @classmethod
@@ -184,6 +183,11 @@ def open_picture(picture: Any) -> Tensor:
     rgba = picture.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return torch.from_numpy(np.array(flat)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def image_features(model: Any, pixels: Tensor) -> Tensor:
+    """What a transformers CLIPModel makes of pictures (B, 3, h, w) as it wants them, normalised: (B, D)."""
+    return _tensor(model.get_image_features(pixel_values=pixels))
 
 
 def _tensor(output: Any) -> Tensor:

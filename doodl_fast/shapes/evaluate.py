@@ -82,7 +82,7 @@ def clip_preferences(count: int = 150, seed: int = 54321) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     scenes = [sample(rng, num_objects=2, held_out=True) for _ in range(count)]
     images = pixels(np.stack([render(s) for s in scenes]))
-    embedded = ClipText(model, processor, "a red star")._embed((images + 1) / 2)
+    embedded = ClipText(model, processor, "a red star").embed((images + 1) / 2)
     names = (
         "first colour",
         "first shape",

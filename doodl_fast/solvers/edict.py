@@ -9,12 +9,13 @@ from ..program import Coupling, Program, compact
 from ..schedule import Schedule
 
 
-def edict_program(schedule: Schedule, mix_weight: float = 0.93) -> Program:
+def edict_program(schedule: Schedule, mix_weight: float = 0.93, first_step: int = 0) -> Program:
     """The couplings of EDICT from noise to image, in the order of the DOODL code (arXiv 2303.13703).
 
     Step i with `A = sqrt(abar_prev / abar_t)` and `B = sqrt(1 - abar_prev) - A sqrt(1 - abar_t)`: for even i
     `x <- A x + B eps(y)`, then `y <- A y + B eps(x)`; for odd i y first. After every step, the last one included, the
-    mixing `x <- p x + (1 - p) y`, `y <- p y + (1 - p) x` with p = mix_weight.
+    mixing `x <- p x + (1 - p) y`, `y <- p y + (1 - p) x` with p = mix_weight. i counts from first_step, for a schedule
+    that is the end of a longer one.
 
     Tags are timesteps, targets 0 = x and 1 = y. Networks that predict v or the sample need no other engine: eps is
     linear in their output and in the point of evaluation, so the difference goes into the coefficients.
@@ -28,7 +29,7 @@ def edict_program(schedule: Schedule, mix_weight: float = 0.93) -> Program:
     rows = zip(schedule.timesteps, schedule.alphas_cumprod, schedule.alphas_cumprod_prev, strict=True)
     for step, (t, alpha, alpha_prev) in enumerate(rows):
         a, c, b = ddim_coefficients(alpha, alpha_prev, schedule.prediction_type)
-        first = step % 2
+        first = (first_step + step) % 2
         couplings += [Coupling(target, a, c, b, step, t) for target in (first, 1 - first)]
         couplings += [Coupling(target, p, 1 - p, 0.0, step, None) for target in (0, 1)]
     return compact(couplings)

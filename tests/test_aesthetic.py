@@ -1,0 +1,113 @@
+"""The aesthetic guide and the files of its heads."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_pipeline
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from doodl_fast.guidance import Aesthetic
+from doodl_fast.guidance.aesthetic import load_aesthetic_head
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return tiny_pipeline.clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def head() -> nn.Linear:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 1)
+    nn.init.constant_(layer.bias, 5.0)
+    return layer
+
+
+def pictures() -> Tensor:
+    coarse = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return F.interpolate(coarse, (32, 32), mode="bilinear")
+
+
+def test_the_score_is_the_heads_of_the_models_own_embedding(clip: tuple[Any, Any], head: nn.Linear) -> None:
+    model, processor = clip
+    loss = Aesthetic(model, processor, head)
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (loss.mean, loss.std))
+    with torch.no_grad():
+        embedded = model.get_image_features(pixel_values=(pictures() / 2 + 0.5 - mean) / std)
+        embedded = embedded if isinstance(embedded, Tensor) else embedded.pooler_output
+        scores = head(F.normalize(embedded, dim=-1))
+    assert float(loss.score(pictures())) == pytest.approx(float(scores.mean()), rel=1e-6)
+    assert float(loss(pictures())) == -float(loss.score(pictures()))
+    aimed = Aesthetic(model, processor, head, target=7.5)
+    assert float(aimed(pictures())) == pytest.approx(7.5 - float(scores.mean()), rel=1e-6)
+
+
+def test_descending_raises_the_score_and_leaves_the_weights_alone(clip: tuple[Any, Any], head: nn.Linear) -> None:
+    loss, images = Aesthetic(*clip, head), pictures().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(images), images)
+    better = images.detach() - 1e-2 * gradient / gradient.abs().max()
+    assert float(loss.score(better)) > float(loss.score(images))
+    loss(images).backward()
+    assert head.weight.grad is None and all(p.grad is None for p in clip[0].parameters())
+
+
+def test_scores_end_at_one_and_ten(clip: tuple[Any, Any], head: nn.Linear) -> None:
+    for bias, score in ((50.0, 10.0), (-50.0, 1.0)):
+        nn.init.constant_(head.bias, bias)
+        assert float(Aesthetic(*clip, head).score(pictures())) == score
+
+
+def test_heads_from_files(tmp_path: Path, head: nn.Linear) -> None:
+    save_file(dict(head.state_dict()), tmp_path / "head.safetensors")
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    torch.save({name: value.half() for name, value in head.state_dict().items()}, tmp_path / "half.pth")
+    for name, digits in (("head.safetensors", 0.0), ("head.pth", 0.0), ("half.pth", 1e-3)):
+        loaded = load_aesthetic_head(tmp_path / name)
+        assert loaded.weight.dtype == torch.float32 and not loaded.weight.requires_grad
+        assert torch.allclose(loaded.weight, head.weight, rtol=digits, atol=digits)
+        assert torch.equal(loaded.bias, head.bias)
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit('a pickle was run')",)
+
+
+def test_files_that_hold_no_head(tmp_path: Path, head: nn.Linear, clip: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match=r"head: .*none.pth' does not exist"):
+        load_aesthetic_head(tmp_path / "none.pth")
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    torch.save({"weight": Bomb()}, tmp_path / "zipped.pth")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name in ("bomb.pth", "zipped.pth", "text.safetensors"):
+        with pytest.raises(ValueError, match=f"head: .*{name}.* cannot be read as safetensors or a plain state dict"):
+            load_aesthetic_head(tmp_path / name)
+    for state in ({"weight": head.weight.data}, {"weight": head.weight.data.T, "bias": head.bias.data}, [1.0]):
+        torch.save(state, tmp_path / "other.pth")
+        with pytest.raises(
+            ValueError, match=r"head: expected a weight of shape \(1, D\) and a bias of shape \(1,\) in"
+        ):
+            load_aesthetic_head(tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=r"head: expected one for embeddings of 16 features .the model's., got one for 9"
+    ):
+        Aesthetic(*clip, nn.Linear(9, 1))(pictures())
+    with pytest.raises(TypeError, match=r"head: expected an nn.Linear to one score, got Linear.in_features=9"):
+        Aesthetic(*clip, nn.Linear(9, 2))
+    with pytest.raises(ValueError, match="target: expected a score or None, got nan"):
+        Aesthetic(*clip, head, target=float("nan"))
+
+
+def test_from_pretrained(tmp_path: Path, clip: tuple[Any, Any], head: nn.Linear) -> None:
+    for part in clip:
+        part.save_pretrained(tmp_path / "clip")
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    loss = Aesthetic.from_pretrained(tmp_path / "clip", tmp_path / "head.pth", target=6.0)
+    assert float(loss(pictures())) == pytest.approx(float(Aesthetic(*clip, head, 6.0)(pictures())), rel=1e-5)
