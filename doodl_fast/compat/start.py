@@ -1,0 +1,65 @@
+"""What a run of `gen` starts from: seeds, noise, a source picture."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pipeline import Decoder
+from .quirks import Quirks
+
+
+def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Standard normal latents, drawn on their device and in their dtype."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+
+def seed_everything(seed: int) -> None:
+    """PyTorch's generators on all devices, and Python's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def encode_source(source: Any, size: int, decoder: Decoder, dtype: torch.dtype, quirks: Quirks) -> Tensor:
+    """Latents (1, C, h, w) of the picture `source`: a sample of the VAE's posterior, by the global generator."""
+    pixels = source_pixels(source, size, quirks).to(decoder.vae.device, dtype)
+    return decoder.encode(pixels, sample=True)
+
+
+def source_pixels(source: Any, size: int, quirks: Quirks) -> Tensor:
+    """(1, 3, size, size) float64 in [-1, 1] of a picture file, turned upright, or a PIL picture: its central square.
+
+    Transparency is composed with white, see `Quirks.signed_alpha`; other modes than RGB and RGBA are converted to them.
+    Raises ValueError for a file that is missing or no picture, TypeError for anything else.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    if isinstance(source, (str, Path)):
+        try:
+            with Image.open(source) as opened:
+                source = ImageOps.exif_transpose(opened)
+                source.load()
+        except OSError as error:
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else "is no picture that PIL can read"
+            raise ValueError(f"source_im: the file {str(source)!r} {reason}") from error
+    if not isinstance(source, Image.Image):
+        raise TypeError(f"source_im: expected a file or a PIL picture, got {type(source).__name__}")
+    if source.mode not in ("RGB", "RGBA"):
+        source = source.convert("RGBA" if source.has_transparency_data else "RGB")
+    width, height = source.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    square = source.crop((left, top, left + side, top + side)).resize((size, size))
+    pixels = torch.from_numpy(np.asarray(square) / 255 * 2 - 1).permute(2, 0, 1)[None]
+    if source.mode == "RGB":
+        return pixels
+    colour, alpha = pixels[:, :3], pixels[:, 3:]
+    if not quirks.signed_alpha:
+        alpha = (alpha + 1) / 2
+    return colour * alpha + (1 - alpha)
