@@ -90,19 +90,22 @@ class Recorder(modes.ReferenceUpdate):
 
 
 def run(
-    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int | None = None, **changes: Any
+    case: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int | None = None,
+    inverted: tuple[Tensor, ...] | None = None,
 ) -> GenResult:
-    """`gen` with a case's options; steps: at most that many of the optimisation's."""
-    options = {**meta()["base"], **meta()[case].get("options", {}), **changes}
+    """`gen` with a case's options; steps: at most that many of the optimisation's; inverted: see `inverted_source`."""
+    options = {**meta()["base"], **meta()[case]["options"]}
     if steps is not None:
         options["num_traversal_steps"] = min(steps, options["num_traversal_steps"])
     if options["model_guidance_type"] == "CLIP":
         options["model_guidance_dict"] = {**options["model_guidance_dict"], "clip_models": {"vit_g_14": tiny_guide()}}
     if "source_im" in options:
-        monkeypatch.setattr(modes, "source_noise", lambda *_: inverted_source(case))
+        monkeypatch.setattr(modes, "source_noise", lambda *_: inverted or inverted_source(case))
     monkeypatch.setattr(modes, "ReferenceUpdate", Recorder)
-    options.setdefault("pipeline", pipeline())
-    return gen(**options, folder=folder, progress=False)
+    return gen(**options, pipeline=pipeline(), folder=folder, progress=False)
 
 
 def errors(case: str, result: GenResult, folder: Path) -> dict[str, float]:
