@@ -74,8 +74,8 @@ class Schedule:
 
         Raises TypeError for an object that is not a scheduler, ValueError for a schedule that cannot be used.
         """
-        alphas = _alphas_cumprod(scheduler)
-        steps = _num_steps(num_inference_steps, int(_config(scheduler, "num_train_timesteps", len(alphas))))
+        alphas = noise_levels(scheduler)
+        steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", len(alphas))))
         timesteps = _timesteps(scheduler, steps, len(alphas))
         for t in timesteps:
             if not 0 <= t < len(alphas):
@@ -85,12 +85,12 @@ class Schedule:
             timesteps=timesteps,
             alphas_cumprod=at_steps,
             alphas_cumprod_prev=(*at_steps[1:], _final_alpha(scheduler, alphas)),
-            prediction_type=str(_config(scheduler, "prediction_type", "epsilon")),
+            prediction_type=str(setting(scheduler, "prediction_type", "epsilon")),
         )
 
 
-def _alphas_cumprod(scheduler: Any) -> list[float]:
-    """All cumulative alphas in float64."""
+def noise_levels(scheduler: Any) -> list[float]:
+    """All cumulative alphas of a scheduler, in float64. Raises TypeError for what has none."""
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         name = type(scheduler).__name__
@@ -104,7 +104,7 @@ def _alphas_cumprod(scheduler: Any) -> list[float]:
     return values
 
 
-def _config(scheduler: Any, key: str, default: Any) -> Any:
+def setting(scheduler: Any, key: str, default: Any) -> Any:
     """A setting of the scheduler, whose `config` may be a dict, a diffusers FrozenDict or a plain object."""
     config = getattr(scheduler, "config", None)
     value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
@@ -132,9 +132,9 @@ def _timesteps(scheduler: Any, steps: int, limit: int) -> tuple[int, ...]:
         # Only what places the timesteps: DDIMScheduler need not know a foreign scheduler's beta schedule.
         make: Any = DDIMScheduler  # its constructor has no type hints
         ddim = make(
-            num_train_timesteps=int(_config(scheduler, "num_train_timesteps", limit)),
-            timestep_spacing=_config(scheduler, "timestep_spacing", "leading"),
-            steps_offset=int(_config(scheduler, "steps_offset", 0)),
+            num_train_timesteps=int(setting(scheduler, "num_train_timesteps", limit)),
+            timestep_spacing=setting(scheduler, "timestep_spacing", "leading"),
+            steps_offset=int(setting(scheduler, "steps_offset", 0)),
         )
         ddim.set_timesteps(steps)
         # Rounding gives "trailing" spacing a last timestep of -1 too many at 62 of the 1000 possible lengths.
@@ -156,4 +156,4 @@ def _final_alpha(scheduler: Any, alphas: Sequence[float]) -> float:
     final = getattr(scheduler, "final_alpha_cumprod", None)
     if final is not None:
         return float(final)
-    return 1.0 if _config(scheduler, "set_alpha_to_one", True) else alphas[0]
+    return 1.0 if setting(scheduler, "set_alpha_to_one", True) else alphas[0]

@@ -281,6 +281,8 @@ def test_other_pictures_are_converted(mode: str) -> None:
         ({"opt_t": -1}, "opt_t: expected an int of at least 0, got -1"),
         ({"size": 60}, "size: expected a positive multiple of 8 .the VAE's scale factor., got 60"),
         ({"grad_scale": float("nan")}, "grad_scale: expected a finite number, got nan"),
+        ({"clip_grad_val": 0}, "clip_grad_val: expected a positive number, or None, got 0"),
+        ({"perturb_grad_scale": -1.0}, "perturb_grad_scale: expected a number of at least 0, got -1.0"),
         ({"steps": 0}, "num_inference_steps: expected an int from 1 to 1000, got 0"),
         ({"source_im": "none.png"}, "source_im: the file 'none.png' does not exist"),
         (
@@ -481,6 +483,9 @@ def test_other_noise_levels_than_stable_diffusions() -> None:
     ours.scheduler = ours.scheduler.from_config(ours.scheduler.config, num_train_timesteps=500)
     with pytest.raises(ValueError, match="pipeline: expected a scheduler of 1000 training timesteps, got 500"):
         conditioning.pipeline_schedule(ours, 10, Quirks())
+    ours.scheduler = None
+    with pytest.raises(TypeError, match="scheduler: expected a diffusers scheduler"):
+        conditioning.pipeline_schedule(ours, 10, Quirks())
 
 
 def test_a_pipeline_is_loaded_when_none_is_given_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,6 +506,16 @@ def test_a_pipeline_is_loaded_when_none_is_given_and_not_before(monkeypatch: pyt
         "sys.exit(any(name in sys.modules for name in ('diffusers', 'transformers', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_references_names() -> None:
+    from doodl_fast.compat import doodl
+
+    names = "SteppingLayer MixingLayer MakeCutouts spherical_dist_loss clip_loss_fn symmetry_loss_fn fgvc_loss_fn "
+    names += "get_generic_cond_fn get_aesthetic_model aesthetic_score aesthetic_loss_fn gen "
+    names += "get_alpha_and_beta forward_step reverse_step"
+    assert set(names.split()) <= set(doodl.__all__)
+    assert all(callable(getattr(doodl, name)) for name in names.split())
 
 
 def test_gen_takes_what_the_references_takes() -> None:

@@ -17,7 +17,7 @@ from ..evaluator import Evaluator
 from ..guidance import OneStepGuidance
 from ..pipeline import Decoder, load_pipeline
 from ..program import Program, invert
-from ..schedule import Schedule
+from ..schedule import Schedule, noise_levels, setting
 from ..solvers import edict_program
 from .quirks import Quirks
 from .schedule import DEFAULT, ReferenceScheduler, reference_schedule
@@ -39,18 +39,16 @@ def default_pipeline() -> Any:
 def pipeline_schedule(pipeline: Any, steps: int, quirks: Quirks) -> Schedule:
     """The reference's timesteps over a pipeline's noise levels and prediction type.
 
-    Where the pipeline's scheduler has Stable Diffusion's noise levels, as the reference takes for granted, they are the
-    reference's own (`Quirks.float64_alphas`); where it has others, or none to read, the pipeline's are right.
+    Where those levels are Stable Diffusion's, as the reference takes for granted, they are its own
+    (`Quirks.float64_alphas`). Raises TypeError or ValueError for a scheduler without noise levels, or not of 1000.
     """
     scheduler = ReferenceScheduler(quirks)
-    own = getattr(pipeline.scheduler, "alphas_cumprod", None)
-    if own is not None:
-        own = own.to("cpu", torch.float64)
-        if own.shape != scheduler.alphas_cumprod.shape:
-            raise ValueError(f"pipeline: expected a scheduler of 1000 training timesteps, got {len(own)}")
-        if not torch.allclose(own, scheduler.alphas_cumprod.double(), rtol=1e-3, atol=0):
-            scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = own, own[0]
-        scheduler.config.prediction_type = pipeline.scheduler.config.prediction_type
+    own = torch.tensor(noise_levels(pipeline.scheduler), dtype=torch.float64)
+    if own.shape != scheduler.alphas_cumprod.shape:
+        raise ValueError(f"pipeline: expected a scheduler of 1000 training timesteps, got {len(own)}")
+    if not torch.allclose(own, scheduler.alphas_cumprod.double(), rtol=1e-3, atol=0):
+        scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = own, own[0]
+    scheduler.config.prediction_type = setting(pipeline.scheduler, "prediction_type", "epsilon")
     scheduler.set_timesteps(steps)
     quirks = replace(quirks, ignored_prediction_type=False)
     return reference_schedule(scheduler.timesteps, scheduler, steps, quirks)

@@ -146,6 +146,10 @@ class Options:
         if self.model_guidance_type not in GUIDANCE_TYPES and self.grad_scale:
             known = ", ".join(map(repr, GUIDANCE_TYPES))
             raise ValueError(f"model_guidance_type: expected one of {known}, got {self.model_guidance_type!r}")
+        if self.clip_grad_val is not None and not self.clip_grad_val > 0:
+            raise ValueError(f"clip_grad_val: expected a positive number, or None, got {self.clip_grad_val!r}")
+        if not self.perturb_grad_scale >= 0:
+            raise ValueError(f"perturb_grad_scale: expected a number of at least 0, got {self.perturb_grad_scale!r}")
         self._check_modes()
 
     def _check_modes(self) -> None:

@@ -289,13 +289,11 @@ def _mean_direction(guide: ClipGuide, pictures: Sequence[Any], quirks: Quirks) -
 
 def _clip_names(text: str, given: Mapping[str, Any], quirks: Quirks) -> list[str]:
     """The models that clip_model_str names: all whose name it contains."""
-    if text in given:
+    if text in given or "/" in text or Path(text).expanduser().is_dir():
         return [text]
-    found = [name for name in CLIP_MODELS if text == "all" or name in str(text)]
+    found = [name for name in CLIP_MODELS if text == "all" or name in text]
     if found:
         return found[:1] if quirks.one_clip_model else found
-    if Path(text).expanduser().is_dir() or "/" in text:
-        return [text]
     raise ValueError(
         f"clip_model_str: expected one of {', '.join(CLIP_MODELS)}, 'all', a folder or a hub id, got {text!r}"
     )
