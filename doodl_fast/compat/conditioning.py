@@ -79,6 +79,7 @@ class Sampler:
         )
 
     def program(self, start: int = 0, stop: int | None = None) -> Program:
+        """EDICT's steps from start to stop (see `Quirks.order_by_index`)."""
         part = self.part(start, stop)
         first = 0 if self.quirks.order_by_index else start
         return () if part is None else edict_program(part, self.mix_weight, first)
