@@ -1,9 +1,9 @@
 """`gen` against the reference's own runs of it (tests/golden/README.md, stage gen), and what it does with every option.
 
 Recorded runs are cut short here, and those that `optimize` follows step by step in test_optimize_golden.py left out;
-`DOODL_FAST_TEST_GEN=all` runs all of them whole. The recordings are fp32 with the
-reference's rounding. A latent has norm 128 and a step moves it by about 0.1, so 1e-6 resolves 0.1% of a step; where
-latents are the chain's, 5e-6 is that of fp32.
+`DOODL_FAST_TEST_GEN=all` runs all of them whole. The recordings are fp32 with the reference's rounding. A latent has
+norm 128 and a step moves it by about 0.1, so 1e-6 resolves 0.1% of a step; where latents are the chain's, 5e-6 is that
+of fp32.
 """
 
 from __future__ import annotations
