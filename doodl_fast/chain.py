@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Arithmetic, Floats
-from .engine import ChainFunction, Memory, Run
+from .engine import Memory, Run
 from .evaluator import Evaluator, vjp_evaluator
 from .exact import Exact
 from .lattice import WIDTHS, Lattice, grown, to_lattice
 from .lattice_state import ENDS, LatticeState, check_state, state_of
+from .node import ChainFunction
 from .program import Coupling, Program, count_network_calls, invert
 from .trust import Trust
 
