@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import without_weight_grad
+from .modules import blocks_checkpointed, has_blocks, without_weight_grad
 
 _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,6 +86,7 @@ class Denoiser:
             raise ValueError("vjp_dtype: expected None for a callable without weights; cast inside the callable")
         self._vjp_dtype: torch.dtype | None = vjp_dtype
         self._cast_to: torch.dtype | None = None
+        self._checkpoints: bool = False
         self._timetables: dict[torch.device, Tensor] = {}
 
     @property
@@ -144,6 +145,15 @@ class Denoiser:
         other._vjp_dtype, other._cast_to = None, self._vjp_dtype
         return other
 
+    def for_blocks(self) -> Denoiser | None:
+        """The same, whose network keeps its blocks' inputs alone and computes the rest again; None if it has no blocks
+        that can. For chains."""
+        if not has_blocks(self._module):
+            return None
+        other = copy.copy(self)
+        other._checkpoints = True
+        return other
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """For the length of a run: the network is checked to be deterministic, and its weights do not require grad.
@@ -159,7 +169,8 @@ class Denoiser:
                 yield
             return
         _refuse_stochastic(self._module)
-        with without_weight_grad(self._module):
+        blocks = blocks_checkpointed(self._module) if self._checkpoints else contextlib.nullcontext()
+        with without_weight_grad(self._module), blocks:
             yield
 
     def __call__(

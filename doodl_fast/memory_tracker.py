@@ -13,20 +13,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+class OverLimit(Exception):
+    """More is alive than a tracker allows."""
+
+
 class Tracker(TorchDispatchMode):
     """`with Tracker() as tracker:` counts the storages that operators make inside, until each is freed.
 
     device: counts that type of device alone ("cpu", "cuda", "meta"); None: all.
     record: keeps `timeline`, (seconds since it was made, bytes held) after every change.
+    limit: more bytes than that at once raise `OverLimit` from the operator that made them.
 
     held: bytes now, also after the block as what it made is freed. peak: the most so far; `reset_peak` forgets it. A
     storage counts once however many views it has, and not at all if it was there before. Operators' own scratch memory
     is not seen. Backward passes inside the block are, as are meta tensors, which hold nothing.
     """
 
-    def __init__(self, device: str | None = None, record: bool = False) -> None:
+    def __init__(self, device: str | None = None, record: bool = False, limit: int | None = None) -> None:
         super().__init__()
-        self.device, self.held, self.peak = device, 0, 0
+        self.device, self.limit, self.held, self.peak = device, limit, 0, 0
         self.timeline: list[tuple[float, int]] | None = [] if record else None
         self._sizes: dict[int, int] = {}
         self._began = time.perf_counter()
@@ -43,6 +48,8 @@ class Tracker(TorchDispatchMode):
             for storage in _storages(outputs):
                 if self.device is None or storage.device.type == self.device:
                     self._see(storage, storage._cdata in given)
+            if self.limit is not None and self.held > self.limit:
+                raise OverLimit
         return result
 
     def _see(self, storage: torch.UntypedStorage, given: bool) -> None:

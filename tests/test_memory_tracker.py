@@ -9,7 +9,7 @@ import torch
 from conftest import golden_unet
 from torch.utils.checkpoint import checkpoint
 
-from doodl_fast.memory_tracker import Tracker
+from doodl_fast.memory_tracker import OverLimit, Tracker
 
 KIB = 256  # float32 numbers
 
@@ -84,6 +84,19 @@ def test_checkpointing_holds_less_and_computes_again():
             y.backward(torch.ones(KIB))
             assert tracker.peak >= 10 * 1024
     assert held == [10 * 1024, 1024]  # sin keeps its argument; the first is x itself, the last y
+
+
+def test_a_limit():
+    with Tracker(limit=2 * 1024) as tracker:
+        a = torch.empty(2 * KIB)
+        with pytest.raises(OverLimit):
+            torch.empty(1)
+        del a
+        torch.empty(2 * KIB)
+        x = torch.ones(KIB // 2, requires_grad=True)
+        with pytest.raises(OverLimit):
+            x.sin().sin().sin().sum().backward()
+    assert 2 * 1024 < tracker.peak < 4 * 1024
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
