@@ -104,6 +104,11 @@ class Chain:
         """With memory="auto": what the latest gradient was planned to keep, and what that takes; None before any."""
         return self._planner.plan
 
+    @property
+    def memory_budget(self) -> int | None:
+        """In bytes; None: what is free."""
+        return self._planner.budget
+
     def make_plan(self, x: Tensor, reserve: int = 0) -> Plan:
         """The plan for a gradient with respect to latents like x (B, C, ...), without running the chain.
 
@@ -116,6 +121,10 @@ class Chain:
         _check_latents(x, None)
         self._planner.reserve = reserve
         return self._planner.choose(*self._case(x, inverse=False))
+
+    def make_smaller_plan(self, x: Tensor) -> Plan | None:
+        """After running out of memory elsewhere: the next smaller plan for latents like x; None if there is none."""
+        return self._planner.shrink(*self._case(x, inverse=False))
 
     @property
     def arithmetic(self) -> str:

@@ -137,7 +137,8 @@ class Plan:
     def kept(self) -> str:
         """In words."""
         rest = self.evaluations - self.graphs
-        parts = [f"graphs of {'all' if not rest else f'the last {self.graphs}'} evaluations"] if self.graphs else []
+        last = "the last evaluation" if self.graphs == 1 else f"the last {self.graphs} evaluations"
+        parts = [f"graphs of {last if rest else 'all evaluations'}"] if self.graphs else []
         if rest and self.states == "checkpoint":
             parts.append(f"sources of {'all' if not self.graphs else f'the first {rest}'} evaluations")
         elif rest:

@@ -99,7 +99,7 @@ def blocks_checkpointed(network: nn.Module) -> Iterator[None]:
     """For its duration diffusers' own checkpointing of a network's blocks is on; all is restored, also after errors.
 
     Some versions of diffusers checkpoint in training mode alone, so the blocks are put into it, but not what is inside
-    them: no dropout wakes up. Nothing inside a block requires gradients of its weights, also when it is called again.
+    them: no dropout wakes up. A block is `frozen` also when it is called again, which may be after the end of this.
     """
     blocks: list[Any] = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
     names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
@@ -120,7 +120,8 @@ def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
     from torch.utils.checkpoint import checkpoint
 
     def call(*args: Any) -> Any:
-        with without_weight_grad(*([block] if isinstance(block, nn.Module) else [])):
+        module = block if isinstance(block, nn.Module) else nn.Identity()
+        with frozen(module), blocks_checkpointed(module):
             return block(*args)
 
     return checkpoint(call, *args, use_reentrant=False)
