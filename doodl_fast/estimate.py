@@ -107,9 +107,10 @@ class Estimate:
         return plan
 
     def __str__(self) -> str:
+        evaluations = (self.plain, self.blocks)
         lines = [
             ("weights: UNet, VAE", f"{format_bytes(self.unet_weights)}, {format_bytes(self.vae_weights)}"),
-            ("graph of a UNet call", " or, checkpointed, ".join(format_bytes(s.graph) for s in (self.plain, self.blocks))),
+            ("graph of a UNet call", " or, checkpointed, ".join(format_bytes(s.graph) for s in evaluations)),
             ("decoding an image", " or, checkpointed, ".join(format_bytes(size) for size in self.decoders)),
             ("held for each step", f"{format_bytes(self.growth)} (stored sources), 0 (exact reversal), "
              f"{format_bytes(2 * self.plain.graph)} (whole graphs)"),

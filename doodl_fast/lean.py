@@ -63,14 +63,16 @@ def fitted(chain: Any, decode: Function, loss: Function, latents: Tensor, dtype:
 
 
 def reserve(decode: Function, loss: Function, latents: Tensor, limit: int | None) -> int | None:
-    """Most bytes that are alive while latents are decoded, scored and pulled back; None where that is over the limit
-    or ran out of memory."""
+    """Most bytes that are alive while latents are decoded, scored and pulled back in an optimisation; None where that
+    is over the limit or ran out of memory."""
     random = runstate.random_state()
     try:
         with torch.enable_grad(), Tracker(latents.device.type, limit=limit), meter(latents.device) as seen:
             leaf = latents.detach().requires_grad_()
-            torch.autograd.grad(loss(decode(leaf)), leaf)
-            return seen.peak
+            image = decode(leaf)
+            torch.autograd.grad(loss(image), leaf)
+            # beside this image: the other member's, and both of the step before
+            return seen.peak + 3 * image.numel() * image.element_size()
     except (torch.OutOfMemoryError, OverLimit):
         pass
     finally:
