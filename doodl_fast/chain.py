@@ -116,15 +116,23 @@ class Chain:
         reserve: bytes that are taken between the forward run and the backward pass, by a decoder for instance; also for
         the runs that follow. Raises ValueError for another `memory` than "auto", and when the budget cannot be met.
         """
-        if self.memory != AUTO:
-            raise ValueError(f'memory: expected "auto" for a plan, got {self.memory!r}; make the chain with it')
-        _check_latents(x, None)
+        self._check_auto(x)
         self._planner.reserve = reserve
         return self._planner.choose(*self._case(x, inverse=False))
+
+    def smallest_plan(self, x: Tensor) -> Plan:
+        """The plan of the lowest peak for latents like x, whatever it computes again. Raises as `make_plan`."""
+        self._check_auto(x)
+        return self._planner.smallest(*self._case(x, inverse=False))
 
     def make_smaller_plan(self, x: Tensor) -> Plan | None:
         """After running out of memory elsewhere: the next smaller plan for latents like x; None if there is none."""
         return self._planner.shrink(*self._case(x, inverse=False))
+
+    def _check_auto(self, x: Tensor) -> None:
+        if self.memory != AUTO:
+            raise ValueError(f'memory: expected "auto" for a plan, got {self.memory!r}; make the chain with it')
+        _check_latents(x, None)
 
     @property
     def arithmetic(self) -> str:

@@ -24,7 +24,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 SETTINGS, RESULT, STATE = "run.json", "result.json", "state"
 OUTPUTS = ("before.png", "after.png", "best.png", "losses.png", SETTINGS, RESULT, STATE)
-MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "device")
+MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "memory_budget", "device")
 """options with which a run may be continued differently from how it began"""
 
 
@@ -133,6 +133,25 @@ def _drift(args: argparse.Namespace) -> int:
     return drift.main(args, _load_pipeline(args, _device(args.device), getattr(torch, DTYPES[args.dtype])))
 
 
+# profile
+
+
+def _profile_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import profile_command
+
+    profile_command.add_arguments(parser)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    _quiet_libraries()
+    import torch
+
+    from . import profile_command
+
+    dtype = getattr(torch, DTYPES[args.dtype])
+    return profile_command.main(args, lambda: _load_pipeline(args, _device(args.device), dtype))
+
+
 # run
 
 
@@ -169,7 +188,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--no-tied", dest="tied", action="store_false", help="let the two latents part")
     update.add_argument("--no-renormalize", dest="renormalize", action="store_false")
     update.add_argument("--first-image-only", action="store_true", help="decode and score one of the two pictures")
-    update.add_argument("--memory", type=_memory, default="checkpoint", help="checkpoint, reversible, naive or an int")
+    update.add_argument("--memory", type=_memory, default="checkpoint", help="checkpoint, reversible, auto, naive or k")
+    update.add_argument("--memory-budget", help="for --memory auto, e.g. 6GiB (default: what is free)")
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, required=True, help="folder for pictures, losses and state")
     files.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
@@ -204,7 +224,7 @@ def _run(args: argparse.Namespace) -> int:
         pipeline, args.prompt, args.negative_prompt, height=args.height, width=args.width
     )
     denoiser = Denoiser(pipeline.unet, cond, uncond, args.guidance_scale, **extra)
-    chain = EDICT(denoiser, schedule, args.mix_weight, args.memory)
+    chain = EDICT(denoiser, schedule, args.mix_weight, args.memory, memory_budget=args.memory_budget)
     loss = GUIDES[args.guidance](args, device, dtype)
     began = time.perf_counter()
     # the losses' random cutouts come from the global generator
@@ -416,6 +436,7 @@ COMMANDS = {
     "demo": Command("optimise latents of the embedded pipeline and show what changes", _demo_arguments, _demo),
     "run": Command("optimise latents of a diffusers pipeline for a guide", _run_arguments, _run),
     "drift": Command("measure how exactly chains come back, by arithmetic and length", _drift_arguments, _drift),
+    "profile": Command("measure or estimate what gradients take in memory and time", _profile_arguments, _profile),
     "doctor": Command("say which kernel backends there are, and why others are missing", lambda parser: None, _doctor),
 }
 

@@ -52,6 +52,14 @@ class Planner:
         self.plan = case.plan
         return case.plan
 
+    def smallest(self, run: Run, x: Tensor, blocks: Callable[[], Run | None]) -> Plan:
+        """The plan of the lowest peak. Raises OutOfMemoryError when not even one evaluation can be measured."""
+        case = self._case(run, x, blocks)
+        plan = replace(case.workload, sizes=case.unlimited).smallest(self.reserve)
+        if plan is None:
+            raise torch.OutOfMemoryError("memory: one evaluation of the network and its VJP ran out of it")
+        return plan
+
     def shrink(self, run: Run, x: Tensor, blocks: Callable[[], Run | None]) -> Plan | None:
         """After running out of memory: the next smaller plan; None if there is none. Frees what can be; warns the first
         time."""
