@@ -1,0 +1,69 @@
+"""Time of a gradient with memory="auto" and room for every graph, beside memory="checkpoint"; and its smallest plan.
+
+    python bench/memory.py [--steps 8] [--rounds 5] [--batch 1]
+
+On the embedded pipeline, in one process, round by round one gradient of each, in an order that turns. Prints the median
+of the rounds' ratios to checkpoint's time, and their range; all gradients must be the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from doodl_fast import EDICT, Denoiser, Schedule, encode_prompt, shapes
+from doodl_fast.memory import format_bytes
+from doodl_fast.pipeline import initial_latents
+
+
+def contenders(steps: int, batch: int) -> tuple[dict[str, EDICT], Tensor]:
+    pipe = shapes.load_pipeline()
+    x = initial_latents(pipe, batch=batch)
+    denoiser = Denoiser(pipe.unet, *encode_prompt(pipe, "a red circle")[:2], 4.0)
+    schedule = Schedule.from_scheduler(pipe.scheduler, steps)
+    chains = {"checkpoint": EDICT(denoiser, schedule), "auto": EDICT(denoiser, schedule, memory="auto")}
+    smallest = chains["auto"].smallest_plan(x)
+    chains["auto, smallest"] = EDICT(denoiser, schedule, memory="auto", memory_budget=smallest.peak)
+    for chain in chains.values():
+        gradient(chain, x)
+    return chains, x
+
+
+def gradient(chain: EDICT, x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    outputs = chain(leaf)
+    return torch.autograd.grad(outputs[0].square().sum() + outputs[1].square().sum(), leaf)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time of a gradient by memory plan.")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    args = parser.parse_args()
+    chains, x = contenders(args.steps, args.batch)
+    ratios: dict[str, list[float]] = {name: [] for name in chains}
+    for turn in range(args.rounds):
+        names = list(chains)
+        names = names[turn % 3 :] + names[: turn % 3]
+        seconds, found = {}, []
+        for name in names:
+            began = time.perf_counter()
+            found.append(gradient(chains[name], x))
+            seconds[name] = time.perf_counter() - began
+        assert all(torch.equal(found[0], other) for other in found)
+        for name in names:
+            ratios[name].append(seconds[name] / seconds["checkpoint"])
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.steps} steps, batch {args.batch}")
+    for name, chain in chains.items():
+        plan = "" if chain.plan is None else f", predicted peak {format_bytes(chain.plan.peak)}: {chain.plan.kept}"
+        span = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
+        print(f"{name:<16} {statistics.median(ratios[name]):.2f} of checkpoint's time ({span}){plan}")
+
+
+if __name__ == "__main__":
+    main()
