@@ -24,8 +24,11 @@ STEPS = (4, 8, 16)
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one number of steps: bytes at most, bytes held between forward and backward pass, process
-    memory at most (None where that cannot be asked), seconds of a gradient without the tracker."""
+    """One contender at one number of steps.
+
+    peak, held: bytes at most, and between forward and backward pass. rss: of the whole process at most, None where that
+    cannot be asked. seconds, cpu_seconds: of the fastest gradient, on the clock and of all threads, no tracker.
+    """
 
     name: str
     steps: int
@@ -33,6 +36,7 @@ class Row:
     held: int
     rss: int | None
     seconds: float
+    cpu_seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="diffusion steps, one or more; an estimate is for the last, or for 50 if none is given",
     )
     parser.add_argument("--batch", type=int, default=1, help="images at once")
+    parser.add_argument("--repeats", type=int, default=2, help="gradients on the clock, of which the fastest counts")
     parser.add_argument("--against", default="", help="of naive, checkpoint and reference=DIR, separated by commas")
     parser.add_argument("--memory-budget", help='for memory="auto", e.g. 6GiB (default: what is free)')
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
@@ -65,19 +70,22 @@ def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
         raise ValueError(f"--steps: expected numbers of at least 1, got {min(steps)}")
     if args.estimate is not None:
         return _estimate(args, 50 if args.steps == list(STEPS) else steps[-1])
+    if args.repeats < 1:
+        raise ValueError(f"--repeats: expected at least 1, got {args.repeats}")
     names = _names(args.against)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {str(args.out)!r}")
     setting = _setting(args, load())
-    print(f"{'':<22}{'steps':>6}{'peak':>12}{'held':>12}{'peak RSS':>12}{'seconds':>10}", flush=True)
+    print(f"{'':<22}{'steps':>6}{'peak':>12}{'held':>12}{'peak RSS':>12}{'seconds':>10}{'CPU s':>10}", flush=True)
     rows: list[Row] = []
     reports: dict[str, Report] = {}
     for name in names:
         for count in steps:
-            row, reports[name] = measure(name, setting, count)
+            row, reports[name] = measure(name, setting, count, args.repeats)
             rows.append(row)
             rss = "-" if row.rss is None else format_bytes(row.rss)
-            cells = f"{format_bytes(row.peak):>12}{format_bytes(row.held):>12}{rss:>12}{row.seconds:>10.3g}"
+            cells = f"{format_bytes(row.peak):>12}{format_bytes(row.held):>12}{rss:>12}"
+            cells += f"{row.seconds:>10.3g}{row.cpu_seconds:>10.3g}"
             print(f"{name:<22}{count:>6}{cells}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     _write(args, rows, reports)
@@ -123,8 +131,8 @@ def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
     return Setting(denoiser, scheduler, args.mix_weight, x, args.memory_budget)
 
 
-def measure(name: str, setting: Setting, steps: int) -> tuple[Row, Report]:
-    """One contender: a gradient to warm up, one on the clock, one under the tracker."""
+def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[Row, Report]:
+    """One contender: a gradient to warm up, some on the clock, one under the tracker."""
     import torch
 
     from .chain import Chain
@@ -139,22 +147,26 @@ def measure(name: str, setting: Setting, steps: int) -> tuple[Row, Report]:
         note()
         torch.autograd.grad(sum(out.float().square().sum() for out in outputs), x)  # type: ignore[arg-type]
 
-    def synchronized() -> float:
+    def clocks() -> tuple[float, float]:
         if setting.x.device.type == "cuda":
             torch.cuda.synchronize(setting.x.device)
-        return time.perf_counter()
+        return time.perf_counter(), time.process_time()
 
     gradient()
     _reset_rss()
-    began = synchronized()
-    gradient()
-    seconds, rss = synchronized() - began, _peak_rss()
+    times = []
+    for _ in range(repeats):
+        began = clocks()
+        gradient()
+        times.append([now - then for now, then in zip(clocks(), began, strict=True)])
+    seconds, cpu_seconds = (min(column) for column in zip(*times, strict=True))
+    rss = _peak_rss()
     chain = getattr(forward, "chain", forward)
     watched = chain if isinstance(chain, Chain) else setting.chain(steps)
     between: list[int] = []
     with profile(watched, setting.x.device) as report:
         gradient(lambda: between.append(report.now()))
-    return Row(name, steps, report.peak, between[0], rss, seconds), report
+    return Row(name, steps, report.peak, between[0], rss, seconds, cpu_seconds), report
 
 
 def _reset_rss() -> None:
@@ -196,12 +208,12 @@ def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, Report]
         "versions": {"doodl_fast": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
     }
     (args.out / TABLE).write_text(json.dumps(result) + "\n")
-    draw(args.out / FIGURE, rows)
+    draw(args.out / FIGURE, rows, "seconds" if reports[rows[0].name].device.startswith("cuda") else "cpu_seconds")
     draw_timelines(args.out / TIMELINES, reports)
 
 
-def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Peak memory, on a logarithmic axis, and seconds of a gradient against the number of steps."""
+def draw(path: Path, rows: Sequence[Row], clock: str) -> None:
+    """Peak memory, on a logarithmic axis, and time of a gradient against the number of steps. clock: a field of Row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -211,11 +223,11 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         label = name.partition("=")[0]
         steps = [row.steps for row in own]
         memory.plot(steps, [row.peak / 2**20 for row in own], marker="o", markersize=4, label=label)
-        seconds.plot(steps, [row.seconds for row in own], marker="o", markersize=4, label=label)
+        seconds.plot(steps, [getattr(row, clock) for row in own], marker="o", markersize=4, label=label)
     most, least = (f(row.peak / 2**20 for row in rows) for f in (max, min))
     memory.set(ylabel="peak memory of a gradient, MiB", yscale="log")
     memory.set_ylim(10 ** math.floor(math.log10(least)), 10 ** math.ceil(math.log10(most)))
-    seconds.set(ylabel="seconds for a gradient", ylim=(0, None))
+    seconds.set(ylabel=f"{clock.replace('cpu_', 'CPU ')} for a gradient", ylim=(0, None))
     for axes in (memory, seconds):
         axes.set(xlabel="diffusion steps")
         axes.grid(alpha=0.3)

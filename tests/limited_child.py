@@ -38,7 +38,7 @@ def main(memory: str, factor: float) -> None:
         "checkpoint",
     ):  # what libraries allocate at their first call, and threads
         gradient(EDICT(denoiser, schedule, memory=mode), small)
-    x = latents(1, 4, 128, 128, dtype=torch.float32)[0]
+    x = latents(1, 4, 96, 96, dtype=torch.float32)[0]
     before = data_bytes()
     auto = EDICT(denoiser, schedule, memory="auto")
     budget = auto.smallest_plan(x).peak
