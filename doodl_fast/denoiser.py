@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import blocks_checkpointed, has_blocks, without_weight_grad
+from .modules import FLOAT_DTYPES, blocks_checkpointed, has_blocks, weights_cast, without_weight_grad
 
 _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Denoiser:
@@ -40,6 +39,8 @@ class Denoiser:
         its weights. What an fp16 network costs a gradient in accuracy it costs mostly there (docs/precision.md). The
         weights are cast anew for each VJP and freed with its graph. Where couplings are undone too (an int k,
         "reversible"), the value that undoes them needs a call of its own. Not for plain callables or memory="naive".
+    compile: whether the network is called through `torch.compile`, for its value and its VJP. Rounds otherwise than the
+        network itself, and may round otherwise with a graph than without; see docs/memory.md.
 
     Floating conditions are cast to the network's dtype. All attributes are read-only: a gradient must see what its
     forward saw.
@@ -54,6 +55,7 @@ class Denoiser:
         guidance_scale: float = 7.5,
         *,
         vjp_dtype: torch.dtype | None = None,
+        compile: bool = False,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
@@ -79,7 +81,7 @@ class Denoiser:
         self._guidance_scale: float = float(guidance_scale)
         self._unet_kwargs: dict[str, Any] = unet_kwargs
         self._module: nn.Module | None = _module_of(unet)
-        self._call: _Call = _calling_convention(unet, self._module)
+        self._call: _Call = _calling_convention(torch.compile(unet) if compile else unet, self._module)
         if vjp_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"vjp_dtype: expected torch.float32, torch.float64 or None, got {vjp_dtype!r}")
         if vjp_dtype is not None and self._module is None:
@@ -165,7 +167,7 @@ class Denoiser:
             yield
             return
         if self._cast_to is not None:
-            with _weights_cast(self._module, self._cast_to):
+            with weights_cast(self._module, self._cast_to):
                 yield
             return
         _refuse_stochastic(self._module)
@@ -285,31 +287,6 @@ def _calling_convention(network: Callable[..., Any], module: nn.Module | None) -
     if "timestep" in names:  # by name: diffusers' transformers take it third
         return lambda x, t, cond, kwargs: network(x, timestep=t, encoder_hidden_states=cond, **tail, **kwargs)
     return lambda x, t, cond, kwargs: network(x, t, encoder_hidden_states=cond, **tail, **kwargs)
-
-
-@contextlib.contextmanager
-def _weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For its duration the floating weights and buffers of a network are copies in another dtype."""
-    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
-            return tensor
-        if tensor not in copies:
-            copies[tensor] = tensor.detach().to(dtype)
-        return copies[tensor]
-
-    try:
-        for module in network.modules():
-            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for tensors in tables:
-                replaced.append((tensors, dict(tensors)))
-                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
-        yield
-    finally:
-        for tensors, originals in replaced:
-            tensors.update(originals)
 
 
 def _as_tensor(output: Any) -> Tensor:

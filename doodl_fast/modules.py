@@ -15,6 +15,7 @@ from .arithmetic import power_of_two
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
 
 def check_source(source: str | Path, index: str, argument: str = "model") -> str:
@@ -87,6 +88,31 @@ def without_weight_grad(*networks: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For its duration the floating weights and buffers of a network are copies in another dtype."""
+    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
+            return tensor
+        if tensor not in copies:
+            copies[tensor] = tensor.detach().to(dtype)
+        return copies[tensor]
+
+    try:
+        for module in network.modules():
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in tables:
+                replaced.append((tensors, dict(tensors)))
+                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
+        yield
+    finally:
+        for tensors, originals in replaced:
+            tensors.update(originals)
 
 
 def has_blocks(network: Any) -> bool:
