@@ -64,6 +64,11 @@ def make(name: str, setting: Setting, steps: int) -> Forward:
     return reference(name.removeprefix(REFERENCE + "="), setting, steps)
 
 
+def label(name: str) -> str:
+    """A contender's name in a figure."""
+    return {NAIVE: "naive backpropagation", PER_STEP: "checkpointed steps"}.get(name, name.partition("=")[0])
+
+
 class _PerStep:
     """Every EDICT step under `torch.utils.checkpoint`, in plain torch, weights frozen, as a careful user has it."""
 

@@ -116,17 +116,18 @@ class Estimate:
              f"{format_bytes(2 * self.plain.graph)} (whole graphs)"),
             ("naive backpropagation", f"{format_bytes(self.weights + self.naive)} with weights"),
             ("checkpointed steps", f"{format_bytes(self.weights + self.per_step)} with weights "
-             f"(torch.utils.checkpoint; computes {self.workload.evaluations} evaluations again)"),
+             f"(torch.utils.checkpoint; computes {2 * self.workload.steps} evaluations again)"),
             ("our smallest plan", f"{format_bytes(self.weights + self.smallest.peak)} with weights"),
         ]  # fmt: skip
         table = "\n".join(f"{name:<24} {value}" for name, value in lines)
-        return table + "\n\n" + "\n".join(self._card(card) for card in CARDS)
+        head = "card   with weights  what is kept; what is computed again"
+        return "\n".join([table, "", head, *(self._card(card) for card in CARDS)])
 
     def _card(self, card: int) -> str:
         room = int(card * 2**30 * (1 - CARD_MARGIN))
         plan = self.plan(room)
         if plan is None:
-            return f"{card:>3} GB  does not fit"
+            return f"{card:>2} GB  {'':>12}  does not fit"
         blocks = "; blocks checkpointed" if plan.blocks else ""
         fits = [
             name
@@ -135,7 +136,7 @@ class Estimate:
         ]
         also = f"; {' and '.join(fits)} would fit too" if fits else ""
         peak = format_bytes(self.weights + plan.peak)
-        return f"{card:>3} GB  {peak:>9}  {plan.kept}{blocks}; {plan.recomputed} evaluations again{also}"
+        return f"{card:>2} GB  {peak:>12}  {plan.kept}{blocks}; {plan.recomputed} evaluations again{also}"
 
 
 def estimate(model: str | Path, resolution: int | None, dtype: torch.dtype, steps: int = 50) -> Estimate:

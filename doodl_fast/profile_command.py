@@ -197,6 +197,7 @@ def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, Report]
     import torch
 
     from . import __version__
+    from .contenders import label
     from .profiling import draw_timelines
 
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -209,21 +210,23 @@ def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, Report]
     }
     (args.out / TABLE).write_text(json.dumps(result) + "\n")
     draw(args.out / FIGURE, rows, "seconds" if reports[rows[0].name].device.startswith("cuda") else "cpu_seconds")
-    draw_timelines(args.out / TIMELINES, reports)
+    draw_timelines(args.out / TIMELINES, {label(name): report for name, report in reports.items()})
 
 
 def draw(path: Path, rows: Sequence[Row], clock: str) -> None:
     """Peak memory, on a logarithmic axis, and time of a gradient against the number of steps. clock: a field of Row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    from .contenders import OURS, label
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
     for name in dict.fromkeys(row.name for row in rows):
         own = [row for row in rows if row.name == name]
-        label = name.partition("=")[0]
         steps = [row.steps for row in own]
-        memory.plot(steps, [row.peak / 2**20 for row in own], marker="o", markersize=4, label=label)
-        seconds.plot(steps, [getattr(row, clock) for row in own], marker="o", markersize=4, label=label)
+        style = {"label": label(name), "marker": "o", "markersize": 4, "linestyle": "-" if name in OURS else "--"}
+        memory.plot(steps, [row.peak / 2**20 for row in own], **style)
+        seconds.plot(steps, [getattr(row, clock) for row in own], **style)
     most, least = (f(row.peak / 2**20 for row in rows) for f in (max, min))
     memory.set(ylabel="peak memory of a gradient, MiB", yscale="log")
     memory.set_ylim(10 ** math.floor(math.log10(least)), 10 ** math.ceil(math.log10(most)))
@@ -231,5 +234,5 @@ def draw(path: Path, rows: Sequence[Row], clock: str) -> None:
     for axes in (memory, seconds):
         axes.set(xlabel="diffusion steps")
         axes.grid(alpha=0.3)
-    memory.legend()
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside right")
     figure.savefig(path, format="png", dpi=120)

@@ -184,17 +184,19 @@ def thinned(timeline: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def draw_timelines(path: Path, reports: dict[str, Report]) -> None:
-    """Bytes held against the share of the time, one line a report."""
+    """Bytes held, on a logarithmic axis, against the share of the time, one line a report."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
+    most = max((report.peak for report in reports.values()), default=1) / 2**20
     for label, report in reports.items():
         points = thinned(report.timeline)
         last = max((seconds for seconds, _ in points), default=1.0)
-        axes.plot([100 * t / last for t, _ in points], [n / 2**20 for _, n in points], linewidth=1, label=label)
-    axes.set(xlabel="time of one gradient, per cent", ylabel="held, MiB", ylim=(0, None), xlim=(0, 100))
+        axes.plot([100 * t / last for t, _ in points], [n / 2**20 for _, n in points], linewidth=0.8, label=label)
+    axes.set(xlabel="time of one gradient, per cent", ylabel="held, MiB", yscale="log", xlim=(0, 100))
+    axes.set_ylim(most / 1e4, 2 * most)
     axes.grid(alpha=0.3)
     if len(reports) > 1:
-        axes.legend()
+        figure.legend(loc="outside right")
     figure.savefig(path, format="png", dpi=120)
