@@ -125,6 +125,7 @@ def workload(run: Run, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Work
     )
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def probe(run: Run, x: Tensor, limit: int | None = None) -> Sizes | None:
     """Measures one evaluation of a run's network and one VJP of it, at latents x; None if that ran out of memory, or

@@ -15,6 +15,7 @@ import sys
 import torch
 from conftest import golden_denoiser, latents, sd_scheduler
 
+from doodl_fast.denoiser import Denoiser
 from doodl_fast.diffusion import EDICT
 from doodl_fast.schedule import Schedule
 
@@ -30,15 +31,19 @@ def gradient(chain: EDICT, x: torch.Tensor) -> float:
     return float(torch.autograd.grad(sum(out.square().sum() for out in chain(leaf)), leaf)[0].norm())
 
 
+def parts() -> tuple[Denoiser, Schedule, torch.Tensor]:
+    schedule = Schedule.from_scheduler(sd_scheduler(), 3)
+    return golden_denoiser(torch.float32), schedule, latents(1, 4, 96, 96, dtype=torch.float32)[0]
+
+
 def main(memory: str, factor: float) -> None:
-    denoiser, schedule = golden_denoiser(torch.float32), Schedule.from_scheduler(sd_scheduler(), 3)
+    denoiser, schedule, x = parts()
     small = latents(1, 4, 8, 8, dtype=torch.float32)[0]
     for mode in (
         "naive",
         "checkpoint",
     ):  # what libraries allocate at their first call, and threads
         gradient(EDICT(denoiser, schedule, memory=mode), small)
-    x = latents(1, 4, 96, 96, dtype=torch.float32)[0]
     before = data_bytes()
     auto = EDICT(denoiser, schedule, memory="auto")
     budget = auto.smallest_plan(x).peak

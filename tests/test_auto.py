@@ -192,6 +192,13 @@ def test_one_probing_call_for_latents_of_a_kind():
     assert chain.plan.graphs == 4 and chain.plan.recomputed == 0
 
 
+def test_a_plan_made_in_inference_mode():
+    x = latents(1, 4, 8, 8, dtype=torch.float32)[0]
+    with torch.inference_mode():
+        plan = auto().make_plan(x.clone())
+    assert plan == auto().make_plan(x) and plan.peak > 10**5
+
+
 def test_a_reserve_leaves_room_for_a_decoder():
     x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
     budget = auto().make_plan(x).peak
