@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import ast
+import copy
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +21,10 @@ from .engine import _plain
 from .schedule import Schedule
 
 NAIVE, PER_STEP, REFERENCE = "naive", "checkpoint", "reference"
+LAYERS = {
+    "helper_functions.py": ("get_alpha_and_beta", "forward_step", "reverse_step"),
+    "doodl.py": ("SteppingLayer", "MixingLayer"),
+}
 Pair = tuple[Tensor, Tensor]
 OURS: dict[str, dict[str, Any]] = {
     "sources": {"memory": "checkpoint"},
@@ -94,22 +98,19 @@ class _PerStep:
 
 
 def reference(folder: str, setting: Setting, steps: int) -> Forward:
-    """The layers of a checkout of the public DOODL code (arXiv 2303.13703) as its `gen()` strings them together.
+    """The layers of a checkout of the public DOODL code (arXiv 2303.13703), strung together as its `gen()` does.
 
-    They run on the caller's UNet, in its dtype, on one image. Raises ValueError if the folder does not hold it, or its
-    dependencies are not installed.
+    They run on the caller's UNet, in its dtype, on one image. Of the checkout only the definitions named in LAYERS are
+    executed, as its modules load models from the hub when they are imported. Raises ValueError if it lacks them or
+    memcnn, which wraps them, is not installed.
     """
-    if not (Path(folder) / "doodl.py").is_file():
-        raise ValueError(f"--against: expected a checkout of DOODL with doodl.py in it, got {folder!r}")
     if len(setting.x) != 1:
         raise ValueError(f"--against: the reference takes one image, got a batch of {len(setting.x)}; use --batch 1")
-    with _importing(folder):
-        try:
-            layers, memcnn = importlib.import_module("doodl"), importlib.import_module("memcnn")
-        except ImportError as error:
-            raise ValueError(
-                f"--against: {folder!r} cannot be imported ({error}); install what its environment.yaml names"
-            ) from error
+    found = _definitions(Path(folder), setting.x.device)
+    try:
+        memcnn: Any = importlib.import_module("memcnn")
+    except ImportError as error:
+        raise ValueError(f"--against: the reference needs memcnn ({error}); install it with pip") from error
     own = setting.denoiser
 
     def wrapped(layer: Any) -> Any:
@@ -117,13 +118,12 @@ def reference(folder: str, setting: Setting, steps: int) -> Forward:
         return memcnn.InvertibleModuleWrapper(layer, **options)
 
     def forward(x: Tensor) -> Pair:
-        stepping = layers.SteppingLayer(
-            own.unet, own.uncond, own.cond, num_timesteps=steps, guidance_scale=own.guidance_scale
-        )
-        step, mix = wrapped(stepping), wrapped(layers.MixingLayer(setting.mix_weight))
+        scheduler = copy.deepcopy(setting.scheduler)
+        stepping = found["SteppingLayer"](own.unet, own.uncond, own.cond, scheduler, steps, own.guidance_scale)
+        step, mix = wrapped(stepping), wrapped(found["MixingLayer"](setting.mix_weight))
         dtype = own.compute_dtype(x.dtype)
         pair = torch.cat([x, x]).to(dtype)
-        for i, t in enumerate(stepping.scheduler.timesteps):
+        for i, t in enumerate(scheduler.timesteps):
             numbers = (torch.tensor([float(n)], dtype=dtype, device=x.device) for n in (i, t))
             _, _, pair = step(*numbers, pair)
             pair = mix(pair)
@@ -132,11 +132,16 @@ def reference(folder: str, setting: Setting, steps: int) -> Forward:
     return forward
 
 
-@contextlib.contextmanager
-def _importing(folder: str) -> Any:
-    """For its duration modules are looked for in a folder first."""
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
+def _definitions(folder: Path, device: torch.device) -> dict[str, Any]:
+    """What LAYERS names, by name."""
+    space: dict[str, Any] = {"torch": torch, "nn": torch.nn, "device": device}
+    for file, names in LAYERS.items():
+        path = folder / file
+        if not path.is_file():
+            raise ValueError(f"--against: expected a checkout of DOODL with {file} in it, got {str(folder)!r}")
+        nodes = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) in names]
+        missing = set(names) - {node.name for node in nodes}  # type: ignore[attr-defined]
+        if missing:
+            raise ValueError(f"--against: expected {', '.join(sorted(missing))} in {str(path)!r}, got none")
+        exec(compile(ast.Module(nodes, []), str(path), "exec"), space)
+    return space

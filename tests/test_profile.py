@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import tiny_pipeline
@@ -84,21 +85,17 @@ def test_a_long_timeline_is_thinned_and_keeps_its_peak():
     assert len(thin) <= POINTS and max(held for _, held in thin) == max(held for _, held in timeline)
 
 
-FAKE = '''
-import torch
-from torch import nn
+LAYERS = """
+raise ImportError("importing it is not what is meant")
 
 class SteppingLayer(nn.Module):
-    """Stands in for the reference's: one network call a step."""
-
-    def __init__(self, unet, embedding_uc, embedding_c, num_timesteps, guidance_scale):
+    def __init__(self, unet, embedding_uc, embedding_c, scheduler, num_timesteps, guidance_scale):
         super().__init__()
         self.unet, self.cond = unet, embedding_c
-        self.scheduler = type("Scheduler", (), {"timesteps": torch.arange(num_timesteps)})
+        scheduler.set_timesteps(num_timesteps)
 
     def forward(self, i, t, pair):
-        out = self.unet(pair, t[0], encoder_hidden_states=self.cond.expand(2, -1, -1), return_dict=False)[0]
-        return i, t, pair + 0.01 * out
+        return i, t, forward_step(pair, self.unet(pair, t[0], encoder_hidden_states=self.cond.expand(2, -1, -1)).sample)
 
 class MixingLayer(nn.Module):
     def __init__(self, p):
@@ -106,6 +103,21 @@ class MixingLayer(nn.Module):
 
     def forward(self, pair):
         return pair * 1
+"""
+HELPERS = """
+def forward_step(pair, out):
+    return pair + 0.01 * out
+
+def get_alpha_and_beta():
+    pass
+
+reverse_step = no_such_name
+
+def reverse_step():
+    pass
+"""
+WRAPPER = """
+from torch import nn
 
 class InvertibleModuleWrapper(nn.Module):
     def __init__(self, layer, **options):
@@ -114,15 +126,18 @@ class InvertibleModuleWrapper(nn.Module):
 
     def forward(self, *args):
         return self.layer(*args)
-'''
+"""
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     tiny_pipeline.stable_diffusion(tmp_path / "words").save_pretrained(tmp_path / "sd")
     checkout = tmp_path / "checkout"
     checkout.mkdir()
-    (checkout / "doodl.py").write_text(FAKE)
-    (checkout / "memcnn.py").write_text(FAKE)
+    (checkout / "doodl.py").write_text(LAYERS)
+    (checkout / "helper_functions.py").write_text(HELPERS)
+    (tmp_path / "memcnn.py").write_text(WRAPPER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "memcnn", raising=False)
     line = ["profile", "--model", str(tmp_path / "sd"), "--steps", "2", "4", "--device", "cpu"]
     line += ["--against", f"naive, checkpoint,reference={checkout}", "--out", str(tmp_path / "out")]
     assert cli.main([*line, "--resolution", "64"]) == 0
@@ -140,15 +155,19 @@ def test_the_command(tmp_path, capsys):
         assert Image.open(tmp_path / "out" / name).size[0] > 500
 
 
-def test_a_reference_that_cannot_be_had(tmp_path, capsys, monkeypatch):
+def test_a_reference_that_cannot_be_had(tmp_path, monkeypatch):
     from doodl_fast.contenders import Setting, make
 
     setting = Setting(tiny_chain(2).denoiser, None, 0.93, torch.zeros(1, 3, 4))
-    with pytest.raises(ValueError, match=r"--against: expected a checkout of DOODL with doodl.py in it, got "):
+    with pytest.raises(ValueError, match=r"--against: expected a checkout of DOODL with helper_functions.py in it"):
         make(f"reference={tmp_path}", setting, 2)
-    (tmp_path / "doodl.py").write_text("import no_such_module_anywhere")
-    monkeypatch.delitem(__import__("sys").modules, "doodl", raising=False)
-    with pytest.raises(ValueError, match=r"cannot be imported \(No module named .*install what its environment.yaml"):
+    (tmp_path / "helper_functions.py").write_text(HELPERS)
+    (tmp_path / "doodl.py").write_text("class SteppingLayer: pass")
+    with pytest.raises(ValueError, match=r"--against: expected MixingLayer in .*doodl.py"):
+        make(f"reference={tmp_path}", setting, 2)
+    (tmp_path / "doodl.py").write_text(LAYERS)
+    monkeypatch.setitem(sys.modules, "memcnn", None)
+    with pytest.raises(ValueError, match=r"--against: the reference needs memcnn .*install it with pip"):
         make(f"reference={tmp_path}", setting, 2)
     setting = Setting(setting.denoiser, None, 0.93, torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match=r"--against: the reference takes one image, got a batch of 2"):
