@@ -72,6 +72,8 @@ def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
         return _estimate(args, 50 if args.steps == list(STEPS) else steps[-1])
     if args.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, got {args.repeats}")
+    from .contenders import label
+
     names = _names(args.against)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {str(args.out)!r}")
@@ -86,11 +88,11 @@ def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
             rss = "-" if row.rss is None else format_bytes(row.rss)
             cells = f"{format_bytes(row.peak):>12}{format_bytes(row.held):>12}{rss:>12}"
             cells += f"{row.seconds:>10.3g}{row.cpu_seconds:>10.3g}"
-            print(f"{name:<22}{count:>6}{cells}", flush=True)
+            print(f"{label(name):<22}{count:>6}{cells}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     _write(args, rows, reports)
     for name, growth in growths(rows).items():
-        print(f"{name:<22}holds {format_bytes(growth)} more for each step")
+        print(f"{label(name):<22}holds {format_bytes(growth)} more for each step")
     print(f"{FIGURE}, {TIMELINES} and {TABLE} in {args.out}")
     return 0
 
