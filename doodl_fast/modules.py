@@ -90,31 +90,6 @@ def without_weight_grad(*networks: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-@contextlib.contextmanager
-def weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For its duration the floating weights and buffers of a network are copies in another dtype."""
-    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
-            return tensor
-        if tensor not in copies:
-            copies[tensor] = tensor.detach().to(dtype)
-        return copies[tensor]
-
-    try:
-        for module in network.modules():
-            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for tensors in tables:
-                replaced.append((tensors, dict(tensors)))
-                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
-        yield
-    finally:
-        for tensors, originals in replaced:
-            tensors.update(originals)
-
-
 def has_blocks(network: Any) -> bool:
     """Whether a network can checkpoint its blocks, as those of diffusers can."""
     return isinstance(network, nn.Module) and any(hasattr(m, "gradient_checkpointing") for m in network.modules())
@@ -195,3 +170,28 @@ class _UnscaleGradient(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         wide = torch.promote_types(ctx.dtype, torch.float32)
         return (grad_outputs[0].to(wide) * ctx.power[0]).to(ctx.dtype), None, None
+
+
+@contextlib.contextmanager
+def weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For its duration the floating weights and buffers of a network are copies in another dtype."""
+    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
+            return tensor
+        if tensor not in copies:
+            copies[tensor] = tensor.detach().to(dtype)
+        return copies[tensor]
+
+    try:
+        for module in network.modules():
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in tables:
+                replaced.append((tensors, dict(tensors)))
+                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
+        yield
+    finally:
+        for tensors, originals in replaced:
+            tensors.update(originals)
