@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .memory import format_bytes
-
 if TYPE_CHECKING:
     from .contenders import Setting
     from .profiling import Report
@@ -73,6 +71,7 @@ def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
     if args.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, got {args.repeats}")
     from .contenders import label
+    from .memory import format_bytes
 
     names = _names(args.against)
     if args.out.exists() and not args.out.is_dir():

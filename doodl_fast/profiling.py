@@ -184,19 +184,17 @@ def thinned(timeline: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def draw_timelines(path: Path, reports: dict[str, Report]) -> None:
-    """Bytes held, on a logarithmic axis, against the share of the time, one line a report."""
+    """Bytes held against the share of the time, one panel a report, each with an axis of its own."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot()
-    most = max((report.peak for report in reports.values()), default=1) / 2**20
-    for label, report in reports.items():
+    figure = Figure(figsize=(8, 1.2 + 1.1 * len(reports)), layout="constrained")
+    panels = figure.subplots(len(reports), sharex=True, squeeze=False)[:, 0]
+    for axes, (label, report) in zip(panels, reports.items(), strict=True):
         points = thinned(report.timeline)
         last = max((seconds for seconds, _ in points), default=1.0)
-        axes.plot([100 * t / last for t, _ in points], [n / 2**20 for _, n in points], linewidth=0.8, label=label)
-    axes.set(xlabel="time of one gradient, per cent", ylabel="held, MiB", yscale="log", xlim=(0, 100))
-    axes.set_ylim(most / 1e4, 2 * most)
-    axes.grid(alpha=0.3)
-    if len(reports) > 1:
-        figure.legend(loc="outside right")
-    figure.savefig(path, format="png", dpi=120)
+        axes.fill_between([100 * t / last for t, _ in points], [n / 2**20 for _, n in points], step="post")
+        axes.set(xlim=(0, 100), ylim=(0, None), ylabel="MiB")
+        axes.set_title(f"{label}: {format_bytes(report.peak)}".removeprefix(": "), fontsize="medium", loc="left")
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("time of one gradient, per cent")
+    figure.savefig(path, format="png", dpi=100)

@@ -42,7 +42,7 @@ def test_a_report_and_an_untouched_gradient(memory, tmp_path):
     growing = {"checkpoint": size, "naive": 3 * size, "auto": 3 * size}.get(memory, 0)
     assert report.growth >= growing and (growing or report.growth < 2 * size)
     report.save(tmp_path / "deep")
-    assert Image.open(tmp_path / "deep" / "timeline.png").size == (960, 480)
+    assert Image.open(tmp_path / "deep" / "timeline.png").size == (800, 230)
     stored = json.loads((tmp_path / "deep" / "profile.json").read_text())
     assert stored["peak"] == report.peak and len(stored["evaluations"]) == len(graphs)
     assert f"{len(graphs)}, {sum(graphs)} of them with a graph" in str(report)
