@@ -164,6 +164,25 @@ def test_predictions_hold_and_gradients_are_the_same(arithmetic):
         measured(auto(needed - 1, arithmetic=arithmetic), x)
 
 
+def test_the_embedded_pipeline():
+    from doodl_fast import shapes
+    from doodl_fast.pipeline import encode_prompt, initial_latents
+
+    pipe = shapes.load_pipeline()
+    denoiser = Denoiser(pipe.unet, *encode_prompt(pipe, "a red circle")[:2], 4.0)
+    x, schedule = initial_latents(pipe), Schedule.from_scheduler(pipe.scheduler, 3)
+    everything = EDICT(denoiser, schedule, memory="auto")
+    smallest = EDICT(denoiser, schedule, memory="auto", memory_budget=everything.smallest_plan(x).peak)
+    gradients = []
+    for chain in (everything, smallest):
+        plan = chain.make_plan(x)
+        gradient, peak = measured(chain, x)
+        assert plan.peak == pytest.approx(peak, rel=0.15)
+        gradients.append(gradient)
+    assert everything.plan.recomputed == 0 and smallest.plan.blocks
+    assert everything.plan.peak > 8 * smallest.plan.peak and relative(*gradients) < 1e-6
+
+
 def test_the_network_is_as_it_was():
     unet = golden_unet(torch.float32)
     before = [(module.training, dict(vars(module)).keys()) for module in unet.modules()]
