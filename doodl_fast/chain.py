@@ -22,7 +22,7 @@ from .lattice import WIDTHS, Lattice, grown, to_lattice
 from .lattice_state import ENDS, LatticeState, check_state, state_of
 from .memory import AUTO, Plan, parse_bytes
 from .node import ChainFunction
-from .planner import Planner, release, relieved
+from .planner import Planner, relieved
 from .program import Coupling, Program, count_network_calls, invert
 from .trust import Trust
 
@@ -238,12 +238,12 @@ class Chain:
         while True:
             try:
                 return go(replace(self._plan(x, inverse, True, plan), relieve=relieve))
-            except torch.OutOfMemoryError:
-                smaller = self._planner.shrink(*case)
-                if smaller is None:
-                    raise
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # which holds what the run had made
+            smaller = self._planner.shrink(*case)
+            if smaller is None:
+                raise failure
             plan = smaller
-            release(x.device)  # what the error's traceback held
 
     def _case(self, x: Tensor, inverse: bool) -> tuple[Run, Tensor, Callable[[], Run | None]]:
         """What the planner asks for. Of x it gets a stand-in that takes no memory, as it may be kept."""

@@ -189,10 +189,11 @@ class _Objective:
         while True:
             try:
                 return self._gradient(latents, step)
-            except torch.OutOfMemoryError:
-                if not self._shrink(latents[0]):
-                    raise
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # which holds what the pass had made
             release(latents[0].device)
+            if not self._shrink(latents[0]):
+                raise failure
             runstate.restore_random_state(random)
 
     def _shrink(self, latents: Tensor) -> bool:

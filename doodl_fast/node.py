@@ -35,12 +35,12 @@ class ChainFunction(torch.autograd.Function):
         while True:
             try:
                 return None, *_input_gradients(ctx, grad_outputs)
-            except torch.OutOfMemoryError:
-                run: Run | None = ctx.run.relieve(ctx.run)
-                if run is None:
-                    raise
-            # out here the error, and what its traceback held, are gone
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # which holds what the pass had made
             ctx.graphs.clear()
+            run: Run | None = ctx.run.relieve(ctx.run)
+            if run is None:
+                raise failure
             ctx.run = run
 
 

@@ -263,6 +263,20 @@ def test_out_of_memory_in_the_forward_run(calls, times):
         pull(chain(x, y), [x, y])
 
 
+def test_a_failed_run_is_freed_before_a_smaller_plan_is_sought():
+    net = Hungry().double()
+    chain = tiny_chain(4, "auto", network=net)
+    x, y = latents(1, 3, 32, 32, grad=True)
+    graph = chain.make_plan(x).peak // 6
+    shrink, seen = chain._planner.shrink, []
+    with Tracker("cpu") as tracker:
+        chain._planner.shrink = lambda *case: seen.append(tracker.held) or shrink(*case)
+        net.fill(4)
+        with pytest.warns(RuntimeWarning, match="ran out of it"):
+            chain(x, y)
+    assert len(seen) == 1 and seen[0] < graph < tracker.peak / 3
+
+
 @pytest.mark.parametrize("states", ["checkpoint", "reversible"])
 def test_out_of_memory_in_the_backward_pass(states):
     net = Hungry().double()
