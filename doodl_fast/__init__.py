@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .lattice_state import LatticeState
     from .ops import backend
     from .pipeline import Decoder, encode_prompt
+    from .profiling import profile
     from .reversibility import Reversibility, check_reversibility
     from .schedule import Schedule
 
@@ -37,6 +38,7 @@ __all__ = [
     "guidance",
     "ops",
     "optimize",
+    "profile",
     "shapes",
 ]
 
@@ -55,6 +57,7 @@ _HOMES = {
     "check_reversibility": "reversibility",
     "encode_prompt": "pipeline",
     "optimize": "doodl",
+    "profile": "profiling",
 }
 
 

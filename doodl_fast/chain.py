@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -14,16 +15,19 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Arithmetic, Floats
-from .engine import ChainFunction, Memory, Run
-from .evaluator import Evaluator, insists_on_vjps
+from .engine import Memory, Run
+from .evaluator import Evaluator, block_evaluator, insists_on_vjps
 from .exact import Exact
 from .lattice import WIDTHS, Lattice, grown, to_lattice
 from .lattice_state import ENDS, LatticeState, check_state, state_of
+from .memory import AUTO, Plan, parse_bytes
+from .node import ChainFunction
+from .planner import Planner, relieved
 from .program import Coupling, Program, count_network_calls, invert
 from .trust import Trust
 
 ARITHMETICS = ("float", *WIDTHS)
-STORES = ("checkpoint", "reversible", "naive")
+STORES = ("checkpoint", "reversible", "naive", AUTO)
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_FLOAT64 = frozenset({"mps"})
 
@@ -36,7 +40,13 @@ class Chain:
     memory: what a forward run keeps for its gradient. "checkpoint": the source of every evaluation, which is all that
         the VJP needs. An int k >= 1: the state every k steps; couplings between are undone. "reversible": the final
         state alone. "naive": plain autograd through everything, the oracle. The gradient is the same up to rounding;
-        all but "naive" make one evaluation with a graph per coupling with b != 0 in the backward pass, and no other.
+        all but "naive" and "auto" make one evaluation with a graph per coupling with b != 0 in the backward pass, and
+        no other. "auto": the fastest plan that fits in memory_budget, see `plan`: whole graphs of the last evaluations,
+        which the backward pass needs not evaluate again, sources or states of the others, checkpointed blocks inside
+        the network. Out of memory all the same (torch.OutOfMemoryError), a run goes on with a smaller plan.
+    memory_budget: for "auto": bytes, or "6GiB", "500MB" and the like, that a gradient may take beyond what is there
+        before it (weights, for instance). Default: what is free on the latents' device when it first meets latents of
+        a shape, less a tenth.
     state_dtype: in which x, y and their cotangents are carried, torch.float32 or torch.float64; never less precise than
         the latents. Default: float64 (float32 on devices without it). Latents are tiny beside a network's activations,
         and undoing EDICT's mixing multiplies rounding errors by 1/p^2 a step.
@@ -64,7 +74,10 @@ class Chain:
         state_dtype: torch.dtype | None = None,
         arithmetic: str = "float",
         drift_tolerance: float | None = None,
+        memory_budget: int | str | None = None,
     ) -> None:
+        if memory_budget is not None and memory != AUTO:
+            raise ValueError(f'memory_budget: expected None with memory={memory!r}, got {memory_budget!r}; use "auto"')
         if drift_tolerance is not None and not (isinstance(drift_tolerance, Real) and drift_tolerance >= 0):
             raise ValueError(f"drift_tolerance: expected a number of at least 0 or None, got {drift_tolerance!r}")
         if state_dtype not in (None, torch.float32, torch.float64):
@@ -76,6 +89,7 @@ class Chain:
         self._lattice = None if arithmetic == "float" else to_lattice(program, arithmetic)
         self.program: Program = tuple(program) if self._lattice is None else self._lattice.program
         self.state_dtype = state_dtype
+        self._planner = Planner(None if memory_budget is None else parse_bytes(memory_budget))
         self.memory = memory
         self._trust = Trust(drift_tolerance)
 
@@ -84,6 +98,41 @@ class Chain:
         """How far the latest backward pass that undid couplings missed the run's start (or, with an int k, a stored
         state, if that is more): |undone - start| / |start|, 0 if equal to the bit. None before any such pass."""
         return self._trust.drift
+
+    @property
+    def plan(self) -> Plan | None:
+        """With memory="auto": what the latest gradient was planned to keep, and what that takes; None before any."""
+        return self._planner.plan
+
+    @property
+    def memory_budget(self) -> int | None:
+        """In bytes; None: what is free."""
+        return self._planner.budget
+
+    def make_plan(self, x: Tensor, reserve: int = 0) -> Plan:
+        """The plan for a gradient with respect to latents like x (B, C, ...), without running the chain.
+
+        Measures one evaluation of the network and its VJP, unless it has for latents of that shape, dtype and device.
+        reserve: bytes that are taken between the forward run and the backward pass, by a decoder for instance; also for
+        the runs that follow. Raises ValueError for another `memory` than "auto", and when the budget cannot be met.
+        """
+        self._check_auto(x)
+        self._planner.reserve = reserve
+        return self._planner.choose(*self._case(x, inverse=False))
+
+    def smallest_plan(self, x: Tensor) -> Plan:
+        """The plan of the lowest peak for latents like x, whatever it computes again. Raises as `make_plan`."""
+        self._check_auto(x)
+        return self._planner.smallest(*self._case(x, inverse=False))
+
+    def make_smaller_plan(self, x: Tensor) -> Plan | None:
+        """After running out of memory elsewhere: the next smaller plan for latents like x; None if there is none."""
+        return self._planner.shrink(*self._case(x, inverse=False))
+
+    def _check_auto(self, x: Tensor) -> None:
+        if self.memory != AUTO:
+            raise ValueError(f'memory: expected "auto" for a plan, got {self.memory!r}; make the chain with it')
+        _check_latents(x, None)
 
     @property
     def arithmetic(self) -> str:
@@ -161,9 +210,11 @@ class Chain:
                 'memory: "naive" differentiates the very calls that it ran, so it cannot take VJPs in vjp_dtype; use '
                 '"checkpoint" or a Denoiser with vjp_dtype=None'
             )
+        apply: Callable[..., tuple[Tensor, Tensor]] = ChainFunction.apply  # untyped in torch
+        if differentiable and self.memory == AUTO:
+            return self._run_planned(lambda run: apply(run, x, y, *tensors), x, inverse)
         run = self._plan(x, inverse, store=differentiable and self.memory != "naive")
         if run.stores:
-            apply: Callable[..., tuple[Tensor, Tensor]] = ChainFunction.apply  # untyped in torch
             return apply(run, x, y, *tensors)
         with self.evaluator.running(), torch.set_grad_enabled(differentiable):
             if differentiable:
@@ -174,6 +225,36 @@ class Chain:
             run.plain_forward(state, tensors) if differentiable else run.forward(work, state, tensors)
             work.finish()
             return work.leave(state)
+
+    def _run_planned(self, go: Callable[[Run], tuple[Tensor, Tensor]], x: Tensor, inverse: bool) -> Any:
+        """`go(run)` of the plan that fits, and of smaller ones while memory runs out."""
+        case = self._case(x, inverse)
+        plan = self._planner.choose(*case)
+
+        def relieve(run: Run) -> Run | None:
+            smaller = self._planner.shrink(*case)
+            return None if smaller is None else relieved(run, self._plan(x, inverse, True, smaller))
+
+        while True:
+            try:
+                return go(replace(self._plan(x, inverse, True, plan), relieve=relieve))
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # which holds what the run had made
+            smaller = self._planner.shrink(*case)
+            if smaller is None:
+                raise failure
+            plan = smaller
+
+    def _case(self, x: Tensor, inverse: bool) -> tuple[Run, Tensor, Callable[[], Run | None]]:
+        """What the planner asks for. Of x it gets a stand-in that takes no memory, as it may be kept."""
+        x = x.detach().new_zeros(()).expand(x.shape)
+        whole = Plan(0, "checkpoint", False, 0, 0, 0, 0)
+
+        def blocks() -> Run | None:
+            lean = block_evaluator(self.evaluator)
+            return None if lean is None else self._plan(x, inverse, True, replace(whole, blocks=True))
+
+        return self._plan(x, inverse, True, whole), x, blocks
 
     def _through(self, state: LatticeState, inverse: bool) -> LatticeState:
         lattice = self._require_lattice()
@@ -198,8 +279,8 @@ class Chain:
     def _fingerprint(self, lattice: Lattice) -> str:
         return f"{lattice.fingerprint} {self.state_dtype or torch.float64}"
 
-    def _plan(self, x: Tensor, inverse: bool, store: bool) -> Run:
-        """x: latents, or any tensor of their dtype and device."""
+    def _plan(self, x: Tensor, inverse: bool, store: bool, plan: Plan | None = None) -> Run:
+        """x: latents, or any tensor of their dtype and device. plan: for a gradient with memory="auto"."""
         program = invert(self.program) if inverse else self.program
         no_float64 = x.device.type in NO_FLOAT64
         state_dtype = torch.promote_types(self.state_dtype or (torch.float32 if no_float64 else torch.float64), x.dtype)
@@ -209,7 +290,11 @@ class Chain:
                 raise ValueError(f'arithmetic: exact arithmetic needs float64, which {x.device} lacks; use "float"')
             ends = ENDS[::-1] if inverse else ENDS
             arithmetic = functools.partial(Exact, self._lattice, program, ends, grown(program), x.dtype, state_dtype)
-        return Run.plan(self.evaluator, program, self.memory, x, state_dtype, arithmetic, store, self._trust)
+        evaluator, memory, graphs = self.evaluator, self.memory, 0
+        if plan is not None:
+            memory, graphs = plan.states, plan.graphs
+            evaluator = (block_evaluator(evaluator) if plan.blocks else None) or evaluator
+        return Run.plan(evaluator, program, memory, x, state_dtype, arithmetic, store, self._trust, graphs)
 
 
 def _check_latents(x: Tensor, y: Tensor | None) -> None:

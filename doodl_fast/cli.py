@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SETTINGS, RESULT, STATE = "run.json", "result.json", "state"
 OUTPUTS = ("before.png", "after.png", "best.png", "losses.png", SETTINGS, RESULT, STATE)
-MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "device")
+MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "memory_budget", "device")
 """options with which a run may be continued differently from how it began"""
 
 
@@ -157,6 +157,25 @@ def _generate(args: argparse.Namespace) -> int:
     return editing.generate(args, _loaded)
 
 
+# profile
+
+
+def _profile_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import profile_command
+
+    profile_command.add_arguments(parser)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    _quiet_libraries()
+    import torch
+
+    from . import profile_command
+
+    dtype = getattr(torch, DTYPES[args.dtype])
+    return profile_command.main(args, lambda: _load_pipeline(args, _device(args.device), dtype))
+
+
 # run
 
 
@@ -193,7 +212,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--no-tied", dest="tied", action="store_false", help="let the two latents part")
     update.add_argument("--no-renormalize", dest="renormalize", action="store_false")
     update.add_argument("--first-image-only", action="store_true", help="decode and score one of the two pictures")
-    update.add_argument("--memory", type=_memory, default="checkpoint", help="checkpoint, reversible, naive or an int")
+    update.add_argument("--memory", type=_memory, default="checkpoint", help="checkpoint, reversible, auto, naive or k")
+    update.add_argument("--memory-budget", help="for --memory auto, e.g. 6GiB (default: what is free)")
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, required=True, help="folder for pictures, losses and state")
     files.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
@@ -228,7 +248,7 @@ def _run(args: argparse.Namespace) -> int:
         pipeline, args.prompt, args.negative_prompt, height=args.height, width=args.width
     )
     denoiser = Denoiser(pipeline.unet, cond, uncond, args.guidance_scale, **extra)
-    chain = EDICT(denoiser, schedule, args.mix_weight, args.memory)
+    chain = EDICT(denoiser, schedule, args.mix_weight, args.memory, memory_budget=args.memory_budget)
     loss = GUIDES[args.guidance](args, device, dtype)
     began = time.perf_counter()
     # the losses' random cutouts come from the global generator
@@ -375,6 +395,7 @@ COMMANDS = {
     "invert": Command("take a picture to the noise that leads to it, exactly", _invert_arguments, _invert),
     "generate": Command("make an inverted picture again, or edit it by another prompt", _generate_arguments, _generate),
     "drift": Command("measure how exactly chains come back, by arithmetic and length", _drift_arguments, _drift),
+    "profile": Command("measure or estimate what gradients take in memory and time", _profile_arguments, _profile),
     "doctor": Command("say which kernel backends there are, and why others are missing", lambda parser: None, _doctor),
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import FLOAT_DTYPES, HALF_DTYPES, weights_cast, without_weight_grad
+from .modules import FLOAT_DTYPES, HALF_DTYPES, blocks_checkpointed, has_blocks, weights_cast, without_weight_grad
 
 _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
 AUTO = "auto"
@@ -42,6 +42,8 @@ class Denoiser:
         there (docs/precision.md). The weights are cast anew for each VJP and freed with its graph. Where couplings are
         undone too (an int k, "reversible"), the value that undoes them needs a call of its own. Has no effect on plain
         callables; memory="naive" has the network's own VJPs under "auto" and refuses a dtype.
+    compile: whether the network is called through `torch.compile`, for its value and its VJP. Rounds otherwise than the
+        network itself, and may round otherwise with a graph than without; see docs/memory.md.
 
     Floating conditions are cast to the network's dtype. All attributes are read-only: a gradient must see what its
     forward saw.
@@ -56,6 +58,7 @@ class Denoiser:
         guidance_scale: float = 7.5,
         *,
         vjp_dtype: torch.dtype | str | None = AUTO,
+        compile: bool = False,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
@@ -81,7 +84,7 @@ class Denoiser:
         self._guidance_scale: float = float(guidance_scale)
         self._unet_kwargs: dict[str, Any] = unet_kwargs
         self._module: nn.Module | None = _module_of(unet)
-        self._call: _Call = _calling_convention(unet, self._module)
+        self._call: _Call = _calling_convention(torch.compile(unet) if compile else unet, self._module)
         if vjp_dtype not in (AUTO, None, torch.float32, torch.float64):
             raise ValueError(f'vjp_dtype: expected "auto", torch.float32, torch.float64 or None, got {vjp_dtype!r}')
         if isinstance(vjp_dtype, torch.dtype) and self._module is None:
@@ -90,6 +93,7 @@ class Denoiser:
             )
         self._vjp_dtype: torch.dtype | str | None = vjp_dtype
         self._cast_to: torch.dtype | None = None
+        self._checkpoints: bool = False
         self._timetables: dict[torch.device, Tensor] = {}
 
     @property
@@ -158,6 +162,15 @@ class Denoiser:
         other._vjp_dtype, other._cast_to = None, dtype
         return other
 
+    def for_blocks(self) -> Denoiser | None:
+        """The same, whose network keeps its blocks' inputs alone and computes the rest again; None if it has no blocks
+        that can. For chains."""
+        if not has_blocks(self._module):
+            return None
+        other = copy.copy(self)
+        other._checkpoints = True
+        return other
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """For the length of a run: the network is checked to be deterministic, and its weights do not require grad.
@@ -173,7 +186,8 @@ class Denoiser:
                 yield
             return
         _refuse_stochastic(self._module)
-        with without_weight_grad(self._module):
+        blocks = blocks_checkpointed(self._module) if self._checkpoints else contextlib.nullcontext()
+        with without_weight_grad(self._module), blocks:
             yield
 
     def __call__(

@@ -20,9 +20,9 @@ class EDICT(Chain):
     denoiser: eps(x, t) with its conditions.
     schedule: the noise levels; its prediction type tells what the network returns.
     mix_weight: p in (0, 1], how much of itself each latent keeps in the mixing after every step.
-    memory, state_dtype, arithmetic, drift_tolerance: see `Chain`. With arithmetic="exact" or "exact64" the p that is
-        used is the nearest decimal of 4 digits (0.93 is 93/100, exactly), and `state`, `forward_state` and
-        `inverse_state` lose no bit.
+    memory, state_dtype, arithmetic, drift_tolerance, memory_budget: see `Chain`. With arithmetic="exact" or "exact64"
+        the p that is used is the nearest decimal of 4 digits (0.93 is 93/100, exactly), and `state`, `forward_state`
+        and `inverse_state` lose no bit.
 
     Latents are (B, C, ...) of fp16, bf16, fp32 or fp64, x and y alike; results and gradients have their dtype.
     Gradients are also given to the denoiser's conditions that require grad, never to weights.
@@ -38,6 +38,7 @@ class EDICT(Chain):
         state_dtype: torch.dtype | None = None,
         arithmetic: str = "float",
         drift_tolerance: float | None = None,
+        memory_budget: int | str | None = None,
     ) -> None:
         if not isinstance(denoiser, Denoiser):
             raise TypeError(
@@ -53,6 +54,7 @@ class EDICT(Chain):
             state_dtype=state_dtype,
             arithmetic=arithmetic,
             drift_tolerance=drift_tolerance,
+            memory_budget=memory_budget,
         )
         self._schedule, self._mix_weight = schedule, float(mix_weight)
         self._denoiser = denoiser

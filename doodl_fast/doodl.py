@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import runstate
+from . import lean, runstate
 from .latents import LatentUpdate, OptimizerFactory, UpdateSettings
+from .memory import AUTO
+from .planner import release
 
 Pair = tuple[Tensor, Tensor]
+Gradient = tuple[tuple[float, ...], tuple[Tensor, ...], list[Tensor]]
 Decode = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor], Tensor]
 
@@ -80,7 +83,10 @@ def optimize(
 ) -> Result:
     """Optimises noise latents so that the images they turn into have a low loss.
 
-    chain: ``x0, y0 = chain(xT, yT)``, differentiable, e.g. `doodl_fast.EDICT`.
+    chain: ``x0, y0 = chain(xT, yT)``, differentiable, e.g. `doodl_fast.EDICT`. If it has memory="auto", its budget is
+    for the whole gradient: decode and loss are measured once beforehand. Where that spares the chain more, or when
+    memory runs out in them (torch.OutOfMemoryError), they are replaced by leaner versions of themselves: their
+    ``leaner()``, which `doodl_fast.Decoder` and the CLIP guides have.
     latents: (B, C, ...) floating; one tensor starts both members equal, a pair gives (x, y).
     decode: final latents of the given dtype (B, C, ...) -> images, differentiable, e.g. `doodl_fast.Decoder`.
     loss: images -> differentiable scalar. Each member's images are decoded, scored and back-propagated before the
@@ -109,6 +115,7 @@ def optimize(
     x, y = _as_pair(latents)
     generator = generator or torch.Generator().manual_seed(seed)
     update = LatentUpdate(x, y, settings, generator, optimizer)
+    decode, loss = lean.fitted(chain, decode, loss, update.latents[0], x.dtype)
     objective = Objective(chain, decode, loss, x.dtype, 1 if first_image_only else 2)
     run = Run(update, {**settings.as_dict(), "first_image_only": first_image_only, "start": _fingerprint(x, y)})
     home = _home(folder, resume)
@@ -178,7 +185,7 @@ def _home(folder: str | Path | None, resume: bool | str | Path) -> Path | None:
     return home
 
 
-@dataclass(frozen=True)
+@dataclass
 class Objective:
     """From noise latents to losses, and back to the gradients with respect to the latents."""
 
@@ -188,8 +195,31 @@ class Objective:
     dtype: torch.dtype
     members: int
 
+    def gradient(self, latents: list[Tensor], step: int) -> Gradient:
+        """Losses, images and the latents' gradients; out of memory it is tried again, leaner, while it can be."""
+        random = runstate.random_state()
+        while True:
+            try:
+                return self._gradient(latents, step)
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # which holds what the pass had made
+            release(latents[0].device)
+            if not self._shrink(latents[0]):
+                raise failure
+            runstate.restore_random_state(random)
+
+    def _shrink(self, latents: Tensor) -> bool:
+        """Whether there was something to make smaller, for a chain that plans its memory."""
+        if getattr(self.chain, "memory", None) != AUTO:
+            return False
+        pair = lean.leaner(self.decode, self.loss)
+        if pair is None:
+            return self.chain.make_smaller_plan(latents) is not None  # type: ignore[attr-defined]
+        self.decode, self.loss = pair
+        return True
+
     @torch.enable_grad()
-    def gradient(self, latents: list[Tensor], step: int) -> tuple[tuple[float, ...], tuple[Tensor, ...], list[Tensor]]:
+    def _gradient(self, latents: list[Tensor], step: int) -> Gradient:
         start = [z.detach().requires_grad_() for z in latents]
         ends = self.chain(*start)
         losses, images, cotangents = [], [], []

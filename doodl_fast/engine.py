@@ -14,11 +14,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from . import arithmetic
 from .arithmetic import Arithmetic, Eps, Group
@@ -27,6 +26,18 @@ from .program import Coupling, Program, step_boundaries
 from .trust import Trust, Watch, distance
 
 Memory = str | int
+
+
+class NetworkGraph(NamedTuple):
+    """One evaluation of f with its graph: from `leaf`, and from `wanted` of the evaluator's own tensors, to `eps`."""
+
+    leaf: Tensor
+    wanted: list[Tensor]
+    eps: Eps
+
+
+Graphs = dict[int, NetworkGraph]
+"""By the end of the group that the evaluation belongs to."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,10 @@ class Run:
     autocast: dict[str, Any] | None
     network_dtype: torch.dtype
     trust: Trust
+    graph_ends: frozenset[int] = frozenset()
+    """Ends of the groups whose whole network graph a forward run keeps, so that its gradient evaluates them no more."""
+    relieve: Callable[[Run], Run | None] = lambda run: None
+    """Asked when a backward pass is out of memory: the run to go on with, of the same states but without graphs."""
 
     @classmethod
     def plan(
@@ -60,8 +75,12 @@ class Run:
         new_arithmetic: Callable[[], Arithmetic],
         store: bool,
         trust: Trust,
+        graphs: int = 0,
     ) -> Run:
-        """x: the latents, or a tensor of their device and dtype. store: whether a gradient will be asked for."""
+        """x: the latents, or a tensor of their device and dtype. store: whether a gradient will be asked for.
+
+        graphs: of how many of the last evaluations the whole graph is kept; none where VJPs are another evaluator's.
+        """
         anchors = None
         if memory == "reversible":
             anchors = frozenset({len(program)})
@@ -71,11 +90,15 @@ class Run:
         network_dtype = evaluator.compute_dtype(x.dtype)
         if autocast and autocast["enabled"]:
             network_dtype = autocast["dtype"]
+        groups = arithmetic.group(program, anchors or ())
+        calling = [group.end for group in groups if group.calls_network]
+        if not store or vjp_evaluator(evaluator) is not None:
+            graphs = 0
         return cls(
             evaluator=evaluator,
             raw=raw_method(evaluator),
             program=program,
-            groups=arithmetic.group(program, anchors or ()),
+            groups=groups,
             stores=store,
             anchors=anchors,
             latents_dtype=x.dtype,
@@ -84,6 +107,7 @@ class Run:
             autocast=autocast,
             network_dtype=network_dtype,
             trust=trust,
+            graph_ends=frozenset(calling[max(0, len(calling) - graphs) :]),
         )
 
     @property
@@ -125,8 +149,18 @@ class Run:
         watch.read()
         watch.check()
 
-    def forward(self, work: Arithmetic, state: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Runs the program on `state`, in place of its entries; returns what the gradient will need."""
+    def forward(
+        self,
+        work: Arithmetic,
+        state: list[Tensor],
+        tensors: Sequence[Tensor],
+        wanted: Sequence[bool] = (),
+        graphs: Graphs | None = None,
+    ) -> list[Tensor]:
+        """Runs the program on `state`, in place of its entries; returns what the gradient will need.
+
+        graphs: is given the network graphs to keep, with respect to the wanted tensors as well.
+        """
         kept: list[Tensor] = []
         watch = Watch(self.program, "forward", self.network_dtype)
         for group in self.groups:
@@ -135,7 +169,11 @@ class Run:
                 source = work.source(state, group.coupling)
                 if self.anchors is None and self.stores:
                     kept.append(source)
-                eps = self.evaluate(source, group.coupling, tensors)
+                if graphs is not None and group.end in self.graph_ends:
+                    graph = graphs[group.end] = NetworkPull(self, tensors, wanted).evaluate(source, group.coupling)
+                    eps = graph.eps.detach()
+                else:
+                    eps = self.evaluate(source, group.coupling, tensors)
             work.apply(group, state, eps)
             if eps is not None:
                 watch.note(state[group.target], group.coupling)
@@ -152,8 +190,9 @@ class Run:
         tensors: Sequence[Tensor],
         wanted: Sequence[bool],
         cotangents: Sequence[Tensor],
+        graphs: Graphs,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Cotangents of the run's start and of the wanted tensors; consumes `kept`.
+        """Cotangents of the run's start and of the wanted tensors; consumes `kept` and `graphs`.
 
         start: the latents that the run began with, where couplings are undone. If undoing them does not lead back to
         it, the gradient is that of a second run, from checkpoints.
@@ -163,15 +202,15 @@ class Run:
         for cotangent in pulled:
             pull.watch.note(cotangent, None)
         work = self.new_arithmetic()
-        drifts = self.backward(work, kept, start, pulled, pull)
+        drifts = self.backward(work, kept, start, pulled, pull, graphs)
         drift = pull.watch.read(*([torch.stack(drifts).amax()] if drifts else []))
         if drift and not self.trust.bears(drift[0], work.exact, self.half or self.state_dtype == torch.float32):
-            again = replace(self, anchors=None, groups=arithmetic.group(self.program))
+            again = replace(self, anchors=None, groups=arithmetic.group(self.program), graph_ends=frozenset())
             work = again.new_arithmetic()
             with again.calling():
                 kept = again.forward(work, work.enter(*start), tensors)
             work.finish()
-            return again.gradient(kept, (), tensors, wanted, cotangents)
+            return again.gradient(kept, (), tensors, wanted, cotangents, {})
         work.finish()
         pull.watch.check()
         return pulled, pull.sums
@@ -183,8 +222,9 @@ class Run:
         start: Sequence[Tensor],
         cotangents: list[Tensor],
         pull: NetworkPull,
+        graphs: Graphs,
     ) -> list[Tensor]:
-        """Replaces the cotangents of the run's result by those of its start; consumes `kept`.
+        """Replaces the cotangents of the run's result by those of its start; consumes `kept` and `graphs`.
 
         Returns how far the undone states are from the stored ones, of which the start is the last.
         """
@@ -202,7 +242,7 @@ class Run:
             eps = None
             if group.coupling is not None and group.calls_network:
                 source = work.source(state, group.coupling) if state else kept.pop()
-                eps = pull(source, group, cotangents, undoing=bool(state))
+                eps = pull(source, group, cotangents, bool(state), graphs.pop(group.end, None))
             else:
                 arithmetic.transpose(group, cotangents, None, None)
             if state:
@@ -227,32 +267,40 @@ class NetworkPull:
         self.wanted = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
         self.sums: list[Tensor | None] = [None] * len(self.wanted)
 
-    def __call__(self, source: Tensor, group: Group, cotangents: list[Tensor], undoing: bool) -> Eps | None:
-        """Takes the cotangents back through a whole group; f at the source of its coupling if that is to be undone."""
+    def __call__(
+        self, source: Tensor, group: Group, cotangents: list[Tensor], undoing: bool, graph: NetworkGraph | None = None
+    ) -> Eps | None:
+        """Takes the cotangents back through a whole group; f at the source of its coupling if that is to be undone.
+
+        graph: of an evaluation at that source, which is not repeated then.
+        """
         assert group.coupling is not None
         if self.value is self.run:
-            return self._pull(source, group, cotangents)
+            return self._pull(graph or self.evaluate(source, group.coupling), group, cotangents)
         # up to the end of the VJP: a network that checkpoints its blocks calls them again in it
         with self.run.evaluator.running():
-            self._pull(source, group, cotangents)
+            self._pull(self.evaluate(source, group.coupling), group, cotangents)
         if not undoing:
             return None
         with self.value.calling():
             return self.value.evaluate(source, group.coupling, self.tensors).detach()
 
-    def _pull(self, source: Tensor, group: Group, cotangents: list[Tensor]) -> Eps:
-        run, coupling = self.run, group.coupling
-        assert coupling is not None
-        with torch.enable_grad(), run.calling():
+    def evaluate(self, source: Tensor, coupling: Coupling) -> NetworkGraph:
+        with torch.enable_grad(), self.run.calling():
             leaf = source.detach().requires_grad_()
-            eps = run.evaluate(leaf, coupling, self.tensors)
+            return NetworkGraph(leaf, self.wanted, self.run.evaluate(leaf, coupling, self.tensors))
+
+    def _pull(self, graph: NetworkGraph, group: Group, cotangents: list[Tensor]) -> Eps:
+        run, coupling, eps = self.run, group.coupling, graph.eps
+        assert coupling is not None
         if not eps.value.requires_grad:  # f is constant
             arithmetic.transpose(group, cotangents, None, None)
             return eps
         power = arithmetic.network_power(group, cotangents) if run.half else None
         scale = None if power is None else power.reciprocal()
         cotangent = arithmetic.transpose(group, cotangents, eps, scale)
-        pulled, *others = torch.autograd.grad(eps.value, [leaf, *self.wanted], cotangent, allow_unused=True)
+        inputs = [graph.leaf, *graph.wanted]
+        pulled, *others = torch.autograd.grad(eps.value, inputs, cotangent, allow_unused=True)
         for index, gradient in enumerate(others):
             if gradient is not None:
                 gradient = _unscale(gradient.to(run.state_dtype), power)
@@ -263,59 +311,6 @@ class NetworkPull:
             cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
             self.watch.note(cotangents[coupling.source], coupling)
         return eps.detach()
-
-
-class ChainFunction(torch.autograd.Function):
-    """A run as one node of the caller's graph."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Run, x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        work = run.new_arithmetic()
-        state = work.enter(x, y)
-        with run.evaluator.running():
-            kept = run.forward(work, state, tensors)
-        work.finish()
-        start = () if run.anchors is None else (x, y)
-        ctx.run, ctx.num_kept, ctx.num_start = run, len(kept), len(start)
-        # Clones: the caller may change his latents and conditions before the backward pass.
-        ctx.save_for_backward(*kept, *(t.clone() for t in (*start, *tensors)))
-        return work.leave(state)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        run: Run = ctx.run
-        saved, middle = list(ctx.saved_tensors), ctx.num_kept + ctx.num_start
-        kept, start, tensors = saved[: ctx.num_kept], saved[ctx.num_kept : middle], saved[middle:]
-        _, needs_x, needs_y, *wanted = ctx.needs_input_grad
-        with torch.no_grad(), run.evaluator.running():
-            cotangents, totals = run.gradient(kept, start, tensors, wanted, grad_outputs)
-            sums = iter(totals)
-            grads: list[Tensor | None] = [
-                cotangent.to(run.latents_dtype) if needed else None
-                for cotangent, needed in zip(cotangents, (needs_x, needs_y), strict=True)
-            ]
-            for tensor, want in zip(tensors, wanted, strict=True):
-                total = next(sums) if want else None
-                grads.append(None if total is None else total.to(tensor.dtype))
-        if torch.is_grad_enabled():  # create_graph=True
-            guard: Callable[[Tensor], Tensor] = _FirstOrderOnly.apply
-            grads = [None if gradient is None else guard(gradient.requires_grad_()) for gradient in grads]
-        return None, *grads
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Passes a gradient on; differentiating it again is an error rather than silently zero."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        raise RuntimeError(
-            "the chain's gradient cannot be differentiated again: its backward pass frees each network graph at once; "
-            'use memory="naive" for second derivatives'
-        )
 
 
 def _check_value(eps: Eps, source: Tensor) -> None:

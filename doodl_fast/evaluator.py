@@ -51,6 +51,13 @@ def vjp_evaluator(evaluator: Evaluator) -> Evaluator | None:
     return other
 
 
+def block_evaluator(evaluator: Evaluator) -> Evaluator | None:
+    """The evaluator whose graphs hold the inputs of its network's blocks alone: its `for_blocks()`, if it has one."""
+    method = getattr(evaluator, "for_blocks", None)
+    other: Evaluator | None = None if method is None else method()
+    return other
+
+
 def raw_method(evaluator: Evaluator) -> Raw | None:
     """The evaluator's `raw`, unless a class nearer than the one that has it overrides `__call__` alone."""
     for cls in type(evaluator).__mro__:

@@ -90,6 +90,44 @@ def without_weight_grad(*networks: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
+def has_blocks(network: Any) -> bool:
+    """Whether a network can checkpoint its blocks, as those of diffusers can."""
+    return isinstance(network, nn.Module) and any(hasattr(m, "gradient_checkpointing") for m in network.modules())
+
+
+@contextlib.contextmanager
+def blocks_checkpointed(network: nn.Module) -> Iterator[None]:
+    """For its duration diffusers' own checkpointing of a network's blocks is on; all is restored, also after errors.
+
+    Some versions of diffusers checkpoint in training mode alone, so the blocks are put into it, but not what is inside
+    them: no dropout wakes up. A block is `frozen` also when it is called again, which may be after the end of this.
+    """
+    blocks: list[Any] = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
+    names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [{name: vars(block)[name] for name in names if name in vars(block)} for block in blocks]
+    try:
+        for block in blocks:
+            block.training = block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = _checkpoint
+        yield
+    finally:
+        for block, attributes in zip(blocks, before, strict=True):
+            for name in names:
+                vars(block).pop(name, None)
+            vars(block).update(attributes)
+
+
+def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    def call(*args: Any) -> Any:
+        module = block if isinstance(block, nn.Module) else nn.Identity()
+        with frozen(module), blocks_checkpointed(module):
+            return block(*args)
+
+    return checkpoint(call, *args, use_reentrant=False)
+
+
 def run_in_dtype(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """`function(x.to(dtype))` in float32 at least.
 

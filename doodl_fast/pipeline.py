@@ -5,13 +5,15 @@ diffusers is imported when a pipeline is loaded. Latent diffusion: Rombach et al
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .modules import check_source, frozen, loading, run_in_dtype
+from .modules import blocks_checkpointed, check_source, frozen, has_blocks, loading, run_in_dtype
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -176,6 +178,19 @@ class Decoder:
         if not callable(getattr(vae, "decode", None)) or not hasattr(getattr(vae, "config", None), "scaling_factor"):
             raise TypeError(f"vae: expected a diffusers autoencoder (pipe.vae, for instance), got {type(vae).__name__}")
         self.vae = vae
+        self._checkpoints = self._singly = False
+
+    def leaner(self) -> Decoder | None:
+        """The same decoder for less memory: first its blocks are checkpointed, if they can be, then images are decoded
+        one at a time too; both are computed again for a gradient. None after that."""
+        other = copy.copy(self)
+        if not self._checkpoints and has_blocks(self.vae):
+            other._checkpoints = True
+        elif not self._singly:
+            other._singly = True
+        else:
+            return None
+        return other
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), nominally in [-1, 1], float32 (float64 from a float64 VAE), of latents (B, C, h, w).
@@ -184,8 +199,7 @@ class Decoder:
         """
         self._check(latents, "latents", self.vae.config.latent_channels)
         scale, shift = self._affine(latents)
-        with frozen(self.vae):
-            images = run_in_dtype(self._decode, (latents - shift) / scale, self.vae.dtype)
+        images = run_in_dtype(self._decode, (latents - shift) / scale, self.vae.dtype)
         if self.vae.dtype == torch.float16 and torch.isfinite(latents).all() and not torch.isfinite(images).all():
             raise ValueError(
                 "vae: the decoded images hold NaN or Inf because this VAE overflows in fp16; expected finite images: "
@@ -215,7 +229,16 @@ class Decoder:
         return (latents * scale + shift).to(images.dtype)
 
     def _decode(self, z: Tensor) -> Tensor:
-        images: Tensor = self.vae.decode(z, return_dict=False)[0]
+        from torch.utils.checkpoint import checkpoint
+
+        if not self._singly:
+            return self._images(z)
+        return torch.cat([checkpoint(self._images, one, use_reentrant=False) for one in z.split(1)])
+
+    def _images(self, z: Tensor) -> Tensor:
+        blocks = blocks_checkpointed(self.vae) if self._checkpoints else contextlib.nullcontext()
+        with frozen(self.vae), blocks:
+            images: Tensor = self.vae.decode(z, return_dict=False)[0]
         return images
 
     def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

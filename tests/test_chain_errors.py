@@ -49,7 +49,7 @@ def test_bad_latents(x, y, error, message, inverse):
 
 @pytest.mark.parametrize("memory", [0, -1, True, False, "everything", "", None, 2.0])
 def test_bad_memory(memory):
-    message = "memory: expected one of 'checkpoint', 'reversible', 'naive' or an int of at least 1, got "
+    message = "memory: expected one of 'checkpoint', 'reversible', 'naive', 'auto' or an int of at least 1, got "
     with pytest.raises(ValueError, match=message):
         tiny_chain(2, memory)
     chain = tiny_chain(2, "reversible")

@@ -1,0 +1,212 @@
+"""How much memory a gradient through a chain takes, and which way of taking it fits in a budget.
+
+What a forward run keeps for its gradient is a choice between memory and recomputation: whole network graphs of its last
+evaluations, their sources alone, states from which couplings are undone, and, inside the network, the inputs of its
+blocks alone (Chen et al., arXiv 1604.06174). Sizes are bytes throughout.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+AUTO = "auto"
+ANCHOR_STEPS = 10
+"""Steps between stored states where even sources are too much: undoing EDICT's mixing that far multiplies rounding
+errors by 4 (`docs/precision.md`)."""
+MARGIN = 0.1
+"""Share of the free memory that a default budget leaves: for fragmentation, and for operators' scratch memory."""
+WORKING = 4
+"""Sources' worth of what a backward pass works on: two cotangents, those that replace them."""
+STEP_DOWN = 0.9
+"""How much smaller a plan must be to be worth a try after running out of memory."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one evaluation of a network.
+
+    value: most that is alive while it is evaluated without a graph. graph: what its graph holds. pull: most that is
+    alive while it is evaluated with a graph and a cotangent is pulled back through that.
+    """
+
+    value: int
+    graph: int
+    pull: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A gradient through a program of `evaluations` in `steps` steps.
+
+    source: bytes of what one evaluation reads. state: of a stored state. states: ways of storing, the fastest first.
+    sizes: of an evaluation, called with whether the network's blocks are checkpointed; None where that cannot be had.
+    graphs: whether whole graphs can be kept.
+    """
+
+    evaluations: int
+    steps: int
+    source: int
+    state: int
+    states: tuple[str | int, ...]
+    sizes: Callable[[bool], Sizes | None]
+    graphs: bool = True
+
+    def plan(self, graphs: int, states: str | int, blocks: bool, reserve: int = 0) -> Plan | None:
+        """reserve: what else is taken between the forward and the backward pass."""
+        sizes = self.sizes(blocks)
+        if sizes is None:
+            return None
+        stored = self.source * self.evaluations
+        if states != "checkpoint":
+            # the end, the start, and what lies between
+            anchors = 0 if states == "reversible" else (self.steps - 1) // int(states)
+            stored = self.state * (2 + anchors)
+        kept, changing = graphs * sizes.graph, 2 * self.state  # the state and the one that replaces it
+        forward = changing + max(sizes.value, kept)
+        between = WORKING * self.source + kept + reserve
+        backward = WORKING * self.source + max(0, kept - sizes.graph) + sizes.pull
+        backward += 0 if states == "checkpoint" else changing
+        recomputed = self.evaluations - graphs + blocks * self.evaluations
+        peak = stored + max(forward, between, backward)
+        return Plan(graphs, states, blocks, peak, recomputed, self.evaluations, self.steps)
+
+    def plans(self, reserve: int = 0) -> Iterator[Plan]:
+        """Those without graphs, the fastest first."""
+        for blocks in (False, True):
+            for states in self.states:
+                plan = self.plan(0, states, blocks, reserve)
+                if plan is not None:
+                    yield plan
+
+    def fastest(self, budget: int, reserve: int = 0) -> Plan | None:
+        """The plan within a budget that computes least again; None where there is none."""
+        for plan in self.plans(reserve):
+            if plan.peak <= budget:
+                best = plan
+                for graphs in range(self.evaluations, 0, -1) if self.graphs else ():
+                    more = self.plan(graphs, plan.states, plan.blocks, reserve)
+                    if more is not None and more.peak <= budget:
+                        best = more
+                        break
+                return best
+        return None
+
+    def smaller(self, plan: Plan, reserve: int = 0) -> Plan | None:
+        """The next smaller plan: half the graphs, then other ways without any; None after the smallest."""
+        if plan.graphs > 1:
+            return self.plan(plan.graphs // 2, plan.states, plan.blocks, reserve)
+        without = list(self.plans(reserve))
+        ways = [(other.states, other.blocks) for other in without]
+        later = [other for other in without[ways.index((plan.states, plan.blocks)) + 1 :] if other.peak < plan.peak]
+        worthwhile = (other for other in later if other.peak <= STEP_DOWN * plan.peak)
+        return next(worthwhile, None) or (later[-1] if later else None)
+
+    def smallest(self, reserve: int = 0) -> Plan | None:
+        """The plan of the lowest peak; None where nothing can be measured."""
+        return min(self.plans(reserve), key=lambda plan: plan.peak, default=None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a forward run keeps for its gradient, and what that costs; prints itself as a short table.
+
+    graphs: how many of the last evaluations keep their whole graph. states: what is stored for the others, as in
+    `Chain`'s memory. blocks: whether the network keeps its blocks' inputs alone. peak: predicted bytes at most, beyond
+    what was there before the run. recomputed: evaluations of the network, without their VJPs, that the backward pass
+    does (again), those inside checkpointed blocks included. evaluations, steps: of the chain.
+    """
+
+    graphs: int
+    states: str | int
+    blocks: bool
+    peak: int
+    recomputed: int
+    evaluations: int
+    steps: int
+
+    @property
+    def kept(self) -> str:
+        """In words."""
+        rest = self.evaluations - self.graphs
+        last = "the last evaluation" if self.graphs == 1 else f"the last {self.graphs} evaluations"
+        parts = [f"graphs of {last if rest else 'all evaluations'}"] if self.graphs else []
+        if rest and self.states == "checkpoint":
+            parts.append(f"sources of {'all' if not self.graphs else f'the first {rest}'} evaluations")
+        elif rest:
+            parts.append("the final state" if self.states == "reversible" else f"a state every {self.states} steps")
+        return " and ".join(parts)
+
+    def __str__(self) -> str:
+        share = self.recomputed / max(1, self.evaluations)
+        rows = [
+            ("kept", self.kept),
+            ("inside the network", "inputs of its blocks" if self.blocks else "everything"),
+            ("predicted peak", format_bytes(self.peak)),
+            ("predicted recomputation", f"{self.recomputed} evaluations ({share:.0%} of a forward run)"),
+        ]
+        return "\n".join(f"{name:<24} {value}" for name, value in rows)
+
+
+def parse_bytes(value: Any, name: str = "memory_budget") -> int:
+    """An int, or a string such as "6GiB", "500 MB" or "1.5GB", in bytes. Raises ValueError or TypeError, naming it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        count = value
+    elif isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value, re.IGNORECASE)
+        if found is None or found[2].upper() not in UNITS:
+            raise ValueError(f'{name}: expected bytes or a size such as "6GiB" or "500MB", got {value!r}')
+        count = int(float(found[1]) * UNITS[found[2].upper()])
+    else:
+        raise TypeError(f'{name}: expected bytes or a size such as "6GiB", got {type(value).__name__}')
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1 byte, got {value!r}")
+    return count
+
+
+def format_bytes(count: float) -> str:
+    """In binary units, to three digits."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB" if abs(count) < 1000 else f"{count:.0f} GiB"
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a default budget is: free memory less a margin, counting what PyTorch's CUDA cache holds unused as free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = min(_available(), _left_of_group())
+    return int(free * (1 - MARGIN))
+
+
+def _available() -> int:
+    """Of the machine's main memory."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
+
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # what is free is not told everywhere
+
+
+def _left_of_group() -> int:
+    """Of a container's limit (cgroup v2), if there is one."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        return 2**63 if limit == "max" else int(limit) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**63
