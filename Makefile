@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/doodl-fast demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

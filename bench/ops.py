@@ -2,7 +2,8 @@
 
     python bench/ops.py [--quick] [--no-compile] [--busy] [--threads N] [--device D] [--json FILE] [--table FILE]
 
-runs this file under pytest and writes the table from the JSON; `pytest bench/ops.py` takes the same options.
+runs this file under pytest and writes the table from the JSON, in place of a page's beginning up to its first section;
+`pytest bench/ops.py` takes the same options.
 
 "eager" is the plain torch expression that a user would write, not this package's eager backend. Every figure is the
 median of interleaved rounds: a test is one round of one contender, the tests of a round follow each other, and the
@@ -383,7 +384,9 @@ def main(arguments: list[str]) -> int:
     options.json.unlink(missing_ok=True)
     status = pytest.main([__file__, "-q", "--benchmark-quiet", f"--benchmark-json={options.json}", *passed])
     if options.json.is_file():
-        options.table.write_text(table(json.loads(options.json.read_text())))
+        old = options.table.read_text() if options.table.is_file() else ""
+        sections = old[old.find("\n## ") :] if "\n## " in old else ""
+        options.table.write_text(table(json.loads(options.json.read_text())) + sections)
     return int(status)
 
 

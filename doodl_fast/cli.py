@@ -167,13 +167,9 @@ def _profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    _quiet_libraries()
-    import torch
-
     from . import profile_command
 
-    dtype = getattr(torch, DTYPES[args.dtype])
-    return profile_command.main(args, lambda: _load_pipeline(args, _device(args.device), dtype))
+    return profile_command.main(args, lambda: _loaded(args))
 
 
 # run

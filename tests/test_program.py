@@ -93,9 +93,14 @@ def test_rooms_do_not_look_upwards():
     assert not imports("solvers/edict.py") & {"torch", "diffusers"}
     below = {".arithmetic", ".evaluator", ".program", ".trust"}
     own = {
-        name: {room for room in imports(f"{name}.py") if room.startswith(".")} for name in ("chain", "engine", "exact")
+        name: {room for room in imports(f"{name}.py") if room.startswith(".")}
+        for name in ("chain", "engine", "exact", "memory", "node", "planner")
     }
-    assert own["chain"] == below | {".engine", ".exact", ".lattice", ".lattice_state"}
+    planned = {".memory", ".node", ".planner"}
+    assert own["chain"] == below | planned | {".engine", ".exact", ".lattice", ".lattice_state"}
+    assert own["memory"] == set()
+    assert own["node"] == {".engine"}
+    assert own["planner"] == {".engine", ".memory", ".memory_tracker", ".program"}
     assert own["engine"] == below | {"."}
     assert {name for name in imports("trust.py") if name.startswith(".")} == {".program"}
     assert own["exact"] == {".", ".arithmetic", ".lattice", ".ops.lattice_coupling", ".ops.layout", ".program"}
