@@ -167,6 +167,7 @@ def _profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile(args: argparse.Namespace) -> int:
+    _quiet_libraries()
     from . import profile_command
 
     return profile_command.main(args, lambda: _loaded(args))
