@@ -196,7 +196,10 @@ class Objective:
     members: int
 
     def gradient(self, latents: list[Tensor], step: int) -> Gradient:
-        """Losses, images and the latents' gradients; out of memory it is tried again, leaner, while it can be."""
+        """Losses, images and the latents' gradients; with a chain that plans its memory tried again, leaner, when that
+        runs out, while it can be."""
+        if getattr(self.chain, "memory", None) != AUTO:
+            return self._gradient(latents, step)
         random = runstate.random_state()
         while True:
             try:
@@ -209,9 +212,7 @@ class Objective:
             runstate.restore_random_state(random)
 
     def _shrink(self, latents: Tensor) -> bool:
-        """Whether there was something to make smaller, for a chain that plans its memory."""
-        if getattr(self.chain, "memory", None) != AUTO:
-            return False
+        """Whether there was something to make smaller."""
         pair = lean.leaner(self.decode, self.loss)
         if pair is None:
             return self.chain.make_smaller_plan(latents) is not None  # type: ignore[attr-defined]
