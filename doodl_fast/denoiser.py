@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import FLOAT_DTYPES, HALF_DTYPES, blocks_checkpointed, has_blocks, weights_cast, without_weight_grad
+from .modules import (
+    FLOAT_DTYPES,
+    HALF_DTYPES,
+    as_tensor,
+    blocks_checkpointed,
+    has_blocks,
+    weights_cast,
+    without_weight_grad,
+)
 
 _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
 AUTO = "auto"
@@ -239,7 +247,7 @@ class Denoiser:
             conditions["kwargs"],
             lambda leaf, name: fit(leaf, batch, dtype, name) if leaf.ndim else _cast(leaf, dtype),
         )
-        eps = _as_tensor(self._call(network_x, self._timestep(t, x.device), cond, kwargs))
+        eps = as_tensor(self._call(network_x, self._timestep(t, x.device), cond, kwargs), "unet")
         if eps.shape != network_x.shape:
             raise ValueError(
                 f"unet: expected an output of its input's shape {tuple(network_x.shape)}, got {tuple(eps.shape)}; "
@@ -302,16 +310,6 @@ def _calling_convention(network: Callable[..., Any], module: nn.Module | None) -
     if "timestep" in names:  # by name: diffusers' transformers take it third
         return lambda x, t, cond, kwargs: network(x, timestep=t, encoder_hidden_states=cond, **tail, **kwargs)
     return lambda x, t, cond, kwargs: network(x, t, encoder_hidden_states=cond, **tail, **kwargs)
-
-
-def _as_tensor(output: Any) -> Tensor:
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    output = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(f"unet: expected it to return a floating tensor, a tuple or an object with .sample, got {kind}")
-    return output
 
 
 def _refuse_stochastic(network: nn.Module) -> None:

@@ -90,6 +90,22 @@ def without_weight_grad(*networks: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
+def as_tensor(output: Any, argument: str) -> Tensor:
+    """A network's output: a tensor, the first of a tuple, or what has `.sample`.
+
+    Raises TypeError, naming the argument, for anything else, and for a tensor that is not floating.
+    """
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    output = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            f"{argument}: expected it to return a floating tensor, a tuple or an object with .sample, got {kind}"
+        )
+    return output
+
+
 def has_blocks(network: Any) -> bool:
     """Whether a network can checkpoint its blocks, as those of diffusers can."""
     return isinstance(network, nn.Module) and any(hasattr(m, "gradient_checkpointing") for m in network.modules())

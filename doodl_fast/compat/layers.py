@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..evaluator import Evaluator
+from ..modules import as_tensor
 from ..program import Coupling, compact, invert
 from ..solvers.edict import ddim_coefficients
-from .noise import LayerNoise, as_tensor
+from .noise import LayerNoise
 from .operations import Mix, Step
 from .quirks import Quirks
 from .reversible import Operation, ReversibleLayer, Values, apply
@@ -135,7 +136,7 @@ class SteppingLayer(ReversibleLayer):
 
     def _noise(self, latent: Tensor, t: Tensor, embedding: Tensor | None) -> Tensor:
         cond = None if embedding is None else embedding.to(latent.dtype)
-        return as_tensor(self.unet(latent, t, encoder_hidden_states=cond))
+        return as_tensor(self.unet(latent, t, encoder_hidden_states=cond), "unet")
 
     def _fits(self, batch: int) -> bool:
         """Whether both embeddings have the latents' batch: those of every frame of a video have not, and cannot be

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..denoiser import FLOAT_DTYPES
-from ..modules import frozen
+from ..modules import FLOAT_DTYPES, as_tensor, frozen
 from .reversible import Values
 from .schedule import get_alpha_and_beta
 
@@ -46,7 +45,8 @@ class LayerNoise:
         for place, tensor in zip(self.places, self.tensors() if tensors is None else tensors, strict=True):
             extra[place] = tensor
         timestep = torch.full((), t, dtype=torch.int64, device=x.device)
-        noise = as_tensor(self.layer.predict_noise(x.to(self.compute_dtype(x.dtype)), timestep, *extra))
+        predicted = self.layer.predict_noise(x.to(self.compute_dtype(x.dtype)), timestep, *extra)
+        noise = as_tensor(predicted, "predict_noise")
         if noise.shape != x.shape:
             raise ValueError(f"predict_noise: expected a tensor of shape {tuple(x.shape)}, got {tuple(noise.shape)}")
         noise = noise.to(torch.promote_types(noise.dtype, x.dtype))
@@ -56,13 +56,3 @@ class LayerNoise:
             guidance = self.layer.clip_cond_fn(latent, timestep.reshape(1), scheduler=self.layer.scheduler)
             noise = noise - beta**0.5 * guidance.detach().to(noise.dtype)
         return noise.to(x.dtype)
-
-
-def as_tensor(output: Any) -> Tensor:
-    """A network's output: a tensor, the first of a tuple, or what has `.sample`."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(f"predict_noise: expected a tensor, got {type(output).__name__}")
-    return output

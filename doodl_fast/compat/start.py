@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guidance.clip import read_upright
 from ..pipeline import Decoder
 from .quirks import Quirks
 
@@ -38,16 +39,10 @@ def source_pixels(source: Any, size: int, quirks: Quirks) -> Tensor:
     Raises ValueError for a file that is missing or no picture, TypeError for anything else.
     """
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(source, (str, Path)):
-        try:
-            with Image.open(source) as opened:
-                source = ImageOps.exif_transpose(opened)
-                source.load()
-        except OSError as error:
-            reason = "does not exist" if isinstance(error, FileNotFoundError) else "is no picture that PIL can read"
-            raise ValueError(f"source_im: the file {str(source)!r} {reason}") from error
+        source = read_upright(source, "source_im")
     if not isinstance(source, Image.Image):
         raise TypeError(f"source_im: expected a file or a PIL picture, got {type(source).__name__}")
     if source.mode not in ("RGB", "RGBA"):
