@@ -17,6 +17,8 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python .ci/check_sizes.py
 
 bench: $(READY)
 	$(BIN)/python bench/ops.py

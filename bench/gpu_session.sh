@@ -56,10 +56,10 @@ needs_gpu() { # needs_gpu PART...: the same, where there is a GPU
   fi
 }
 
-TESTS=(tests/test_ops*.py tests/test_chain_*.py tests/test_optimize*.py)
+TESTS=(tests/ops/test_ops*.py tests/chain/test_chain_*.py tests/optimization/test_optimize*.py)
 QUICK=()
 if [ "$DEVICE" != cuda ]; then
-  TESTS=(tests/test_ops_cuda.py tests/test_chain_golden.py)
+  TESTS=(tests/ops/test_ops_cuda.py tests/chain/test_chain_golden.py)
   QUICK=(--quick --no-compile --sizes=SD)
 fi
 WORKERS=()
@@ -67,12 +67,12 @@ WORKERS=()
 
 [ -n "$WHEELS" ] && part wheels 30 "$PYTHON" -m pip install --no-index --no-deps --no-compile --target "$SCRATCH/site" "$WHEELS"/*.whl
 part build 120 "$PYTHON" setup.py build_ext --inplace
-part doctor 30 "$PYTHON" -c 'from doodl_fast.doctor import main; main()'
+part doctor 30 "$PYTHON" -c 'from doodl_fast.cli.doctor import main; main()'
 cp "$SCRATCH/log" "$SCRATCH/doctor"
 part tests 130 "$PYTHON" -m pytest -q -p no:cacheprovider "${WORKERS[@]}" "${TESTS[@]}"
 # without torch's caching allocator every tensor has its own memory, and an access beyond it is seen
 SANITIZER=$(command -v compute-sanitizer || echo "$CUDA_HOME/bin/compute-sanitizer")
-SANITIZED=("$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_ops_cuda.py)
+SANITIZED=("$PYTHON" -m pytest -q -x -p no:cacheprovider tests/ops/test_ops_cuda.py)
 needs_gpu memcheck 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool memcheck --error-exitcode 9 \
   "${SANITIZED[@]}" -k "small and native and (update or fp32-fp16 or fp64-bf16)"
 # races are looked for in shared memory, which the sums of the latent update alone use

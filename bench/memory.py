@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from doodl_fast import EDICT, Denoiser, Schedule, encode_prompt, shapes
-from doodl_fast.memory import format_bytes
-from doodl_fast.pipeline import initial_latents
+from doodl_fast.chain.memory.plan import format_bytes
+from doodl_fast.diffusion.pipeline import initial_latents
 
 
 def contenders(steps: int, batch: int, compiled: bool) -> tuple[dict[str, EDICT], Tensor]:

@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import doodl_fast
 from doodl_fast import ops
-from doodl_fast.ops import native
+from doodl_fast.ops.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"SD": (1, 4, 64, 64), "SDXL": (1, 4, 128, 128), "video": (1, 4, 16, 64, 64), "2^24": (1, 2**24)}

@@ -5,21 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from . import _moved
+
+__version__ = "0.2.0"
+
+_moved.install()
 
 if TYPE_CHECKING:
     from . import guidance, ops, shapes
-    from .chain import Chain
-    from .denoiser import Denoiser
-    from .diffusion import EDICT
-    from .doodl import Result, StepInfo, optimize
-    from .latents import UpdateSettings
-    from .lattice_state import LatticeState
+    from .chain.chain import Chain
+    from .chain.exact.state import LatticeState
+    from .chain.memory.profiling import profile
+    from .chain.reversibility import Reversibility, check_reversibility
+    from .diffusion.denoiser import Denoiser
+    from .diffusion.pipeline import Decoder, encode_prompt
+    from .diffusion.schedule import Schedule
     from .ops import backend
-    from .pipeline import Decoder, encode_prompt
-    from .profiling import profile
-    from .reversibility import Reversibility, check_reversibility
-    from .schedule import Schedule
+    from .optimization.loop import Result, StepInfo, optimize
+    from .optimization.update import UpdateSettings
+    from .solvers.edict import EDICT
 
 __all__ = [
     "EDICT",
@@ -43,21 +47,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Chain": "chain",
-    "Decoder": "pipeline",
-    "Denoiser": "denoiser",
-    "EDICT": "diffusion",
-    "LatticeState": "lattice_state",
-    "Result": "doodl",
-    "Reversibility": "reversibility",
-    "Schedule": "schedule",
-    "StepInfo": "doodl",
-    "UpdateSettings": "latents",
+    "Chain": "chain.chain",
+    "Decoder": "diffusion.pipeline",
+    "Denoiser": "diffusion.denoiser",
+    "EDICT": "solvers.edict",
+    "LatticeState": "chain.exact.state",
+    "Result": "optimization.loop",
+    "Reversibility": "chain.reversibility",
+    "Schedule": "diffusion.schedule",
+    "StepInfo": "optimization.loop",
+    "UpdateSettings": "optimization.update",
     "backend": "ops",
-    "check_reversibility": "reversibility",
-    "encode_prompt": "pipeline",
-    "optimize": "doodl",
-    "profile": "profiling",
+    "check_reversibility": "chain.reversibility",
+    "encode_prompt": "diffusion.pipeline",
+    "optimize": "optimization.loop",
+    "profile": "chain.memory.profiling",
 }
 
 

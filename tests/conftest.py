@@ -18,9 +18,9 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from doodl_fast.denoiser import Denoiser
-from doodl_fast.diffusion import EDICT
-from doodl_fast.schedule import Schedule
+from doodl_fast.diffusion.denoiser import Denoiser
+from doodl_fast.diffusion.schedule import Schedule
+from doodl_fast.solvers.edict import EDICT
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}

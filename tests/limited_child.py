@@ -15,9 +15,9 @@ import sys
 import torch
 from conftest import golden_denoiser, latents, sd_scheduler
 
-from doodl_fast.denoiser import Denoiser
-from doodl_fast.diffusion import EDICT
-from doodl_fast.schedule import Schedule
+from doodl_fast.diffusion.denoiser import Denoiser
+from doodl_fast.diffusion.schedule import Schedule
+from doodl_fast.solvers.edict import EDICT
 
 
 def data_bytes() -> int:

@@ -24,8 +24,8 @@ from doodl_fast.compat.gen import gen
 from doodl_fast.compat.gen_modes import GenResult
 from doodl_fast.compat.losses import symmetry_loss_fn
 from doodl_fast.compat.schedule import DEFAULT
-from doodl_fast.guidance import OneStepGuidance
-from doodl_fast.pipeline import Decoder
+from doodl_fast.diffusion.pipeline import Decoder
+from doodl_fast.optimization import OneStepGuidance
 
 
 @cache

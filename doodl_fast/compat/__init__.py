@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import doodl, memcnn
-    from .install import install, uninstall
+    from .installer import install, uninstall
     from .quirks import Quirks
 
 __all__ = ["Quirks", "doodl", "install", "memcnn", "uninstall"]
 
-_HOMES = {"Quirks": "quirks", "install": "install", "uninstall": "install"}
+_HOMES = {"Quirks": "quirks", "install": "installer", "uninstall": "installer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import Chain, Memory
-from ..denoiser import Denoiser
-from ..doodl import Objective
-from ..evaluator import Evaluator
-from ..guidance import OneStepGuidance
-from ..pipeline import Decoder, load_pipeline
-from ..program import Program, invert
-from ..schedule import Schedule, noise_levels, setting
+from ..chain.chain import Chain, Memory
+from ..chain.evaluator import Evaluator
+from ..chain.program import Program, invert
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.pipeline import Decoder, load_pipeline
+from ..diffusion.schedule import Schedule, noise_levels, setting
+from ..optimization import OneStepGuidance
+from ..optimization.loop import Objective
 from ..solvers import edict_program
 from .quirks import Quirks
 from .schedule import DEFAULT, ReferenceScheduler, reference_schedule

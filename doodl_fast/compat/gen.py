@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import Memory
-from ..denoiser import Denoiser
-from ..pipeline import Decoder, encode_prompt, to_pil, vae_scale_factor
+from ..chain.chain import Memory
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.pipeline import Decoder, encode_prompt, to_pil, vae_scale_factor
 from .conditioning import Sampler, default_pipeline, pipeline_schedule
 from .gen_modes import GenResult, LossFn, sample, traverse
 from .losses import aesthetic_loss_fn, clip_loss_fn, fgvc_loss_fn, symmetry_loss_fn

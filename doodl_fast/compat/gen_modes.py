@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..doodl import Objective, Result, Run, StepInfo, descend
-from ..evaluator import Evaluator
-from ..guidance import OneStepGuidance
-from ..latents import UpdateSettings
-from ..pipeline import Decoder, to_pil
-from ..program import Program, invert
-from ..schedule import Schedule
+from ..chain.evaluator import Evaluator
+from ..chain.program import Program, invert
+from ..diffusion.pipeline import Decoder, to_pil
+from ..diffusion.schedule import Schedule
+from ..optimization import OneStepGuidance
+from ..optimization.loop import Objective, Result, Run, StepInfo, descend
+from ..optimization.update import UpdateSettings
 from ..solvers.edict import ddim_coefficients
 from .conditioning import ChainGuidance, Sampler
 from .start import encode_source

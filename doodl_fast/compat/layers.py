@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
-from ..evaluator import Evaluator
-from ..modules import as_tensor
-from ..program import Coupling, compact, invert
+from ..chain.evaluator import Evaluator
+from ..chain.program import Coupling, compact, invert
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.networks import as_tensor
 from ..solvers.edict import ddim_coefficients
 from .noise import LayerNoise
 from .operations import Mix, Step

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..modules import FLOAT_DTYPES, as_tensor, frozen
+from ..diffusion.networks import FLOAT_DTYPES, as_tensor, frozen
 from .reversible import Values
 from .schedule import get_alpha_and_beta
 

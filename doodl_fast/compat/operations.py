@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..arithmetic import Eps, Floats, Group, group
-from ..chain import NO_FLOAT64
-from ..engine import NetworkPull, Run
-from ..evaluator import Evaluator
-from ..modules import HALF_DTYPES
-from ..program import Program, invert
-from ..trust import Trust
+from ..chain.arithmetic import Eps, Floats, Group, group
+from ..chain.chain import NO_FLOAT64
+from ..chain.checks import Trust
+from ..chain.evaluator import Evaluator
+from ..chain.program import Program, invert
+from ..chain.run import NetworkPull, Run
+from ..diffusion.networks import HALF_DTYPES
 from .noise import LayerNoise
 from .reversible import Gradients, Values
 from .schedule import rounded_step

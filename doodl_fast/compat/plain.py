@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..modules import HALF_DTYPES, without_weight_grad
+from ..diffusion.networks import HALF_DTYPES, without_weight_grad
 from .reversible import Gradients, Guard, Values
 
 T = TypeVar("T")

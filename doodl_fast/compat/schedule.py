@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..modules import HALF_DTYPES
-from ..schedule import Schedule
+from ..diffusion.networks import HALF_DTYPES
+from ..diffusion.schedule import Schedule
 from ..solvers.edict import ddim_coefficients
 from .quirks import Quirks
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diffusion.pipeline import Decoder
 from ..guidance.clip import read_upright
-from ..pipeline import Decoder
 from .quirks import Quirks
 
 

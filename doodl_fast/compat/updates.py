@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..latents import LatentUpdate, UpdateSettings, norms
-from ..modules import HALF_DTYPES
+from ..diffusion.networks import HALF_DTYPES
+from ..optimization.update import LatentUpdate, UpdateSettings, norms
 from .quirks import Quirks
 
 

@@ -5,11 +5,14 @@ Anything else that does so will do. transformers is imported when a guide is loa
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from typing import Any
+
 from .aesthetic import Aesthetic
 from .classifier import Classifier
 from .clip import ClipImage, ClipText, spherical_distance
 from .cutouts import random_cutouts
-from .one_step import OneStepGuidance, one_step
 from .symmetry import Symmetry
 
 __all__ = [
@@ -17,9 +20,20 @@ __all__ = [
     "Classifier",
     "ClipImage",
     "ClipText",
-    "OneStepGuidance",
     "Symmetry",
-    "one_step",
     "random_cutouts",
     "spherical_distance",
 ]
+
+_MOVED = ("OneStepGuidance", "one_step")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"doodl_fast.guidance.{name} has moved to doodl_fast.optimization.{name}; the old name will go in version 0.3",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(importlib.import_module("doodl_fast.optimization"), name)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modules import check_source, frozen, loading, run_in_dtype
+from ..diffusion.networks import check_source, frozen, loading, run_in_dtype
 from .cutouts import check_images, resize_and_crop, unit_range
 
 

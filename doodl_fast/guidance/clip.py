@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..modules import check_source, frozen, loading, run_in_dtype
+from ..diffusion.networks import check_source, frozen, loading, run_in_dtype
 from .cutouts import check_images, random_cutouts, resize_and_crop, unit_range
 
 if TYPE_CHECKING:

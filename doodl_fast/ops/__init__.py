@@ -10,12 +10,12 @@ without a graph break.
 
 from __future__ import annotations
 
-from .coupling import coupling, coupling_inverse, coupling_vjp
-from .coupling_mix import Mixing, coupling_mix, coupling_mix_vjp, mix, mix_inverse
-from .latent_update import latent_update
-from .lattice_coupling import lattice_coupling
-from .lattice_mix import LatticeMixing, lattice_mix
-from .registry import AUTO, NAMES, BackendUnavailable, backend, choice, resolve, why_not
+from .backends.registry import AUTO, NAMES, BackendUnavailable, backend, choice, resolve, why_not
+from .coupling_mix_op import Mixing, coupling_mix, coupling_mix_vjp, mix, mix_inverse
+from .coupling_op import coupling, coupling_inverse, coupling_vjp
+from .latent_update_op import latent_update
+from .lattice_coupling_op import lattice_coupling
+from .lattice_mix_op import LatticeMixing, lattice_mix
 
 __all__ = [
     "AUTO",

@@ -73,7 +73,7 @@ def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype | None 
     """The diffusers pipeline: 64 x 64 pixels, latents (B, 4, 16, 16), DDIM. dtype: float32 by default (stored fp16)."""
     import torch
 
-    from ..pipeline import load_pipeline as load
+    from ..diffusion.pipeline import load_pipeline as load
 
     pipeline: StableDiffusionPipeline = load(_folder("pipeline"), device, dtype or torch.float32)
     return pipeline

@@ -1,0 +1,222 @@
+"""How couplings are applied, undone and transposed: the peephole that groups a program for the fused ops, and their
+use in floating point.
+
+A coupling that calls the network and the two network-free couplings after it (EDICT's mixing; in an inverse program the
+mixing of the step before) become one pass over memory, as do two network-free couplings alone. Solvers know nothing of
+it: any program is grouped where the pattern occurs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .program import Coupling, Program
+
+
+class Eps(NamedTuple):
+    """What a network returned: eps itself, or [uncond; cond] with the guidance scale g that combines them."""
+
+    value: Tensor
+    g: float | None = None
+
+    def detach(self) -> Eps:
+        return Eps(self.value.detach(), self.g)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Couplings that are done in one pass: `coupling`, then the pair `mixing`; either may be missing, not both.
+
+    end: how many couplings of the program are done after it.
+    """
+
+    coupling: Coupling | None
+    mixing: tuple[Coupling, Coupling] | None
+    end: int
+
+    @property
+    def target(self) -> int:
+        """Index of the value that the coupling changes, or the one that is mixed first."""
+        if self.coupling is not None:
+            return self.coupling.target
+        assert self.mixing is not None
+        return self.mixing[0].target
+
+    @property
+    def calls_network(self) -> bool:
+        return self.coupling is not None and self.coupling.calls_network
+
+    @property
+    def coefficients(self) -> tuple[float, float, float]:
+        """(a, c, b) of the coupling, those of the identity without one."""
+        return (1.0, 0.0, 0.0) if self.coupling is None else (self.coupling.a, self.coupling.c, self.coupling.b)
+
+    def pair(self) -> ops.Mixing:
+        """The mixing as the ops take it."""
+        assert self.mixing is not None
+        first, second = self.mixing
+        return ops.Mixing(first.target == self.target, first.a, first.c, second.a, second.c)
+
+    def weights(self) -> tuple[float, float]:
+        """How the cotangents of (target, source) add up to that of the coupling's own result, before the mixing."""
+        if self.mixing is None:
+            return 1.0, 0.0
+        m = self.pair()
+        return (m.a0, m.a0 * m.c1) if m.target_first else (m.a1 + m.c0 * m.c1, m.c0)
+
+
+def group(program: Program, boundaries: Collection[int] = ()) -> tuple[Group, ...]:
+    """The program in passes. boundaries: numbers of couplings done at which the state must exist."""
+    groups: list[Group] = []
+    done = 0
+    while done < len(program):
+        first = program[done]
+        start = done + first.calls_network
+        pair = program[start : start + 2]
+        mixes = len(pair) == 2 and not pair[0].calls_network and not pair[1].calls_network
+        mixes = mixes and pair[0].target != pair[1].target
+        if mixes and not any(position in boundaries for position in range(done + 1, start + 2)):
+            done = start + 2
+            groups.append(Group(first if first.calls_network else None, (pair[0], pair[1]), done))
+        else:
+            done += 1
+            groups.append(Group(first, None, done))
+    return tuple(groups)
+
+
+class Arithmetic(Protocol):
+    """How x and y are held between couplings, and how groups are done and undone on them; one object a pass.
+
+    A state is a list of `width` tensors. Its entries are replaced, the tensors themselves are never changed: the engine
+    stores them.
+    """
+
+    width: ClassVar[int]
+    exact: ClassVar[bool]
+    """Whether undoing gives back the same bits, given the same eps."""
+
+    def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """The state of latents x and y, as tensors of our own."""
+        ...
+
+    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The latents of a state, in the caller's dtype; they share no memory with anything kept."""
+        ...
+
+    def source(self, state: Sequence[Tensor], coupling: Coupling) -> Tensor:
+        """What a coupling's function is evaluated at."""
+        ...
+
+    def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        """Does a group's couplings."""
+        ...
+
+    def undo_mixing(self, group: Group, state: list[Tensor]) -> None:
+        """Undoes what a group does after its coupling."""
+        ...
+
+    def undo_coupling(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        """Undoes a group's coupling; its mixing must be undone already."""
+        ...
+
+    def finish(self) -> None:
+        """The end of the pass: raises for what went wrong in it and could not be said without synchronising."""
+        ...
+
+
+@dataclass(frozen=True)
+class Floats:
+    """x and y as floating-point tensors of `state_dtype`: undoing is exact up to rounding."""
+
+    latents_dtype: torch.dtype
+    state_dtype: torch.dtype
+    width: ClassVar[int] = 2
+    exact: ClassVar[bool] = False
+
+    def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        return [x.to(self.state_dtype, copy=True), y.to(self.state_dtype, copy=True)]
+
+    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return state[0].to(self.latents_dtype, copy=True), state[1].to(self.latents_dtype, copy=True)
+
+    def source(self, state: Sequence[Tensor], coupling: Coupling) -> Tensor:
+        return state[coupling.source]
+
+    def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        t, s = group.target, 1 - group.target
+        a, c, b = group.coefficients
+        value, g = (None, None) if eps is None else eps
+        if group.mixing is not None:
+            state[t], state[s] = ops.coupling_mix(state[t], state[s], value, group.pair(), a, c, b, g)
+        else:
+            state[t] = ops.coupling(state[t], state[s], value, a, c, b, g)
+
+    def undo_mixing(self, group: Group, state: list[Tensor]) -> None:
+        if group.mixing is not None:
+            t, s = group.target, 1 - group.target
+            state[t], state[s] = ops.mix_inverse(state[t], state[s], group.pair())
+
+    def undo_coupling(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        if group.coupling is not None:
+            t, s = group.target, 1 - group.target
+            value, g = (None, None) if eps is None else eps
+            state[t] = ops.coupling_inverse(state[t], state[s], value, *group.coefficients, g)
+
+    def finish(self) -> None:
+        """Nothing is left unsaid."""
+
+
+def transpose(group: Group, cotangents: list[Tensor], eps: Eps | None, scale: Tensor | None) -> Tensor | None:
+    """Pulls the cotangents back through a group, in place of the list's entries, but for what comes through the
+    network.
+
+    eps: the network's output if a cotangent for it is wanted; returned in its dtype and layout, times `scale`.
+    """
+    t, s = group.target, 1 - group.target
+    a, c, b = group.coefficients
+    dtype, g = (None, None) if eps is None else (eps.value.dtype, eps.g)
+    to_source: Tensor | None
+    if group.mixing is not None:
+        cotangents[t], cotangents[s], to_eps = ops.coupling_mix_vjp(
+            cotangents[t], cotangents[s], group.pair(), a, c, b, g, scale, dtype
+        )
+        return to_eps
+    cotangents[t], to_source, to_eps = ops.coupling_vjp(cotangents[t], a, c, b, g, scale, dtype, c != 0)
+    if to_source is not None:
+        cotangents[s] = cotangents[s] + to_source
+    return to_eps
+
+
+def network_power(group: Group, cotangents: list[Tensor]) -> Tensor:
+    """The power of two just below a bound on the cotangent that the network will get; see `power_of_two`.
+
+    A bound and not the largest magnitude itself, as the fused pass makes the cotangent and scales it at once.
+    """
+    bound = cotangents[0].new_zeros(())
+    for cotangent, weight in zip(
+        (cotangents[group.target], cotangents[1 - group.target]), group.weights(), strict=True
+    ):
+        if weight and cotangent.numel():
+            bound = bound + abs(weight * group.coefficients[2]) * torch.linalg.vector_norm(cotangent, torch.inf)
+    return power_of_two(bound)
+
+
+def power_of_two(cotangent: Tensor) -> Tensor:
+    """The power of two just below the largest magnitude, on the device; 1 where there is none (all zero, Inf or NaN).
+
+    A VJP is linear in its cotangent, so scaling by it is exact, and keeps an fp16 network's backward pass in range
+    whatever the loss's scale or the depth. Masking the bits of the exponent is exact for every number and needs no
+    synchronisation.
+    """
+    if cotangent.numel() == 0:
+        return cotangent.new_ones(())
+    largest = cotangent.abs().amax()
+    integers, exponent = (torch.int64, 0x7FF << 52) if largest.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    power = (largest.view(integers) & exponent).view(largest.dtype)
+    return torch.where(torch.isfinite(power) & (power > 0), power, torch.ones_like(power))

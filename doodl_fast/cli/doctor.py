@@ -1,0 +1,64 @@
+"""`doodl-fast doctor`: which kernel backends this machine has, and why each missing one is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from .. import __version__, ops
+from ..ops.backends import native, registry
+
+
+def main(args: Any = None) -> int:
+    """Prints the report. args: the parsed command line, of which nothing is used. Returns the exit status."""
+    print("\n".join(report()))
+    return 0
+
+
+def report() -> list[str]:
+    """The report's lines."""
+    lines = ["versions", *(f"  {name:<12} {value}" for name, value in versions().items()), "", "backends"]
+    devices = {"cpu": True, "cuda": torch.cuda.is_available()}
+    for device_type, there in devices.items():
+        lines.append(f"  {device_type}" + ("" if there else " (torch sees no CUDA device)"))
+        for name in ops.NAMES:
+            reason = ops.why_not(name, device_type) if there or name != "eager" else "no device"
+            lines.append(f"    {name:<12} {'available' if reason is None else 'missing: ' + reason}")
+        if there:
+            lines.append(f"    in use       {_in_use(device_type)}")
+    built = ", ".join(f"{kind}: {outcome}" for kind, outcome in native.build_report().items())
+    lines += ["", "native build", f"  {built or 'no record: the package was not installed by its setup.py'}"]
+    lines.append(f"  instruction set of the CPU kernels: {native.instruction_set() or 'none'}")
+    return lines
+
+
+def versions() -> dict[str, str]:
+    """What a report of a problem should name."""
+    found = {"doodl-fast": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    found["cuda"] = torch.version.cuda or "none in this torch"
+    found |= {package: _version(package) for package in ("triton", "diffusers", "transformers")}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    found["platform"] = f"{sys.platform} {platform.machine()}"
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _in_use(device_type: str) -> str:
+    """The backend that serves a device type, and who chose it."""
+    try:
+        chosen = ops.choice()
+        by = "automatic" if chosen == registry.AUTO else f"chosen explicitly: {chosen}"
+        return f"{ops.resolve(device_type)} ({by})"
+    except (ops.BackendUnavailable, ValueError) as error:
+        return f"none: {error}"

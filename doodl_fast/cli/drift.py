@@ -1,0 +1,145 @@
+"""`doodl-fast drift`: how far a chain comes back from where it began, by the arithmetic of its state and its length."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..diffusion.denoiser import Denoiser
+
+STEPS = (10, 20, 50, 100, 250, 1000)
+FLOATS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+EXACT = "exact"
+TABLE, FIGURE = "drift.json", "drift.png"
+
+Table = dict[str, list[float]]
+
+
+def measure(
+    denoiser: Denoiser, scheduler: Any, x: Tensor, steps: Sequence[int], mix_weight: float = 0.93, report: Any = None
+) -> Table:
+    """The relative error of noise -> image -> noise: one row an arithmetic, one column a number of diffusion steps.
+
+    "fp16" ... "fp64": the state is rounded to that dtype after every coupling, as plain EDICT (arXiv 2211.12446) on
+    latents of that dtype has it. The network, and so its dtype, is the same
+    in all rows, and so is the start, x for both latents, rounded to bf16 as every row can hold that.
+    NaN where a state overflowed. report: called with each (arithmetic, steps, error).
+    """
+    table: Table = {}
+    x = x.to(dtype=_dtype("bf16")).float()
+    for name in (*FLOATS, EXACT):
+        table[name] = []
+        for count in steps:
+            table[name].append(_error(name, denoiser, scheduler, count, mix_weight, x))
+            if report is not None:
+                report(name, count, table[name][-1])
+    return table
+
+
+def _error(name: str, denoiser: Denoiser, scheduler: Any, steps: int, mix_weight: float, x: Tensor) -> float:
+    import torch
+
+    from ..chain.arithmetic import Floats, Group
+    from ..chain.reversibility import there_and_back
+    from ..diffusion.schedule import Schedule
+    from ..solvers.edict import EDICT
+
+    schedule = Schedule.from_scheduler(scheduler, steps)
+    with torch.no_grad(), denoiser.running():
+        if name == EXACT:
+            chain = EDICT(denoiser, schedule, mix_weight, arithmetic=EXACT)
+            run = chain._plan(x, False, store=False)
+            try:
+                return there_and_back(run, run.new_arithmetic(), x, x, graph=False)[0]
+            except (OverflowError, FloatingPointError):
+                return math.nan
+        chain, x = EDICT(denoiser, schedule, mix_weight), x.to(_dtype(name))
+        singly = tuple(Group(coupling, None, end) for end, coupling in enumerate(chain.program, start=1))
+        run = replace(chain._plan(x, False, store=False), groups=singly)
+        return there_and_back(run, Floats(x.dtype, x.dtype), x, x, graph=False)[0]
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, FLOATS[name])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="shapes", help="diffusers folder, hub id, or 'shapes' for the embedded one")
+    parser.add_argument("--variant", help="of the model's weight files, e.g. fp16")
+    parser.add_argument("--prompt", default="a red circle")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="diffusion steps, one or more")
+    parser.add_argument("--guidance-scale", type=float, default=7.5, help="of classifier-free guidance")
+    parser.add_argument("--mix-weight", type=float, default=0.93, help="EDICT's p")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network")
+    parser.add_argument("--out", type=Path, default=Path("drift"), help=f"folder for {FIGURE} and {TABLE}")
+
+
+def main(args: argparse.Namespace, pipeline: Any) -> int:
+    """Prints the table for a diffusers pipeline; writes the figure and the numbers."""
+    from ..diffusion.denoiser import Denoiser
+    from ..diffusion.pipeline import encode_prompt, initial_latents
+
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {str(args.out)!r}")
+    if min(args.steps) < 1:
+        raise ValueError(f"--steps: expected numbers of at least 1, got {min(args.steps)}")
+    # an offset of 1, which many schedulers have, leaves no room for as many steps as there are timesteps
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, steps_offset=0)
+    if max(args.steps) > scheduler.config.num_train_timesteps:
+        most = scheduler.config.num_train_timesteps
+        raise ValueError(f"--steps: expected at most the scheduler's {most} timesteps, got {max(args.steps)}")
+    steps = sorted(set(args.steps))
+    cond, uncond, extra = encode_prompt(pipeline, args.prompt)
+    denoiser = Denoiser(pipeline.unet, cond, uncond, args.guidance_scale, **extra)
+    x = initial_latents(pipeline, None, None, args.seed)
+    print(f"{'steps':<6}" + "".join(f"{count:>10}" for count in steps), flush=True)
+
+    def report(name: str, count: int, error: float) -> None:
+        start = f"{name:<6}" if count == steps[0] else ""
+        print(start + f"{_cell(error):>10}", end="\n" if count == steps[-1] else "", flush=True)
+
+    table = measure(denoiser, scheduler, x, steps, args.mix_weight, report)
+    args.out.mkdir(parents=True, exist_ok=True)
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    errors = {name: [None if math.isnan(error) else error for error in row] for name, row in table.items()}
+    (args.out / TABLE).write_text(json.dumps({"steps": steps, "errors": errors, "options": options}, indent=1) + "\n")
+    draw(args.out / FIGURE, steps, table)
+    print(f"relative error of noise -> image -> noise; {FIGURE} and {TABLE} in {args.out}")
+    return 0
+
+
+def _cell(error: float) -> str:
+    return "overflow" if not math.isfinite(error) else "0" if error == 0 else f"{error:.1e}"
+
+
+def draw(path: Path, steps: Sequence[int], table: Table) -> None:
+    """The figure, both axes logarithmic. Zeros lie on its lower edge, overflows on the upper one."""
+    from matplotlib.figure import Figure
+
+    floor, ceiling = 1e-18, 1e6
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, row in table.items():
+        drawn = [min(max(error, floor), ceiling) if math.isfinite(error) else ceiling for error in row]
+        label = f"{name} (0)" if not any(row) else name
+        axes.plot(steps, drawn, marker="o", markersize=4, label=label, clip_on=False)
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", ylim=(floor, ceiling), xlabel="diffusion steps")
+    axes.set_xticks(list(steps), [str(count) for count in steps])
+    axes.minorticks_off()
+    axes.set_ylabel("relative error of noise \N{RIGHTWARDS ARROW} image \N{RIGHTWARDS ARROW} noise")
+    axes.grid(alpha=0.3)
+    axes.legend(title="arithmetic")
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,45 @@
+"""Files that nobody finds half-written: each is written beside its name and then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_picture(path: Path, images: Tensor) -> None:
+    """The first of images (B, 3, H, W) in [-1, 1], as PNG."""
+    from ..diffusion.pipeline import to_pil
+
+    replace(path, lambda partial: to_pil(images[:1])[0].save(partial, format="PNG"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside `path` and then renames: whoever is interrupted leaves no half file under that name."""
+    partial = path.with_name(path.name + ".tmp")
+    write(partial)
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into; it becomes `path`, which must not exist or be empty, all at once, or vanishes."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

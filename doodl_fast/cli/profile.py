@@ -1,0 +1,240 @@
+"""`doodl-fast profile`: what gradients through a model take in memory and time, measured, or estimated without it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..chain.memory.profiling import Report
+    from .baselines import Setting
+
+TABLE, FIGURE, TIMELINES = "profile.json", "profile.png", "timelines.png"
+STEPS = (4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one number of steps.
+
+    peak, held: bytes at most, and between forward and backward pass. rss: of the whole process at most, None where that
+    cannot be asked. seconds, cpu_seconds: of the fastest gradient, on the clock and of all threads, no tracker.
+    """
+
+    name: str
+    steps: int
+    peak: int
+    held: int
+    rss: int | None
+    seconds: float
+    cpu_seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--estimate", metavar="MODEL", help="sd15, sdxl or a diffusers folder: no weights, no run")
+    parser.add_argument("--resolution", type=int, help="of the square image in pixels (default: the model's own)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the networks")
+    parser.add_argument("--model", default="shapes", help="diffusers folder, hub id, or 'shapes' for the embedded one")
+    parser.add_argument("--variant", help="of the model's weight files, e.g. fp16")
+    parser.add_argument("--prompt", default="a red circle")
+    parser.add_argument("--guidance-scale", type=float, default=7.5, help="of classifier-free guidance")
+    parser.add_argument("--mix-weight", type=float, default=0.93, help="EDICT's p")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=list(STEPS),
+        help="diffusion steps, one or more; an estimate is for the last, or for 50 if none is given",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images at once")
+    parser.add_argument("--repeats", type=int, default=2, help="gradients on the clock, of which the fastest counts")
+    parser.add_argument("--against", default="", help="of naive, checkpoint and reference=DIR, separated by commas")
+    parser.add_argument("--memory-budget", help='for memory="auto", e.g. 6GiB (default: what is free)')
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    parser.add_argument("--out", type=Path, default=Path("profile"), help=f"folder for {FIGURE}, {TIMELINES}, {TABLE}")
+
+
+def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
+    """load: gives the diffusers pipeline, if one is measured."""
+    steps = sorted(set(args.steps))
+    if min(steps) < 1:
+        raise ValueError(f"--steps: expected numbers of at least 1, got {min(steps)}")
+    if args.estimate is not None:
+        return _estimate(args, 50 if args.steps == list(STEPS) else steps[-1])
+    if args.repeats < 1:
+        raise ValueError(f"--repeats: expected at least 1, got {args.repeats}")
+    from ..chain.memory.plan import format_bytes
+    from .baselines import label
+
+    names = _names(args.against)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {str(args.out)!r}")
+    setting = _setting(args, load())
+    print(f"{'':<22}{'steps':>6}{'peak':>12}{'held':>12}{'peak RSS':>12}{'seconds':>10}{'CPU s':>10}", flush=True)
+    rows: list[Row] = []
+    reports: dict[str, Report] = {}
+    for name in names:
+        for count in steps:
+            row, reports[name] = measure(name, setting, count, args.repeats)
+            rows.append(row)
+            rss = "-" if row.rss is None else format_bytes(row.rss)
+            cells = f"{format_bytes(row.peak):>12}{format_bytes(row.held):>12}{rss:>12}"
+            cells += f"{row.seconds:>10.3g}{row.cpu_seconds:>10.3g}"
+            print(f"{label(name):<22}{count:>6}{cells}", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    _write(args, rows, reports)
+    for name, growth in growths(rows).items():
+        print(f"{label(name):<22}holds {format_bytes(growth)} more for each step")
+    print(f"{FIGURE}, {TIMELINES} and {TABLE} in {args.out}")
+    return 0
+
+
+def _estimate(args: argparse.Namespace, steps: int) -> int:
+    import torch
+
+    from .estimate import estimate
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    print(f"{args.estimate}, {args.dtype}, {steps} EDICT steps of one guided image; estimated on the meta device\n")
+    print(estimate(args.estimate, args.resolution, dtypes[args.dtype], steps))
+    return 0
+
+
+def _names(against: str) -> list[str]:
+    from .baselines import NAIVE, OURS, PER_STEP, REFERENCE
+
+    others = [name.strip() for name in against.split(",") if name.strip()]
+    for name in others:
+        if name not in (NAIVE, PER_STEP) and not name.startswith(REFERENCE + "="):
+            raise ValueError(f"--against: expected some of {NAIVE}, {PER_STEP}, {REFERENCE}=DIR, got {name!r}")
+    return [*others, *OURS]
+
+
+def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
+    from ..diffusion.denoiser import Denoiser
+    from ..diffusion.pipeline import encode_prompt, initial_latents
+    from .baselines import Setting
+
+    cond, uncond, extra = encode_prompt(
+        pipeline, args.prompt, height=args.resolution, width=args.resolution, batch=args.batch
+    )
+    denoiser = Denoiser(pipeline.unet, cond, uncond, args.guidance_scale, **extra)
+    x = initial_latents(pipeline, args.resolution, args.resolution, batch=args.batch)
+    # an offset of 1, which many schedulers have, leaves no room for as many steps as there are timesteps
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, steps_offset=0)
+    return Setting(denoiser, scheduler, args.mix_weight, x, args.memory_budget)
+
+
+def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[Row, Report]:
+    """One contender: a gradient to warm up, some on the clock, one under the tracker."""
+    import torch
+
+    from ..chain.chain import Chain
+    from ..chain.memory.profiling import profile
+    from .baselines import make
+
+    forward = make(name, setting, steps)
+
+    def gradient(note: Callable[[], None] = lambda: None) -> None:
+        x = setting.x.clone().requires_grad_()
+        outputs = forward(x)
+        note()
+        # not torch.autograd.grad, which the reference's wrapper refuses
+        (outputs[0].float().square().sum() + outputs[1].float().square().sum()).backward()
+
+    def clocks() -> tuple[float, float]:
+        if setting.x.device.type == "cuda":
+            torch.cuda.synchronize(setting.x.device)
+        return time.perf_counter(), time.process_time()
+
+    gradient()
+    _reset_rss()
+    times = []
+    for _ in range(repeats):
+        began = clocks()
+        gradient()
+        times.append([now - then for now, then in zip(clocks(), began, strict=True)])
+    seconds, cpu_seconds = (min(column) for column in zip(*times, strict=True))
+    rss = _peak_rss()
+    chain = getattr(forward, "chain", forward)
+    watched = chain if isinstance(chain, Chain) else setting.chain(steps)
+    between: list[int] = []
+    with profile(watched, setting.x.device) as report:
+        gradient(lambda: between.append(report.now()))
+    return Row(name, steps, report.peak, between[0], rss, seconds, cpu_seconds), report
+
+
+def _reset_rss() -> None:
+    """Linux: the process's highest resident set counts from here on."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_rss() -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def growths(rows: Sequence[Row]) -> dict[str, float]:
+    """By contender: bytes that are held between the passes for each further step."""
+    found = {}
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
+        if len(own) > 1:
+            found[name] = (own[-1].held - own[0].held) / (own[-1].steps - own[0].steps)
+    return found
+
+
+def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, Report]) -> None:
+    import torch
+
+    from .. import __version__
+    from ..chain.memory.profiling import draw_timelines
+    from .baselines import label
+
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    result = {
+        "rows": [asdict(row) for row in rows],
+        "growth": growths(rows),
+        "timelines": {name: report.as_dict() for name, report in reports.items()},
+        "options": options,
+        "versions": {"doodl_fast": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+    }
+    (args.out / TABLE).write_text(json.dumps(result) + "\n")
+    draw(args.out / FIGURE, rows, "seconds" if reports[rows[0].name].device.startswith("cuda") else "cpu_seconds")
+    draw_timelines(args.out / TIMELINES, {label(name): report for name, report in reports.items()})
+
+
+def draw(path: Path, rows: Sequence[Row], clock: str) -> None:
+    """Peak memory, on a logarithmic axis, and time of a gradient against the number of steps. clock: a field of Row."""
+    from matplotlib.figure import Figure
+
+    from .baselines import OURS, label
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    memory, seconds = figure.subplots(1, 2)
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
+        steps = [row.steps for row in own]
+        style = {"label": label(name), "marker": "o", "markersize": 4, "linestyle": "-" if name in OURS else "--"}
+        memory.plot(steps, [row.peak / 2**20 for row in own], **style)
+        seconds.plot(steps, [getattr(row, clock) for row in own], **style)
+    most, least = (f(row.peak / 2**20 for row in rows) for f in (max, min))
+    memory.set(ylabel="peak memory of a gradient, MiB", yscale="log")
+    memory.set_ylim(10 ** math.floor(math.log10(least)), 10 ** math.ceil(math.log10(most)))
+    seconds.set(ylabel=f"{clock.replace('cpu_', 'CPU ')} for a gradient", ylim=(0, None))
+    for axes in (memory, seconds):
+        axes.set(xlabel="diffusion steps")
+        axes.grid(alpha=0.3)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside right")
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,1 @@
+"""The implementations of the operators: which ones exist on this machine, and which one serves a call."""

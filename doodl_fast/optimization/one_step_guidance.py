@@ -1,0 +1,141 @@
+"""Classifier guidance through a one-step prediction: the baseline that DOODL is measured against.
+
+Guided diffusion (Dhariwal and Nichol, arXiv 2105.05233) with the loss taken on x0 as predicted from a single network
+call, as in CLIP-guided Stable Diffusion and in the DOODL paper's comparison (arXiv 2303.13703).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..chain.arithmetic import power_of_two
+from ..chain.chain import Chain
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.schedule import Schedule
+from ..solvers.edict import EDICT
+
+
+class OneStepGuidance:
+    """A denoiser, `eps(x, t)`, that is pulled towards a lower loss; an evaluator for `Chain`, without gradients.
+
+    At every call x0 is predicted from x by the unconditional network alone; the picture that is scored is decoded from
+    `s x0 + (1 - s) x` with `s = sqrt(1 - abar_t)`, and `scale * s * d loss / d x` is added to the guided eps. What the
+    schedule says the network predicts (eps, v or the sample) is shifted accordingly.
+
+    denoiser: the sampler's own. schedule: the noise levels. decode: latents -> images. loss: images -> 0-dim tensor, a
+    mean over pictures (its gradient is multiplied by B, so that a picture's guidance does not depend on its company).
+    scale: how strongly.
+
+    Raises TypeError or ValueError, naming the argument; RuntimeError where a gradient through it is asked for.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        decode: Callable[[Tensor], Tensor],
+        loss: Callable[[Tensor], Tensor],
+        scale: float = 1.0,
+    ) -> None:
+        for name, value, kind in (("denoiser", denoiser, Denoiser), ("schedule", schedule, Schedule)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        self.denoiser, self.schedule, self.decode, self.loss, self.scale = denoiser, schedule, decode, loss, scale
+        self._alphas = dict(zip(schedule.timesteps, schedule.alphas_cumprod, strict=True))
+
+    def __call__(
+        self, x: Tensor, t: Any, tensors: Sequence[Tensor] | None = None, latents_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The guided network output of x's shape (B, C, h, w) and dtype at timestep t, one of the schedule's."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "OneStepGuidance: expected torch.no_grad(), got latents that require grad; its steps are not "
+                "differentiable, use the chain itself (doodl_fast.optimize) for gradients"
+            )
+        if int(t) not in self._alphas:
+            raise ValueError(f"t: expected one of the schedule's timesteps, got {int(t)}")
+        alpha = self._alphas[int(t)]
+        with torch.no_grad():
+            output = self.denoiser(x, t, None, latents_dtype)
+        shift = self.scale * math.sqrt(1 - alpha) * self.gradient(x, t, latents_dtype)
+        prediction = self.schedule.prediction_type
+        if prediction == "v_prediction":
+            shift = shift / math.sqrt(alpha)
+        elif prediction == "sample":
+            shift = shift * -math.sqrt((1 - alpha) / alpha)
+        return output + shift.to(output)
+
+    def gradient(self, x: Tensor, t: Any, latents_dtype: torch.dtype | None = None) -> Tensor:
+        """B d loss / d x of shape (B, C, h, w), in x's dtype, through the one-step prediction."""
+        alpha = self._alphas[int(t)]
+        noise_level = math.sqrt(1 - alpha)
+        with torch.enable_grad(), self.denoiser.running():
+            leaf = x.detach().clone().requires_grad_()
+            output = self._unconditional(x.shape[0])(leaf, t, None, latents_dtype)
+            sample = noise_level * self._clean(leaf, output, alpha) + (1 - noise_level) * leaf
+            picked = sample.detach().requires_grad_()
+            value = self.loss(self.decode(picked))
+            (cotangent,) = torch.autograd.grad(value, picked)
+            # the network may run in fp16, where a mean's gradient would vanish
+            wide = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+            power = power_of_two(wide).to(cotangent.dtype)
+            (pulled,) = torch.autograd.grad(sample, leaf, cotangent / power)
+        return pulled * power * x.shape[0]
+
+    def _clean(self, x: Tensor, output: Tensor, alpha: float) -> Tensor:
+        """x0 as predicted from the network's output."""
+        signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
+        prediction = self.schedule.prediction_type
+        if prediction == "v_prediction":
+            return signal * x - noise * output
+        return output if prediction == "sample" else (x - noise * output) / signal
+
+    def _unconditional(self, batch: int) -> Denoiser:
+        """The denoiser with its unconditional conditions alone (its conditional ones, if it has no others)."""
+        own = self.denoiser
+        if own.uncond is None:
+            return own
+
+        def first_half(leaf: Tensor) -> Tensor:
+            paired = leaf.ndim and leaf.shape[0] not in (1, batch) and leaf.shape[0] in (2, 2 * batch)
+            return leaf[: leaf.shape[0] // 2] if paired else leaf
+
+        return Denoiser(own.unet, own.uncond, **tree_map_only(Tensor, first_half, own.unet_kwargs))
+
+    # What the chain's engine asks for
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """None: nothing is differentiable."""
+        return ()
+
+    def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
+        return self.denoiser.compute_dtype(latents_dtype)
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        return self.denoiser.running()
+
+
+@torch.no_grad()
+def one_step(
+    chain: EDICT,
+    latents: Tensor | tuple[Tensor, Tensor],
+    decode: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The final latents (x, y), each (B, C, h, w), of one run of the chain under `OneStepGuidance`.
+
+    latents: noise, one tensor or a pair (x, y). The rest as there.
+    """
+    x, y = (latents, latents) if isinstance(latents, Tensor) else latents
+    guided = OneStepGuidance(chain.denoiser, chain.schedule, decode, loss, scale)
+    return Chain(guided, chain.program, state_dtype=chain.state_dtype)(x, y)

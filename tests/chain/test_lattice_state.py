@@ -1,0 +1,152 @@
+"""`LatticeState`: what it holds, its file, and what chains refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import DTYPES, latents, tiny_chain
+from safetensors.torch import load_file, save_file
+from test_exact import exact_chain
+
+import doodl_fast
+from doodl_fast.chain.exact.state import LatticeState
+
+
+@pytest.fixture
+def state() -> LatticeState:
+    chain = exact_chain(5)
+    return chain.forward_state(chain.state(*latents(2, 3, 4, dtype=torch.float32)))
+
+
+def test_what_it_is(state):
+    assert doodl_fast.LatticeState is LatticeState
+    assert repr(state) == "LatticeState((2, 3, 4) int32, end='image', 4 words)"
+    assert state.x.dtype == torch.int32 and state.x_buffer.shape == (4, 2, 3, 4)
+    assert state.units == (2.0**-22, 2.0**-22)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latents_come_back_in_their_dtype(dtype):
+    x, y = latents(1, 3, 4, dtype=DTYPES[dtype])
+    for arithmetic in ("exact", "exact64"):
+        for got, want in zip(
+            exact_chain(3, arithmetic=arithmetic).state(x, y, end="image").latents(), (x, y), strict=True
+        ):
+            assert got.dtype == want.dtype and got.data_ptr() != want.data_ptr()
+            # half a unit of the lattice, and for narrow dtypes nothing at all
+            assert (got.double() - want.double()).abs().max() <= (2.0**-23 if arithmetic == "exact" else 2.0**-37)
+            assert dtype in ("fp32", "fp64") or torch.equal(got, want)
+
+
+def test_a_tied_start_and_a_strided_one():
+    chain = exact_chain(3)
+    x = latents(2, 3, 4, 5, dtype=torch.float32)[0].to(memory_format=torch.channels_last)
+    tied = chain.state(x)
+    assert torch.equal(tied.x, tied.y) and tied.x.is_contiguous()
+    assert tied.equals(chain.state(x.contiguous(), x.contiguous()))
+
+
+def test_equality_is_of_every_bit(state):
+    assert state.equals(state) and state.equals(state.with_words(9)) and state.with_words(9).equals(state)
+    for name in ("x", "y", "x_buffer", "y_buffer"):
+        changed = getattr(state, name).clone()
+        changed.view(-1)[-1] += 1
+        assert not state.equals(replace(state, **{name: changed}))
+    assert not state.equals(replace(state, end="noise"))
+    assert not state.equals(replace(state, fingerprint="another"))
+    assert not state.equals(replace(state, latents_dtype=torch.float16))
+    assert not state.equals(replace(state, **{name: getattr(state, name)[..., :1] for name in ("x", "y")}))
+    with pytest.raises(TypeError, match="other: expected a LatticeState, got Tensor"):
+        state.equals(state.x)
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "exact64"])
+def test_a_saved_state_goes_on(tmp_path, arithmetic):
+    chain = exact_chain(6, arithmetic=arithmetic)
+    start = chain.state(*latents(1, 3, 4, dtype=torch.bfloat16))
+    reached = chain.forward_state(start)
+    reached.save(tmp_path / "state.safetensors")
+    loaded = LatticeState.load(tmp_path / "state.safetensors")
+    assert loaded.equals(reached) and loaded.units == reached.units and loaded.latents_dtype == torch.bfloat16
+    assert exact_chain(6, arithmetic=arithmetic).inverse_state(loaded).equals(start)
+
+
+def test_another_prompt_is_not_another_lattice(state):
+    chain = exact_chain(5, guidance_scale=1.0)
+    assert chain.inverse_state(state).end == "noise"
+
+
+def test_states_carry_no_gradient_and_leave_the_callers_tensors_alone():
+    chain = exact_chain(3)
+    x, y = latents(1, 3, 4, grad=True)
+    state = chain.state(x, y)
+    before = [t.clone() for t in state.tensors()]
+    chain.forward_state(state)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before, strict=True))
+    assert not any(latent.requires_grad for latent in state.latents())
+    assert state.to("cpu").equals(state)
+
+
+def test_what_chains_refuse(state):
+    chain = exact_chain(5)
+    with pytest.raises(
+        ValueError, match=r"expected one at the noise's end, got one at the image's; use chain.inverse_state"
+    ):
+        chain.forward_state(state)
+    with pytest.raises(ValueError, match=r"expected one at the image's end, .* use chain.forward_state"):
+        chain.inverse_state(chain.inverse_state(state))
+    with pytest.raises(TypeError, match=r"state: expected a LatticeState, got Tensor; use chain.state\(x, y\)"):
+        chain.forward_state(state.x)
+    others = [
+        exact_chain(6),
+        exact_chain(5, mix_weight=0.94),
+        exact_chain(5, arithmetic="exact64"),
+        exact_chain(5, prediction_type="v_prediction"),
+        exact_chain(5, state_dtype=torch.float32),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="another schedule, mix_weight, state_dtype or arithmetic"):
+            other.inverse_state(state)
+    plain = tiny_chain(5)
+    for call in (lambda: plain.state(*latents(1, 3, 4)), lambda: plain.inverse_state(state)):
+        with pytest.raises(
+            ValueError, match=r'need exact arithmetic, and this chain has "float"; .*arithmetic="exact"'
+        ):
+            call()
+    with pytest.raises(ValueError, match="end: expected one of 'noise', 'image', got 'middle'"):
+        chain.state(*latents(1, 3, 4), end="middle")
+    with pytest.raises(ValueError, match="x: expected finite latents"):
+        chain.state(torch.full((1, 3), float("nan")))
+
+
+def test_damaged_files(state, tmp_path):
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    tensors = load_file(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+
+    def refused(match, tensors=tensors, **changes):
+        save_file({k: v for k, v in tensors.items() if v is not None}, path, {**metadata, **changes})
+        with pytest.raises(ValueError, match=match):
+            LatticeState.load(path)
+
+    refused("expected a doodl_fast.LatticeState of version 1, got weights of version 1", format="weights")
+    refused("version 1, got doodl_fast.LatticeState of version 2", version="2")
+    refused("damaged LatticeState: end: expected one of", end="middle")
+    refused("damaged LatticeState: ", units="1.0")
+    refused("damaged LatticeState: 'fp8'", latents_dtype="fp8")
+    refused("expected the tensors x, y, x_buffer, y_buffer, got x", {**tensors, "y_buffer": None})
+    refused("int32 or int64 alike", {**tensors, "y": tensors["y"].long()})
+    refused("in the lattice's range", {**tensors, "x": torch.full_like(tensors["x"], -(2**31))})
+    refused("buffers of int32 >= 0", {**tensors, "x_buffer": -1 - tensors["x_buffer"]})
+    refused("buffers of int32 >= 0", {**tensors, "y_buffer": tensors["y_buffer"][:2]})
+    path.write_bytes(b"no safetensors at all")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        LatticeState.load(path)
+    with pytest.raises(OSError, match="nowhere"):
+        LatticeState.load(tmp_path / "nowhere")

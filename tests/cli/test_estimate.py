@@ -1,0 +1,74 @@
+"""The estimate on the meta device: known sizes, what fits, and agreement with a measured run."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_pipeline
+import torch
+from conftest import sd_scheduler
+
+from doodl_fast import cli
+from doodl_fast.cli.estimate import CARDS, estimate
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return estimate("sd15", 512, torch.float16)
+
+
+def test_stable_diffusion_15(sd15):
+    """Sizes against those of the published model: 860 M and 84 M parameters."""
+    assert sd15.unet_weights == pytest.approx(2 * 859.5e6, rel=1e-3)
+    assert sd15.vae_weights == pytest.approx(2 * 83.65e6, rel=1e-3)
+    assert sd15.weights + sd15.smallest.peak <= 4 * GIB
+    assert sd15.weights + sd15.naive > 140 * GIB
+    assert sd15.per_step < 5 * GIB
+    assert sd15.growth == 2 * 4 * 64 * 64 * 8
+    assert sd15.blocks.graph < sd15.plain.graph / 4 and sd15.decoders[1] < 0.6 * sd15.decoders[0]
+
+
+def test_what_fits_on_which_card(sd15):
+    text = str(sd15)
+    lines = text.splitlines()[-len(CARDS) :]
+    assert [int(line.split()[0]) for line in lines] == list(CARDS) and not any("does not fit" in line for line in lines)
+    plans = [sd15.plan(card * GIB) for card in CARDS]
+    assert [plan.recomputed for plan in plans] == sorted((plan.recomputed for plan in plans), reverse=True)
+    assert all(sd15.weights + plan.peak <= card * GIB for plan, card in zip(plans, CARDS, strict=True))
+    assert sd15.plan(sd15.weights + sd15.smallest.peak - 1) is None
+    assert sd15.plan(200 * GIB).recomputed == 0
+
+
+def test_sdxl_fits_24_gb(capsys):
+    assert cli.main(["profile", "--estimate", "sdxl", "--resolution", "1024", "--dtype", "fp16"]) == 0
+    cards = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " GB  " in line}
+    assert "does not fit" in cards["12"] and "of all evaluations" in cards["24"]
+
+
+def test_a_folder_and_a_measured_run(tmp_path):
+    """What the meta device tells of a pipeline is what its run takes on the CPU, but for attention, which is fused."""
+    from doodl_fast import EDICT, Denoiser, Schedule
+
+    pipe = tiny_pipeline.stable_diffusion(tmp_path / "words")
+    pipe.save_pretrained(tmp_path / "sd")
+    found = estimate(tmp_path / "sd", None, torch.float32, steps=4)
+    cond = torch.zeros(1, 77, 16)
+    chain = EDICT(Denoiser(pipe.unet, cond, cond), Schedule.from_scheduler(sd_scheduler(), 4), memory="auto")
+    plan = chain.make_plan(torch.zeros(1, 4, 16, 16))
+    assert found.workload.fastest(GIB).peak == pytest.approx(plan.peak, rel=0.15)
+    assert found.naive == pytest.approx(plan.peak * 8 / 6, rel=0.15)  # eight evaluations instead of six
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--estimate", "sd3"], "model: expected one of sd15, sdxl or a diffusers folder with unet/config.json in it"),
+        (["--estimate", "sd15", "--resolution", "513"], "resolution: expected a positive multiple of 8, got 513"),
+        (["--steps", "0"], "--steps: expected numbers of at least 1, got 0"),
+        (["--against", "naive,fast"], "--against: expected some of naive, checkpoint, reference=DIR, got 'fast'"),
+    ],
+)
+def test_refusals(options, message, capsys):
+    assert cli.main(["profile", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,67 @@
+"""Where modules live: who may import whom, which names may coincide, and the old names that still work."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import doodl_fast
+from doodl_fast import _moved
+
+PACKAGE = Path(doodl_fast.__file__).parent
+ROOT = PACKAGE.parent
+PACKAGES = [info.name for info in pkgutil.walk_packages([str(PACKAGE)], "doodl_fast.") if info.ispkg]
+
+
+def test_packages_import_only_what_lies_below_them():
+    pytest.importorskip("importlinter")
+    code = "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command([]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_programs_and_solvers_know_no_network():
+    """A program is a list of numbers. Neither it nor the kernels' package may need diffusers."""
+    for path in [
+        PACKAGE / "chain" / "program.py",
+        *(PACKAGE / "ops").rglob("*.py"),
+        *(PACKAGE / "chain").rglob("*.py"),
+    ]:
+        imported = {
+            alias.name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert not imported & {"diffusers", "transformers"}, path
+        assert path.name != "program.py" or "torch" not in imported
+
+
+@pytest.mark.parametrize("package", ["doodl_fast", *PACKAGES])
+def test_no_public_name_is_also_a_module(package):
+    """Whichever is imported last would hide the other: `doodl_fast.compat.install` was a function, then a module."""
+    module = importlib.import_module(package)
+    modules = {info.name for info in pkgutil.iter_modules(module.__path__)}
+    for name in modules & set(getattr(module, "__all__", ())):
+        assert getattr(module, name) is importlib.import_module(f"{package}.{name}"), name
+
+
+@pytest.mark.parametrize("old", sorted(_moved.MOVED))
+def test_old_names_work_and_say_what_is_new(old):
+    code = (
+        "import warnings, importlib\n"
+        "warnings.simplefilter('always')\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        f"    old = importlib.import_module('doodl_fast.{old}')\n"
+        f"new = importlib.import_module('doodl_fast.{_moved.MOVED[old]}')\n"
+        "assert old is new and new.__spec__.name == new.__name__, (old, new.__spec__)\n"
+        f"assert any('doodl_fast.{_moved.MOVED[old]}' in str(w.message) for w in caught), caught\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
