@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..chain.chain import Memory
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.pipeline import Decoder, encode_prompt, to_pil, vae_scale_factor
+from ..diffusion.pipeline import Decoder, encode_prompt, vae_scale_factor
 from .conditioning import Sampler, default_pipeline, pipeline_schedule
 from .gen_modes import GenResult, LossFn, sample, traverse
 from .losses import aesthetic_loss_fn, clip_loss_fn, fgvc_loss_fn, symmetry_loss_fn
+from .options import Options
 from .quirks import Quirks
 from .schedule import DEFAULT
 from .start import initial_noise, seed_everything
-
-GUIDANCE_TYPES = ("CLIP", "fgvc", "aesthetic", "symmetry")
 
 
 def gen(
@@ -90,104 +86,6 @@ def gen(
         values["pipeline"] = default_pipeline()
     values["use_momentum"] = use_momentum or use_nesterov
     return _run(Options(**values))
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `gen`, checked."""
-
-    cond_prompt: str
-    model_guidance_type: str
-    model_guidance_dict: Mapping[str, Any]
-    save_str: str | None
-    grad_scale: float
-    sd_guidance_scale: float
-    use_cutouts: bool
-    num_cuts: int
-    cut_power: float
-    latent_seed: int | None
-    seed: int
-    steps: int
-    mix_weight: float
-    null_prompt: str
-    single_variable: bool
-    latent_traversal: bool
-    num_traversal_steps: int
-    save_interval: int
-    one_step_baseline: bool
-    tied_latents: bool
-    use_momentum: bool
-    use_nesterov: bool
-    renormalize_latents: bool
-    optimize_first_edict_image_only: bool
-    opt_t: int | None
-    perturb_grad_scale: float
-    clip_grad_val: float | None
-    source_im: Any
-    pipeline: Any
-    quirks: Quirks
-    folder: str | Path
-    size: int
-    memory: Memory
-    progress: bool
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_traversal_steps", 1), ("save_interval", 1), ("opt_t", 0)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
-        factor = vae_scale_factor(self.pipeline.vae)
-        if self.size < factor or self.size % factor:
-            raise ValueError(
-                f"size: expected a positive multiple of {factor} (the VAE's scale factor), got {self.size!r}"
-            )
-        if not math.isfinite(self.grad_scale):
-            raise ValueError(f"grad_scale: expected a finite number, got {self.grad_scale!r}")
-        if self.model_guidance_type not in GUIDANCE_TYPES and self.grad_scale:
-            known = ", ".join(map(repr, GUIDANCE_TYPES))
-            raise ValueError(f"model_guidance_type: expected one of {known}, got {self.model_guidance_type!r}")
-        if self.clip_grad_val is not None and not self.clip_grad_val > 0:
-            raise ValueError(f"clip_grad_val: expected a positive number, or None, got {self.clip_grad_val!r}")
-        if not self.perturb_grad_scale >= 0:
-            raise ValueError(f"perturb_grad_scale: expected a number of at least 0, got {self.perturb_grad_scale!r}")
-        self._check_modes()
-
-    def _check_modes(self) -> None:
-        if self.latent_traversal and self.single_variable:
-            raise ValueError(
-                "single_variable: expected latent_traversal=False with it: one variable cannot be undone, so its chain "
-                "has no gradient at constant memory; leave it out to optimise latents"
-            )
-        if self.latent_traversal and self.one_step_baseline and not self.quirks.ignored_one_step_baseline:
-            raise ValueError(
-                "one_step_baseline: expected latent_traversal=False with it, which it has no effect without"
-            )
-        sampled_from_noise = not self.latent_traversal and self.source_im is None
-        if sampled_from_noise and self.opt_t is not None and not self.quirks.ignored_opt_t:
-            raise ValueError(
-                "opt_t: expected latent_traversal=True or source_im with it, which it has no effect without"
-            )
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.pipeline.unet.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the latents."""
-        dtype: torch.dtype = self.pipeline.unet.dtype
-        return dtype
-
-    def save(self, image: Tensor, step: int | None = None) -> list[Path]:
-        """Saves a picture (1, 3, H, W), of an optimisation step or the only one; returns its file, if it has a name."""
-        if not self.save_str:
-            return []
-        name = self.save_str if step is None else self.save_str.replace(".png", f"_{step}.png")
-        file = Path(self.folder) / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        to_pil(image)[0].save(file)
-        return [file]
 
 
 @torch.no_grad()

@@ -20,13 +20,13 @@ from ..optimization.loop import Objective, Result, Run, StepInfo, descend
 from ..optimization.update import UpdateSettings
 from ..solvers.edict import ddim_coefficients
 from .conditioning import ChainGuidance, Sampler
+from .options import Options
 from .start import encode_source
 from .updates import ReferenceUpdate
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .gen import Options
 
 Pair = tuple[Tensor, Tensor]
 LossFn = Callable[[Tensor], Tensor]

@@ -17,7 +17,7 @@ from ..chain.program import Coupling, compact, invert
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.networks import as_tensor
 from ..solvers.edict import ddim_coefficients
-from .noise import LayerNoise
+from .noise import LayerNoise, NoiseLayer
 from .operations import Mix, Step
 from .quirks import Quirks
 from .reversible import Operation, ReversibleLayer, Values, apply
@@ -26,7 +26,7 @@ from .schedule import DEFAULT, ReferenceScheduler, levels
 Number = int | float | Tensor
 
 
-class SteppingLayer(ReversibleLayer):
+class SteppingLayer(NoiseLayer):
     """One EDICT step: `i, t, latent_pair = s(i, t, latent_pair)`; `s.inverse` undoes it.
 
     unet: a diffusers UNet, or any module with its calling convention. embedding_uc, embedding_c: (1, L, D), or with the

@@ -1,37 +1,67 @@
-"""A layer's `predict_noise` as the engine's evaluator."""
+"""The noise that a layer's `predict_noise` predicts, in the form in which a chain asks for it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..chain.evaluator import Evaluator
 from ..diffusion.networks import FLOAT_DTYPES, as_tensor, frozen
-from .reversible import Values
+from .quirks import Quirks
+from .reversible import ReversibleLayer, Values
 from .schedule import get_alpha_and_beta
 
-if TYPE_CHECKING:
-    from .layers import SteppingLayer
+
+class NoiseLayer(ReversibleLayer):
+    """A layer that predicts the noise in a latent by its method `predict_noise`.
+
+    Attributes:
+        scheduler: The scheduler whose timesteps the layer is called at.
+        clip_cond_fn: A function `(latent, t, scheduler=) -> gradient`, or None. `sqrt(1 - alpha)` times the gradient is
+            subtracted from the predicted noise.
+        quirks: Which peculiarities of the reference are reproduced.
+    """
+
+    scheduler: Any
+    clip_cond_fn: Callable[..., Tensor] | None
+    quirks: Quirks
+
+    def predict_noise(self, latent: Tensor, t: Tensor, *extra: Any) -> Tensor:
+        """Returns the noise in `latent`, in its shape."""
+        raise NotImplementedError
 
 
-class LayerNoise:
-    """`layer.predict_noise(x, t, *extra)`, less what `clip_cond_fn` asks for. extra: what followed the pair."""
+class LayerNoise(Evaluator):
+    """An evaluator that calls `layer.predict_noise(x, t, *extra)` and subtracts what `clip_cond_fn` asks for.
 
-    def __init__(self, layer: SteppingLayer, extra: Values) -> None:
+    Args:
+        layer: The layer. Its weights are treated as constants.
+        extra: What the layer was given after the pair of latents. The tensors among it can be differentiated.
+    """
+
+    def __init__(self, layer: NoiseLayer, extra: Values) -> None:
         self.layer, self.extra = layer, extra
         self.places = [place for place, value in enumerate(extra) if isinstance(value, Tensor)]
 
     def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors among the further inputs."""
         return tuple(self.extra[place] for place in self.places)
 
+    def weights(self) -> tuple[tuple[str, Tensor], ...]:
+        """The names and tensors of all parameters and buffers of the layer."""
+        return (*self.layer.named_parameters(), *self.layer.named_buffers())
+
     def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the layer's first floating weight, or that of the latents where there is none."""
         dtypes = (weight.dtype for weight in self.layer.parameters() if weight.dtype in FLOAT_DTYPES)
         return next(dtypes, latents_dtype)
 
     def running(self) -> contextlib.AbstractContextManager[None]:
+        """The context of a run, in which the layer's weights do not require grad."""
         return frozen(self.layer)
 
     def __call__(
@@ -41,6 +71,14 @@ class LayerNoise:
         tensors: Sequence[Tensor] | None = None,
         latents_dtype: torch.dtype | None = None,
     ) -> Tensor:
+        """Returns the noise in x at timestep t, in the shape and dtype of x.
+
+        Args:
+            x: The latents, of shape (B, C, ...).
+            t: The timestep.
+            tensors: What is used instead of `tensors()`.
+            latents_dtype: The dtype in which `clip_cond_fn` is given the latents; that of x by default.
+        """
         extra = list(self.extra)
         for place, tensor in zip(self.places, self.tensors() if tensors is None else tensors, strict=True):
             extra[place] = tensor

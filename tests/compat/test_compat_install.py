@@ -163,6 +163,26 @@ def test_uninstall_takes_everything_back(existing):
     assert theirs.unet.text.bias.requires_grad and not frozen.requires_grad
 
 
+ORDERS = {
+    "install first": ["install", "uninstall", "install", "install", "uninstall", "uninstall", "install"],
+    "uninstall first": ["uninstall", "uninstall", "install", "uninstall", "install", "install", "uninstall"],
+}
+
+
+@pytest.mark.parametrize("before", ["", "import doodl_fast.compat.installer", "from doodl_fast.compat import install"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_install_and_uninstall_in_any_order(before, order):
+    """In a fresh process, both names stay functions, and each call decides what `import memcnn` gives."""
+    code = ["import sys", before, "import doodl_fast.compat as compat"]
+    for name in ORDERS[order]:
+        code += [f"compat.{name}()", f"assert ('memcnn' in sys.modules) is {name == 'install'}"]
+    code += [
+        "from doodl_fast.compat import install, uninstall",
+        "assert install is compat.install and uninstall is compat.uninstall",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(code)], check=True)
+
+
 def test_uninstall_before_the_import(existing):
     install()
     uninstall()
