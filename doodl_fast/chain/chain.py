@@ -17,7 +17,7 @@ from torch import Tensor
 from .arithmetic import Arithmetic, Floats
 from .autograd import ChainFunction
 from .checks import Trust
-from .evaluator import Evaluator, block_evaluator, insists_on_vjps
+from .evaluator import Evaluator, as_evaluator
 from .exact.arithmetic import Exact
 from .exact.lattice import WIDTHS, Lattice, grown, to_lattice
 from .exact.state import ENDS, LatticeState, check_state, state_of
@@ -84,7 +84,7 @@ class Chain:
             raise ValueError(f"state_dtype: expected torch.float32, torch.float64 or None, got {state_dtype!r}")
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic: expected one of {', '.join(map(repr, ARITHMETICS))}, got {arithmetic!r}")
-        self.evaluator = evaluator
+        self.evaluator = as_evaluator(evaluator)
         self._arithmetic = arithmetic
         self._lattice = None if arithmetic == "float" else to_lattice(program, arithmetic)
         self.program: Program = tuple(program) if self._lattice is None else self._lattice.program
@@ -205,7 +205,7 @@ class Chain:
         y = x if y is None else y
         tensors = self.evaluator.tensors()
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *tensors))
-        if differentiable and self.memory == "naive" and insists_on_vjps(self.evaluator):
+        if differentiable and self.memory == "naive" and self.evaluator.insists_on_vjps:
             raise ValueError(
                 'memory: "naive" differentiates the very calls that it ran, so it cannot take VJPs in vjp_dtype; use '
                 '"checkpoint" or a Denoiser with vjp_dtype=None'
@@ -251,7 +251,7 @@ class Chain:
         whole = Plan(0, "checkpoint", False, 0, 0, 0, 0)
 
         def blocks() -> Run | None:
-            lean = block_evaluator(self.evaluator)
+            lean = self.evaluator.for_blocks()
             return None if lean is None else self._plan(x, inverse, True, replace(whole, blocks=True))
 
         return self._plan(x, inverse, True, whole), x, blocks
@@ -293,7 +293,7 @@ class Chain:
         evaluator, memory, graphs = self.evaluator, self.memory, 0
         if plan is not None:
             memory, graphs = plan.states, plan.graphs
-            evaluator = (block_evaluator(evaluator) if plan.blocks else None) or evaluator
+            evaluator = (evaluator.for_blocks() if plan.blocks else None) or evaluator
         return Run.plan(evaluator, program, memory, x, state_dtype, arithmetic, store, self._trust, graphs)
 
 

@@ -1,25 +1,144 @@
-"""What the engine asks of the function f in a coupling."""
+"""`Evaluator`: what a chain asks of the function f in its couplings, `target <- a target + c source + b f(source, t)`.
+
+`Denoiser` is the usual one. To put another function into a chain, derive from `Evaluator` and define `__call__`; every
+other method has a default that suits a plain function without weights.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-Raw = Callable[..., tuple[Tensor, float | None]]
 
+class Evaluator(ABC):
+    """The function f of a chain's couplings, with everything that its gradient needs to know of it.
 
-class Evaluator(Protocol):
-    """f(x, tag), as `Denoiser` and the one-step guidance have it.
+    A backward pass evaluates f again, so f must return the same value whenever it is given the same arguments.
 
-    It may also have `raw`, with the arguments of `__call__`, which returns the network's own output and g: f(x, tag) of
-    any dtype and None, or [u; v] of twice the batch and the g in `f = u + g (v - u)`. The combination, its cast and
-    those of their cotangents are then left to the fused ops. A subclass that overrides `__call__` alone is called by
-    it.
+    Example:
+        >>> class Decay(Evaluator):
+        ...     def __call__(self, x, t, tensors=None, latents_dtype=None):
+        ...         return -x
+        >>> chain = Chain(Decay(), [Coupling(0, b=0.1, tag=t) for t in range(10)])
     """
+
+    _raw_is_current: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._raw_is_current = _raw_is_current(cls)
+
+    @abstractmethod
+    def __call__(
+        self,
+        x: Tensor,
+        t: Any,
+        tensors: Sequence[Tensor] | None = None,
+        latents_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Evaluates f.
+
+        Args:
+            x: The source of the coupling, (B, C, ...), in the dtype of the chain's state.
+            t: The coupling's tag, a timestep for instance.
+            tensors: Used in place of what `tensors()` returns, in that order; None means those themselves.
+            latents_dtype: The dtype of the latents that the caller gave to the chain; None means x's.
+
+        Returns:
+            f(x, t), of x's shape and dtype.
+        """
+
+    def raw(
+        self,
+        x: Tensor,
+        t: Any,
+        tensors: Sequence[Tensor] | None = None,
+        latents_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, float | None]:
+        """The network's own output, for the fused operators to cast and combine; arguments as in `__call__`.
+
+        A subclass that overrides `__call__` alone is evaluated by its `__call__`: an inherited `raw` would bypass it.
+
+        Returns:
+            Either (f, None), where f has any floating dtype, or ([u; v], g), where the two halves of a batch of 2B are
+            combined to `f = u + g (v - u)` (classifier-free guidance, arXiv 2207.12598).
+        """
+        return self(x, t, tensors, latents_dtype), None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors besides x that f depends on, weights excepted. Those that require grad are given gradients."""
+        return ()
+
+    def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the network computes in. Where it is fp16 or bf16 the engine scales the cotangents."""
+        return latents_dtype
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """A context that every forward run and every backward pass enters."""
+        return contextlib.nullcontext()
+
+    def for_vjp(self) -> Evaluator | None:
+        """Another evaluator of the same function whose VJPs are to be taken instead of this one's, or None."""
+        return None
+
+    @property
+    def insists_on_vjps(self) -> bool:
+        """Whether the caller asked for the VJPs of `for_vjp` by name, so that plain autograd must be refused."""
+        return False
+
+    def for_blocks(self) -> Evaluator | None:
+        """The same function by a network that checkpoints its blocks, or None if it has no blocks that can be."""
+        return None
+
+    def weights(self) -> tuple[tuple[str, Tensor], ...]:
+        """The name and the tensor of every parameter and every buffer that f depends on."""
+        return ()
+
+
+def raw_output(
+    evaluator: Evaluator, x: Tensor, t: Any, tensors: Sequence[Tensor] | None, latents_dtype: torch.dtype | None
+) -> tuple[Tensor, float | None]:
+    """What `evaluator.raw` returns, or `(evaluator(...), None)` if its class overrides `__call__` alone."""
+    if evaluator._raw_is_current:
+        return evaluator.raw(x, t, tensors, latents_dtype)
+    return evaluator(x, t, tensors, latents_dtype), None
+
+
+def _raw_is_current(cls: type) -> bool:
+    """Whether `raw` is defined by the same class as `__call__`, or by one nearer to `cls`."""
+    for base in cls.__mro__:
+        if "raw" in vars(base):
+            return base is not Evaluator
+        if "__call__" in vars(base):
+            return False
+    return False
+
+
+def as_evaluator(function: Any) -> Evaluator:
+    """`function` itself if it is an `Evaluator`; else an adapter around an object that has some of its methods.
+
+    Raises:
+        TypeError: If `function` is not callable.
+    """
+    if isinstance(function, Evaluator):
+        return function
+    if not callable(function):
+        raise TypeError(
+            f"evaluator: expected an Evaluator, or an object with its methods, got {type(function).__name__}"
+        )
+    return (_AdaptedRaw if _raw_is_current(type(function)) else _Adapted)(function)
+
+
+class _Adapted(Evaluator):
+    """Gives an object that merely has methods of `Evaluator` the defaults of those that it lacks."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
 
     def __call__(
         self,
@@ -28,47 +147,45 @@ class Evaluator(Protocol):
         tensors: Sequence[Tensor] | None = None,
         latents_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """f(x, tag) in x's shape and dtype, with `tensors` in place of its own; the same value at every call."""
-        ...
+        return cast(Tensor, self.function(x, t, tensors, latents_dtype))
+
+    def _method(self, name: str) -> Any:
+        """The object's own method of that name, else the default."""
+        return getattr(self.function, name, None) or getattr(super(), name)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The other tensors it depends on; those that require grad are given gradients."""
-        ...
+        return cast("tuple[Tensor, ...]", self._method("tensors")())
 
     def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
-        """The dtype it computes in (cotangents are scaled for fp16 and bf16)."""
-        ...
+        return cast(torch.dtype, self._method("compute_dtype")(latents_dtype))
 
     def running(self) -> contextlib.AbstractContextManager[None]:
-        """Entered for the length of a forward or backward run."""
-        ...
+        return cast("contextlib.AbstractContextManager[None]", self._method("running")())
+
+    def for_vjp(self) -> Evaluator | None:
+        other = self._method("for_vjp")()
+        return None if other is None else as_evaluator(other)
+
+    @property
+    def insists_on_vjps(self) -> bool:
+        return getattr(self.function, "vjp_dtype", None) not in (None, "auto")
+
+    def for_blocks(self) -> Evaluator | None:
+        other = self._method("for_blocks")()
+        return None if other is None else as_evaluator(other)
+
+    def weights(self) -> tuple[tuple[str, Tensor], ...]:
+        return cast("tuple[tuple[str, Tensor], ...]", self._method("weights")())
 
 
-def vjp_evaluator(evaluator: Evaluator) -> Evaluator | None:
-    """What the evaluator wants its VJPs taken of instead of itself: its `for_vjp()`, if it has one."""
-    method = getattr(evaluator, "for_vjp", None)
-    other: Evaluator | None = None if method is None else method()
-    return other
+class _AdaptedRaw(_Adapted):
+    """The same for an object that has a `raw` of its own."""
 
-
-def block_evaluator(evaluator: Evaluator) -> Evaluator | None:
-    """The evaluator whose graphs hold the inputs of its network's blocks alone: its `for_blocks()`, if it has one."""
-    method = getattr(evaluator, "for_blocks", None)
-    other: Evaluator | None = None if method is None else method()
-    return other
-
-
-def raw_method(evaluator: Evaluator) -> Raw | None:
-    """The evaluator's `raw`, unless a class nearer than the one that has it overrides `__call__` alone."""
-    for cls in type(evaluator).__mro__:
-        if "raw" in vars(cls):
-            raw: Raw = evaluator.raw  # type: ignore[attr-defined]
-            return raw
-        if "__call__" in vars(cls):
-            break
-    return None
-
-
-def insists_on_vjps(evaluator: Evaluator) -> bool:
-    """Whether plain autograd through the evaluator would not be what its `vjp_dtype`, if it has one, asks for."""
-    return getattr(evaluator, "vjp_dtype", None) not in (None, "auto")
+    def raw(
+        self,
+        x: Tensor,
+        t: Any,
+        tensors: Sequence[Tensor] | None = None,
+        latents_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, float | None]:
+        return cast("tuple[Tensor, float | None]", self.function.raw(x, t, tensors, latents_dtype))

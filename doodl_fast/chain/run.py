@@ -22,7 +22,7 @@ from torch import Tensor
 from . import arithmetic
 from .arithmetic import Arithmetic, Eps, Group
 from .checks import Trust, Watch, distance
-from .evaluator import Evaluator, Raw, raw_method, vjp_evaluator
+from .evaluator import Evaluator, raw_output
 from .program import Coupling, Program, step_boundaries
 
 Memory = str | int
@@ -45,7 +45,6 @@ class Run:
     """Everything that one run and its gradient share. It holds no latents: those go through autograd's own storage."""
 
     evaluator: Evaluator
-    raw: Raw | None
     program: Program
     groups: tuple[Group, ...]
     stores: bool
@@ -92,11 +91,10 @@ class Run:
             network_dtype = autocast["dtype"]
         groups = arithmetic.group(program, anchors or ())
         calling = [group.end for group in groups if group.calls_network]
-        if not store or vjp_evaluator(evaluator) is not None:
+        if not store or evaluator.for_vjp() is not None:
             graphs = 0
         return cls(
             evaluator=evaluator,
-            raw=raw_method(evaluator),
             program=program,
             groups=groups,
             stores=store,
@@ -117,12 +115,12 @@ class Run:
 
     def for_vjp(self) -> Run:
         """This run with what the evaluator has its VJPs taken of, most often itself."""
-        other = vjp_evaluator(self.evaluator)
+        other = self.evaluator.for_vjp()
         if other is None:
             return self
         autocast = self.autocast and {**self.autocast, "enabled": False}
         dtype = other.compute_dtype(self.latents_dtype)
-        return replace(self, evaluator=other, raw=raw_method(other), network_dtype=dtype, autocast=autocast)
+        return replace(self, evaluator=other, network_dtype=dtype, autocast=autocast)
 
     def calling(self) -> contextlib.AbstractContextManager[Any]:
         """What a backward pass calls the network under: the autocast of the forward run."""
@@ -130,8 +128,7 @@ class Run:
 
     def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps:
         """f at a source, as the ops take it."""
-        arguments = (source, coupling.tag, tensors, self.latents_dtype)
-        eps = Eps(*self.raw(*arguments)) if self.raw is not None else Eps(self.evaluator(*arguments))
+        eps = Eps(*raw_output(self.evaluator, source, coupling.tag, tensors, self.latents_dtype))
         _check_value(eps, source)
         return eps
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chain.evaluator import Evaluator
 from .networks import (
     FLOAT_DTYPES,
     HALF_DTYPES,
@@ -28,7 +29,7 @@ _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
 AUTO = "auto"
 
 
-class Denoiser:
+class Denoiser(Evaluator):
     """`eps = denoiser(x, t)` with the conditions bound to it.
 
     unet: a diffusers UNet (anything whose forward takes `encoder_hidden_states`), called as
@@ -178,6 +179,17 @@ class Denoiser:
         other = copy.copy(self)
         other._checkpoints = True
         return other
+
+    @property
+    def insists_on_vjps(self) -> bool:
+        """Whether `vjp_dtype` names a dtype, which plain autograd through the network would not heed."""
+        return isinstance(self._vjp_dtype, torch.dtype)
+
+    def weights(self) -> tuple[tuple[str, Tensor], ...]:
+        """The name and the tensor of each of the network's parameters and buffers."""
+        if self._module is None:
+            return ()
+        return (*self._module.named_parameters(), *self._module.named_buffers())
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_map_only
 
 from ..chain.arithmetic import power_of_two
 from ..chain.chain import Chain
+from ..chain.evaluator import Evaluator
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedule import Schedule
 from ..solvers.edict import EDICT
 
 
-class OneStepGuidance:
+class OneStepGuidance(Evaluator):
     """A denoiser, `eps(x, t)`, that is pulled towards a lower loss; an evaluator for `Chain`, without gradients.
 
     At every call x0 is predicted from x by the unconditional network alone; the picture that is scored is decoded from

@@ -164,4 +164,4 @@ def release(device: torch.device) -> None:
 
 def relieved(run: Run, other: Run) -> Run:
     """`run`, half done, with the evaluator of a smaller one; the states it stored stay."""
-    return replace(run, evaluator=other.evaluator, raw=other.raw, graph_ends=frozenset())
+    return replace(run, evaluator=other.evaluator, graph_ends=frozenset())

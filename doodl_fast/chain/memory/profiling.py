@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..chain import Chain
-from ..evaluator import Evaluator, raw_method
+from ..evaluator import Evaluator, raw_output
 from .plan import format_bytes
 from .tracker import CudaMeter, Tracker, meter
 
@@ -126,7 +126,7 @@ def profile(chain: Chain, device: str | torch.device | None = None) -> Iterator[
             if not isinstance(seen, Tracker):
                 report.timeline.append((seconds, seen.held))
 
-        chain.evaluator = _marked(inner, mark)
+        chain.evaluator = _Marked(inner, mark)
         try:
             yield report
         finally:
@@ -139,42 +139,48 @@ def profile(chain: Chain, device: str | torch.device | None = None) -> Iterator[
                 report.timeline = seen.timeline or []
 
 
-class _Marked:
+class _Marked(Evaluator):
     """An evaluator whose calls are noted; all else is the inner one's."""
 
-    def __init__(self, inner: Evaluator, mark: Any) -> None:
+    def __init__(self, inner: Evaluator, mark: Callable[[], None]) -> None:
         self._inner, self._mark = inner, mark
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: Any, tensors: Sequence[Tensor] | None = None, latents_dtype: torch.dtype | None = None
+    ) -> Tensor:
         self._mark()
-        return self._inner(*args)
+        return self._inner(x, t, tensors, latents_dtype)
 
-    def for_vjp(self) -> Any:
-        return _marked_or_none(self._inner, "for_vjp", self._mark)
-
-    def for_blocks(self) -> Any:
-        return _marked_or_none(self._inner, "for_blocks", self._mark)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-class _MarkedRaw(_Marked):
-    """The same for one whose raw output the engine may have."""
-
-    def raw(self, *args: Any) -> Any:
+    def raw(
+        self, x: Tensor, t: Any, tensors: Sequence[Tensor] | None = None, latents_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, float | None]:
         self._mark()
-        return self._inner.raw(*args)  # type: ignore[attr-defined]
+        return raw_output(self._inner, x, t, tensors, latents_dtype)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._inner.tensors()
 
-def _marked(inner: Evaluator, mark: Any) -> Any:
-    return (_Marked if raw_method(inner) is None else _MarkedRaw)(inner, mark)
+    def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
+        return self._inner.compute_dtype(latents_dtype)
 
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        return self._inner.running()
 
-def _marked_or_none(inner: Evaluator, name: str, mark: Any) -> Any:
-    method = getattr(inner, name, None)
-    other = None if method is None else method()
-    return None if other is None else _marked(other, mark)
+    def for_vjp(self) -> Evaluator | None:
+        return self._marked(self._inner.for_vjp())
+
+    @property
+    def insists_on_vjps(self) -> bool:
+        return self._inner.insists_on_vjps
+
+    def for_blocks(self) -> Evaluator | None:
+        return self._marked(self._inner.for_blocks())
+
+    def weights(self) -> tuple[tuple[str, Tensor], ...]:
+        return self._inner.weights()
+
+    def _marked(self, other: Evaluator | None) -> Evaluator | None:
+        return None if other is None else _Marked(other, self._mark)
 
 
 def thinned(timeline: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
