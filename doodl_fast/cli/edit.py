@@ -183,8 +183,7 @@ def _said(report: dict[str, Any], same: bool, out: Path) -> str:
 
 
 def _open(path: Path) -> Image.Image:
-    from ..diffusion.pipeline import to_pil
-    from ..guidance.clip import open_picture
+    from ..diffusion.images import open_picture, to_pil
 
     return to_pil(open_picture(path))[0]
 
@@ -201,7 +200,7 @@ def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _tensor(picture: Image.Image) -> Tensor:
-    from ..guidance.clip import open_picture
+    from ..diffusion.images import open_picture
 
     return open_picture(picture)
 

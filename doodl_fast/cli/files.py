@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def write_picture(path: Path, images: Tensor) -> None:
     """The first of images (B, 3, H, W) in [-1, 1], as PNG."""
-    from ..diffusion.pipeline import to_pil
+    from ..diffusion import images as pictures
 
-    replace(path, lambda partial: to_pil(images[:1])[0].save(partial, format="PNG"))
+    pictures.write_picture(path, images[:1])
 
 
 def write_json(path: Path, value: Any) -> None:

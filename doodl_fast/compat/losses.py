@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..diffusion.images import open_picture, read_picture
 from ..guidance import Classifier, ClipText, Symmetry, random_cutouts, spherical_distance
 from ..guidance import aesthetic as scores
 from ..guidance.classifier import load_classifier
-from ..guidance.clip import ClipGuide, image_features, load_clip, open_picture
+from ..guidance.clip import ClipGuide, image_features, load_clip
 from ..guidance.cutouts import check_images, unit_range
 from .quirks import Quirks
 
@@ -269,11 +270,11 @@ def _shared(views: Sequence[View], im_pix: Tensor) -> list[Tensor]:
 
 def _mean_direction(guide: ClipGuide, pictures: Sequence[Any], quirks: Quirks) -> Tensor:
     """(1, D): the mean of the pictures' embeddings, normalised."""
-    from PIL import Image
-
     squares = []
     for picture in pictures:
-        opened = Image.open(picture) if isinstance(picture, (str, Path)) else picture
+        opened = picture
+        if isinstance(picture, (str, Path)):
+            opened = read_picture(picture, "clip_viz_paths", upright=False)
         if quirks.skipped_grey_guides and len(opened.getbands()) == 1:
             warnings.warn(f"clip_viz_paths: {picture} is greyscale, and left out", stacklevel=3)
             continue

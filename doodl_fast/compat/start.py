@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diffusion.images import eight_bits, read_upright
 from ..diffusion.pipeline import Decoder
-from ..guidance.clip import read_upright
 from .quirks import Quirks
 
 
@@ -45,6 +45,7 @@ def source_pixels(source: Any, size: int, quirks: Quirks) -> Tensor:
         source = read_upright(source, "source_im")
     if not isinstance(source, Image.Image):
         raise TypeError(f"source_im: expected a file or a PIL picture, got {type(source).__name__}")
+    source = eight_bits(source, "source_im")
     if source.mode not in ("RGB", "RGBA"):
         source = source.convert("RGBA" if source.has_transparency_data else "RGB")
     width, height = source.size

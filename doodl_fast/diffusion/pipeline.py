@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .images import check_images, to_pil
 from .networks import blocks_checkpointed, check_source, frozen, has_blocks, loading, run_in_dtype
 
-if TYPE_CHECKING:
-    from PIL import Image
-
+__all__ = ["Decoder", "encode_prompt", "initial_latents", "load_pipeline", "to_pil", "vae_scale_factor"]
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -197,7 +196,7 @@ class Decoder:
 
         Differentiable in the latents. Raises ValueError for another shape, and when the VAE overflows in fp16.
         """
-        self._check(latents, "latents", self.vae.config.latent_channels)
+        check_images(latents, "latents", self.vae.config.latent_channels)
         scale, shift = self._affine(latents)
         images = run_in_dtype(self._decode, (latents - shift) / scale, self.vae.dtype)
         if self.vae.dtype == torch.float16 and torch.isfinite(latents).all() and not torch.isfinite(images).all():
@@ -213,7 +212,7 @@ class Decoder:
 
         generator: of the sample. H and W must be multiples of the VAE's scale factor (ValueError).
         """
-        self._check(images, "images", 3)
+        check_images(images)
         factor = vae_scale_factor(self.vae)
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(f"images: expected height and width in multiples of {factor}, got {tuple(images.shape)}")
@@ -250,20 +249,3 @@ class Decoder:
             means, deviations = (like.new_tensor(values).reshape(1, -1, 1, 1) for values in (mean, deviation))
             return scale / deviations, -scale * means / deviations
         return scale, -scale * float(getattr(config, "shift_factor", None) or 0.0)
-
-    @staticmethod
-    def _check(tensor: Any, name: str, channels: int) -> None:
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: expected a floating tensor, got {got}")
-        if tensor.ndim != 4 or tensor.shape[1] != channels:
-            raise ValueError(f"{name}: expected shape (B, {channels}, height, width), got {tuple(tensor.shape)}")
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """PIL pictures of images (B, 3, H, W) in [-1, 1]; values outside are clipped."""
-    from PIL import Image
-
-    Decoder._check(images, "images", 3)
-    pixels = images.detach().float().add(1).mul(127.5).clamp(0, 255).round().to("cpu", torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..diffusion.images import open_picture
 from ..diffusion.networks import check_source, frozen, loading, run_in_dtype
 from .cutouts import check_images, random_cutouts, resize_and_crop, unit_range
 
 if TYPE_CHECKING:
-    from PIL import Image
     from typing_extensions import Self
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -186,36 +186,6 @@ class ClipImage(ClipGuide):
         """From a folder or a hub id; options are num_cutouts and cut_power. Raises ValueError when there is none."""
         model, processor = load_clip(source, device, dtype)
         return cls(model, images, processor, **options)
-
-
-def read_upright(file: str | Path, argument: str) -> Image.Image:
-    """The picture in a file, turned as its EXIF says. Raises ValueError, naming the argument, for any other file."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened)
-    except OSError as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else "is no picture that PIL can read"
-        raise ValueError(f"{argument}: the file {str(file)!r} {reason}") from error
-
-
-def open_picture(picture: Any) -> Tensor:
-    """(1, 3, H, W) in [-1, 1] of a file or a PIL picture: turned upright, greyscale to RGB, transparency on white.
-
-    Raises ValueError for a file that is missing or no picture.
-    """
-    import numpy as np
-    from PIL import Image
-
-    if isinstance(picture, (str, Path)):
-        picture = read_upright(picture, "images")
-    if not isinstance(picture, Image.Image):
-        raise TypeError(f"images: expected a tensor, files or PIL pictures, got {type(picture).__name__}")
-    rgba = picture.convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return torch.from_numpy(np.array(flat)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def image_features(model: Any, pixels: Tensor) -> Tensor:
