@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .chain.chain import Chain
     from .chain.exact.state import LatticeState
     from .chain.memory.profiling import profile
+    from .chain.memory.strategies import Auto, Checkpoint, Naive, Reversible
     from .chain.reversibility import Reversibility, check_reversibility
     from .diffusion.denoiser import Denoiser
     from .diffusion.pipeline import Decoder, encode_prompt
@@ -27,12 +28,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EDICT",
+    "Auto",
     "Chain",
+    "Checkpoint",
     "Decoder",
     "Denoiser",
     "LatticeState",
+    "Naive",
     "Result",
     "Reversibility",
+    "Reversible",
     "Schedule",
     "StepInfo",
     "UpdateSettings",
@@ -47,13 +52,17 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Auto": "chain.memory.strategies",
     "Chain": "chain.chain",
+    "Checkpoint": "chain.memory.strategies",
     "Decoder": "diffusion.pipeline",
     "Denoiser": "diffusion.denoiser",
     "EDICT": "solvers.edict",
     "LatticeState": "chain.exact.state",
+    "Naive": "chain.memory.strategies",
     "Result": "optimization.loop",
     "Reversibility": "chain.reversibility",
+    "Reversible": "chain.memory.strategies",
     "Schedule": "diffusion.schedule",
     "StepInfo": "optimization.loop",
     "UpdateSettings": "optimization.update",

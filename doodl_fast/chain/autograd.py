@@ -38,7 +38,7 @@ class ChainFunction(torch.autograd.Function):
             except torch.OutOfMemoryError as error:
                 failure = error.with_traceback(None)  # which holds what the pass had made
             ctx.graphs.clear()
-            run: Run | None = ctx.run.relieve(ctx.run)
+            run: Run | None = ctx.run.fallback(ctx.run)
             if run is None:
                 raise failure
             ctx.run = run

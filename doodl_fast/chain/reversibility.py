@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import arithmetic
 from .arithmetic import Arithmetic, Group
-from .chain import Chain, _check_latents
+from .chain import Chain
 from .checks import distance
+from .latents import check_latents
 from .program import step_boundaries
 from .run import Run
 
@@ -50,11 +51,11 @@ def check_reversibility(chain: Chain, x: Tensor, y: Tensor | None = None) -> Rev
     coupling with b != 0; keeps one state a step. Compared are states as the chain's arithmetic holds them.
     Raises what the chain raises.
     """
-    _check_latents(x, y)
+    check_latents(x, y)
     y = x if y is None else y
     directions = []
     for inverse in (False, True):
-        run = chain._plan(x, inverse, store=False)
+        run = chain.runs.new_run(x, inverse)
         run = replace(run, groups=arithmetic.group(run.program, step_boundaries(run.program, 1)))
         with chain.evaluator.running():
             directions.append(there_and_back(run, run.new_arithmetic(), x, y))

@@ -60,11 +60,11 @@ class Run:
     trust: Trust
     graph_ends: frozenset[int] = frozenset()
     """Ends of the groups whose whole network graph a forward run keeps, so that its gradient evaluates them no more."""
-    relieve: Callable[[Run], Run | None] = lambda run: None
+    fallback: Callable[[Run], Run | None] = lambda run: None
     """Asked when a backward pass is out of memory: the run to go on with, of the same states but without graphs."""
 
     @classmethod
-    def plan(
+    def create(
         cls,
         evaluator: Evaluator,
         program: Program,

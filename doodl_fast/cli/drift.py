@@ -56,14 +56,14 @@ def _error(name: str, denoiser: Denoiser, scheduler: Any, steps: int, mix_weight
     with torch.no_grad(), denoiser.running():
         if name == EXACT:
             chain = EDICT(denoiser, schedule, mix_weight, arithmetic=EXACT)
-            run = chain._plan(x, False, store=False)
+            run = chain.runs.new_run(x)
             try:
                 return there_and_back(run, run.new_arithmetic(), x, x, graph=False)[0]
             except (OverflowError, FloatingPointError):
                 return math.nan
         chain, x = EDICT(denoiser, schedule, mix_weight), x.to(_dtype(name))
         singly = tuple(Group(coupling, None, end) for end, coupling in enumerate(chain.program, start=1))
-        run = replace(chain._plan(x, False, store=False), groups=singly)
+        run = replace(chain.runs.new_run(x), groups=singly)
         return there_and_back(run, Floats(x.dtype, x.dtype), x, x, graph=False)[0]
 
 

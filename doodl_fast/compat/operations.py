@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import ops
 from ..chain.arithmetic import Eps, Floats, Group, group
-from ..chain.chain import NO_FLOAT64
 from ..chain.checks import Trust
 from ..chain.evaluator import Evaluator
+from ..chain.factory import NO_FLOAT64
 from ..chain.program import Program, invert
 from ..chain.run import NetworkPull, Run
 from ..diffusion.networks import HALF_DTYPES
@@ -49,7 +49,7 @@ class Step:
         self.others = () if isinstance(evaluator, LayerNoise) else evaluator.tensors()
 
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
-        run = self.planned = self._plan(inputs[2], keep)
+        run = self.latest = self._new_run(inputs[2], keep)
         tensors = self.evaluator.tensors()
         pair, sources = self._through(run, inputs[2], tensors)
         outputs = (*map(clone, inputs[:2]), pair.to(self.dtype), *inputs[3:])
@@ -57,12 +57,12 @@ class Step:
 
     def undo(self, outputs: Values) -> Values:
         program = invert(self.program)
-        run = replace(self.planned, program=program, groups=group(program))
+        run = replace(self.latest, program=program, groups=group(program))
         with run.calling():
             pair, _ = self._through(run, outputs[2], self.evaluator.tensors())
         return (*outputs[:2], pair, *outputs[3:])
 
-    def _plan(self, pair: Tensor, keep: bool) -> Run:
+    def _new_run(self, pair: Tensor, keep: bool) -> Run:
         state_dtype = torch.promote_types(torch.float32, self.dtype)
         if self.rebuilds and not keep:
             state_dtype = wide_dtype(pair)
@@ -70,7 +70,7 @@ class Step:
         if self.rounded:
             new = functools.partial(Rounded, self.dtype, state_dtype, self.alphas)
         like = pair.new_empty(0, dtype=self.dtype)
-        return Run.plan(self.evaluator, self.program, "checkpoint", like, state_dtype, new, keep, Trust())
+        return Run.create(self.evaluator, self.program, "checkpoint", like, state_dtype, new, keep, Trust())
 
     def _through(self, run: Run, pair: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The pair after the run, in the dtype of its state, and the sources of its couplings if they are stored."""
@@ -93,7 +93,7 @@ class Step:
         """One evaluation a coupling: its value undoes it, its graph pulls the cotangent through."""
         if cotangents[2] is None:
             return self.undo(outputs), self._gradients(None, [], cotangents, needs)
-        run = self.planned
+        run = self.latest
         state = [half.to(run.state_dtype) for half in outputs[2].chunk(2)]
         to_pair, sums = self._back(run, [], state, self.evaluator.tensors(), cotangents[2], needs)
         return (*outputs[:2], torch.cat(state), *outputs[3:]), self._gradients(to_pair, sums, cotangents, needs)

@@ -9,7 +9,7 @@ fraction by / over, and what the division leaves over goes into an information b
 a bijection on (n, m): the same lines with by and over exchanged undo it. n is off by less than one unit (multiplying
 after the division instead would cost up to `over` units), and m grows by log2(over / by) bits. It is held in words of
 31 bits, int32, the lowest first: (words, B, ...). That they suffice is known before a run, from
-`doodl_fast.lattice.grown`; an op drops what does not fit into the last word, which then is 0.
+`doodl_fast.chain.exact.lattice.words_needed`; an op drops what does not fit into the last word, which then is 0.
 
 With t the coupling's target, s its source, "." a rounding of float64 and M the multiplication above:
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..chain.memory.plan import AUTO
 from ..chain.memory.planner import release
 from . import checkpoint as runstate
 from . import low_memory as lean
@@ -199,7 +198,7 @@ class Objective:
     def gradient(self, latents: list[Tensor], step: int) -> Gradient:
         """Losses, images and the latents' gradients; with a chain that plans its memory tried again, leaner, when that
         runs out, while it can be."""
-        if getattr(self.chain, "memory", None) != AUTO:
+        if getattr(self.chain, "planner", None) is None:
             return self._gradient(latents, step)
         random = runstate.random_state()
         while True:
@@ -216,7 +215,7 @@ class Objective:
         """Whether there was something to make smaller."""
         pair = lean.leaner(self.decode, self.loss)
         if pair is None:
-            return self.chain.make_smaller_plan(latents) is not None  # type: ignore[attr-defined]
+            return self.chain.planner.make_smaller_plan(latents) is not None  # type: ignore[attr-defined]
         self.decode, self.loss = pair
         return True
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain.memory.plan import AUTO, Plan, free_bytes
+from ..chain.memory.plan import Plan, free_bytes
 from ..chain.memory.planner import release
 from ..chain.memory.tracker import OverLimit, Tracker, meter
 from . import checkpoint as runstate
@@ -40,9 +40,9 @@ def fitted(chain: Any, decode: Function, loss: Function, latents: Tensor, dtype:
     leaves random states alone.
     Raises ValueError, naming the smallest possible budget.
     """
-    if getattr(chain, "memory", None) != AUTO:
+    if getattr(chain, "planner", None) is None:
         return decode, loss
-    free, limit = chain.make_plan(latents), chain.memory_budget or free_bytes(latents.device)
+    free, limit = chain.make_plan(latents, 0), chain.memory_budget or free_bytes(latents.device)
     pair: Pair | None = (decode, loss)
     best: tuple[Plan, int, Pair] | None = None
     while pair is not None and (best is None or best[0].recomputed > free.recomputed):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import cast
 
 import torch
 
 from ..chain.chain import Chain
+from ..chain.memory.strategies import Memory
 from ..chain.program import Coupling, Program, compact
-from ..chain.run import Memory
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedule import Schedule
 
@@ -105,11 +106,11 @@ class EDICT(Chain):
             memory_budget=memory_budget,
         )
         self._schedule, self._mix_weight = schedule, float(mix_weight)
-        self._denoiser = denoiser
 
     @property
     def denoiser(self) -> Denoiser:
-        return self._denoiser
+        """The chain's evaluator."""
+        return cast(Denoiser, self.evaluator)
 
     @property
     def schedule(self) -> Schedule:

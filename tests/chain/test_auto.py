@@ -21,6 +21,7 @@ from conftest import (
 )
 
 from doodl_fast.chain.memory.plan import Plan
+from doodl_fast.chain.memory.planner import MOST_CASES
 from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.schedule import Schedule
@@ -30,7 +31,7 @@ from doodl_fast.solvers.edict import EDICT
 def fix(chain: EDICT, graphs: int, states: str | int = "checkpoint", blocks: bool = False) -> EDICT:
     """A chain with a plan of ours."""
     plan = Plan(graphs, states, blocks, 0, 0, chain.num_network_calls, len(chain.schedule))
-    chain._planner.choose = lambda *case: plan
+    chain.planner.choose = lambda *case: plan
     return chain
 
 
@@ -188,7 +189,7 @@ def test_the_network_is_as_it_was():
     before = [(module.training, dict(vars(module)).keys()) for module in unet.modules()]
     x = latents(1, 4, 8, 8, dtype=torch.float32)[0]
     chain = auto()
-    smallest = chain._planner._case(*chain._case(x, False)).workload.smallest()
+    smallest = chain.planner.case(x).workload.smallest()
     measured(auto(smallest.peak), x)
     assert [(module.training, dict(vars(module)).keys()) for module in unet.modules()] == before
     assert not any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
@@ -222,7 +223,36 @@ def test_a_reserve_leaves_room_for_a_decoder():
     x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
     budget = auto().make_plan(x).peak
     chain = auto(budget)
-    assert chain.make_plan(x, budget // 2).graphs < chain.make_plan(x).graphs == 4
+    assert chain.make_plan(x, budget // 2).graphs < chain.make_plan(x, 0).graphs == 4
+
+
+def test_looking_at_a_plan_changes_nothing():
+    x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
+    budget = auto().make_plan(x).peak
+    chain = auto(budget)
+    told = chain.make_plan(x, budget // 2)
+    assert chain.plan == told and chain.planner.reserve == budget // 2
+    assert chain.make_plan(x) == told  # as the next gradient will be, and not as if nothing else were taken
+    other = latents(2, 4, 16, 16, dtype=torch.float32)[0]
+    assert chain.make_plan(other) != told and chain.smallest_plan(other).blocks
+    assert chain.plan == told and chain.planner.reserve == budget // 2
+    measured(chain, x)
+    assert chain.plan == told
+
+
+def test_only_the_latest_kinds_of_latents_are_remembered():
+    net = Counting(TinyNet().double())
+    chain = tiny_chain(2, "auto", network=net)
+    for size in range(1, 41):
+        chain.make_plan(latents(1, 3, size)[0])
+        chain.make_plan(latents(1, 3, 1)[0])  # always among the latest
+    assert len(chain.planner._cases) == MOST_CASES < 40
+    net.calls.clear()
+    chain.make_plan(latents(1, 3, 1)[0])
+    chain.make_plan(latents(1, 3, 40)[0])
+    assert not net.calls
+    chain.make_plan(latents(1, 3, 2)[0])
+    assert net.calls  # measured again
 
 
 # Running out of memory
@@ -268,9 +298,9 @@ def test_a_failed_run_is_freed_before_a_smaller_plan_is_sought():
     chain = tiny_chain(4, "auto", network=net)
     x, y = latents(1, 3, 32, 32, grad=True)
     graph = chain.make_plan(x).peak // 6
-    shrink, seen = chain._planner.shrink, []
+    shrink, seen = chain.planner.shrink, []
     with Tracker("cpu") as tracker:
-        chain._planner.shrink = lambda *case: seen.append(tracker.held) or shrink(*case)
+        chain.planner.shrink = lambda *case: seen.append(tracker.held) or shrink(*case)
         net.fill(4)
         with pytest.warns(RuntimeWarning, match="ran out of it"):
             chain(x, y)
@@ -285,7 +315,7 @@ def test_out_of_memory_in_the_backward_pass(states):
     expected = pull(plain(x, y), [x, y])
     chain = tiny_chain(4, "auto", network=net, arithmetic="exact")
     plan = chain.make_plan(x)
-    case = chain._planner._case(*chain._case(x, False))
+    case = chain.planner.case(x)
     case.plan = replace(plan, graphs=3, states=states)
     outputs = chain(x, y)
     net.fill(1)

@@ -27,7 +27,7 @@ from ops_cases import require
 
 from doodl_fast import ops
 from doodl_fast.chain.chain import Chain
-from doodl_fast.chain.exact.lattice import grown, to_lattice
+from doodl_fast.chain.exact.lattice import to_lattice, words_needed
 from doodl_fast.chain.program import Coupling, invert
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.schedule import Schedule
@@ -365,11 +365,11 @@ def test_naive_is_refused():
 def test_words_of_a_buffer():
     """124 bits serve 1000 steps at p = 0.93 in both directions; what needs more gets more, and stays exact."""
     program = exact_chain(1000).program
-    assert grown(program) == grown(invert(program)) == 4
+    assert words_needed(program) == words_needed(invert(program)) == 4
     # a bound on a buffer grows by log2(100 / 93) bits a step from at most log2(1400)
-    assert grown(program, (2**150, 0)) == -(-round(150 + 104.7 + 0.5) // 31)
+    assert words_needed(program, (2**150, 0)) == -(-round(150 + 104.7 + 0.5) // 31)
     steep = exact_chain(60, mix_weight=0.1)  # 3.3 bits a step
-    assert grown(steep.program) == 7
+    assert words_needed(steep.program) == 7
     x, y = latents(1, 3, 4)
     start = steep.state(x, y)
     reached = steep.forward_state(start)

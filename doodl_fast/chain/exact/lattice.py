@@ -159,7 +159,7 @@ def _fingerprint(couplings: Sequence[Coupling], width: Width, units: dict[str, t
     return digest.hexdigest()
 
 
-def grown(program: Program, buffers: tuple[int, int] = (0, 0)) -> int:
+def words_needed(program: Program, buffers: tuple[int, int] = (0, 0)) -> int:
     """How many words buffers need to run the program: `LEAST_WORDS`, or more.
 
     buffers: upper bounds of x's and y's at the start. No buffer overflows in that many words: a multiplication by

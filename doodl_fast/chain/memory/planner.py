@@ -1,8 +1,10 @@
-"""memory="auto": measures one evaluation of a chain's network, picks the plan, a smaller one when memory runs out."""
+"""The planner of the strategy `Auto`: it measures one evaluation of a chain's network and picks the plan that fits.
+
+When memory runs out all the same, it picks a smaller plan.
+"""
 
 from __future__ import annotations
 
-import functools
 import gc
 import warnings
 from collections.abc import Callable, Hashable
@@ -11,67 +13,170 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..factory import RunFactory
+from ..latents import check_latents
 from ..program import count_network_calls, step_boundaries
 from ..run import NetworkPull, Run
 from .plan import ANCHOR_STEPS, Plan, Sizes, Workload, format_bytes, free_bytes
 from .tracker import OverLimit, Tracker, meter
 
+MOST_CASES = 16
+"""How many kinds of latents a planner remembers its measurements of; the one that was used longest ago is dropped."""
+
+
+class Measured:
+    """Sizes of one evaluation of a chain's network, each measured when it is first asked for.
+
+    Args:
+        runs: Makes the chain's runs.
+        x: A tensor of the latents' shape, dtype and device.
+        inverse: The direction of the runs.
+        limit: A measurement that would take more bytes than this is abandoned. None: no limit.
+    """
+
+    def __init__(self, runs: RunFactory, x: Tensor, inverse: bool, limit: int | None) -> None:
+        self._runs, self._x, self._inverse, self._limit = runs, x, inverse, limit
+        self._known: dict[bool, Sizes | None] = {}
+
+    def __call__(self, blocks: bool) -> Sizes | None:
+        """The sizes, with checkpointed blocks inside the network or without; None where they cannot be had."""
+        if blocks not in self._known:
+            if blocks and self._runs.evaluator.for_blocks() is None:
+                self._known[blocks] = None
+            else:
+                run = self._runs.new_run(self._x, self._inverse, stores=True, blocks=blocks)
+                self._known[blocks] = probe(run, self._x, self._limit)
+        return self._known[blocks]
+
 
 @dataclass
-class _Case:
-    """What is known of runs over latents of one kind."""
+class Case:
+    """What a planner knows of gradients with respect to latents of one kind.
 
+    Attributes:
+        runs: Makes the chain's runs.
+        x: A tensor of the latents' shape, dtype and device that takes next to no memory.
+        inverse: The direction of the runs.
+        workload: The gradient in numbers. It has no sizes of what is larger than the budget, as nothing may take that
+            much, a measurement included.
+        unlimited: The sizes without that limit, for the error that names the smallest possible budget.
+        budget: In bytes.
+        plan: The latest plan. One that ran out of memory is replaced by a smaller one.
+        reserve: What that plan was made for.
+    """
+
+    runs: RunFactory
+    x: Tensor
+    inverse: bool
     workload: Workload
-    """Without the sizes of what is larger than the budget: nobody may take that much, for a measurement neither."""
-    unlimited: Callable[[bool], Sizes | None]
+    unlimited: Measured
     budget: int
     plan: Plan | None = None
     reserve: int = -1
 
+    def new_run(self, plan: Plan) -> Run:
+        """A run that keeps what a plan says."""
+        options = {"states": plan.states, "graphs": plan.graphs, "blocks": plan.blocks}
+        return self.runs.new_run(self.x, self.inverse, stores=True, **options)  # type: ignore[arg-type]
+
+    def smallest(self, reserve: int) -> Plan | None:
+        """The plan of the lowest peak, whatever the budget; None where not even one evaluation can be measured."""
+        return replace(self.workload, sizes=self.unlimited).smallest(reserve)
+
+    def current(self, reserve: int) -> Plan:
+        """The plan for a reserve, made anew if the latest one is for another. Raises as `_fitting`."""
+        if self.plan is None or self.reserve != reserve:
+            self.plan, self.reserve = self._fitting(reserve), reserve
+        return self.plan
+
+    def _fitting(self, reserve: int) -> Plan:
+        """The plan with the least recomputation that fits. Raises ValueError, naming the smallest possible budget."""
+        plan = self.workload.fastest(self.budget, reserve)
+        if plan is not None:
+            return plan
+        smallest = self.smallest(reserve)
+        least = "even one evaluation ran out of memory" if smallest is None else f"at least {smallest.peak} bytes"
+        size = "" if smallest is None else f" ({format_bytes(smallest.peak)}), the smallest possible"
+        raise ValueError(
+            f"memory_budget: expected {least}{size} for latents of shape {tuple(self.x.shape)}, got {self.budget} "
+            f"({format_bytes(self.budget)}); give more, or use smaller or fewer latents or a network of half precision"
+        )
+
 
 class Planner:
-    """The plans of one chain. budget: bytes; None: what is free when latents of a kind are first met.
+    """Plans the gradients of one chain that has the strategy `Auto`. `chain.planner` is it.
 
-    reserve: what is taken between a forward run and its backward pass, by a decoder and a guide. plan: the latest.
+    Args:
+        runs: Makes the chain's runs.
+        budget: In bytes. None: what is free when latents of a kind are first met, less a tenth.
+
+    Attributes:
+        plan: What the latest gradient was planned to keep; None before any.
+        reserve: Bytes that are taken between a forward run and its backward pass, by a decoder and a guide.
     """
 
-    def __init__(self, budget: int | None) -> None:
+    def __init__(self, runs: RunFactory, budget: int | None) -> None:
         self.budget, self.reserve = budget, 0
         self.plan: Plan | None = None
-        self._cases: dict[Hashable, _Case] = {}
-        self._said = False
+        self._runs = runs
+        self._cases: dict[Hashable, Case] = {}
+        self._warned = False
 
-    def choose(self, run: Run, x: Tensor, blocks: Callable[[], Run | None]) -> Plan:
-        """The plan for a gradient of `run`. blocks: gives the run whose network checkpoints its blocks.
+    def make_plan(self, x: Tensor, reserve: int | None = None) -> Plan:
+        """See `Chain.make_plan`."""
+        check_latents(x, None)
+        case = self.case(x)
+        if reserve is None:
+            return case.current(self.reserve)
+        self.reserve = reserve
+        return self.choose(case)
 
-        Raises ValueError, naming the smallest possible budget.
-        """
-        case = self._case(run, x, blocks)
-        if case.plan is None or case.reserve != self.reserve:
-            case.plan, case.reserve = self._fitting(case, x), self.reserve
-        self.plan = case.plan
-        return case.plan
-
-    def smallest(self, run: Run, x: Tensor, blocks: Callable[[], Run | None]) -> Plan:
-        """The plan of the lowest peak. Raises OutOfMemoryError when not even one evaluation can be measured."""
-        case = self._case(run, x, blocks)
-        plan = replace(case.workload, sizes=case.unlimited).smallest(self.reserve)
+    def smallest_plan(self, x: Tensor) -> Plan:
+        """See `Chain.smallest_plan`."""
+        check_latents(x, None)
+        plan = self.case(x).smallest(self.reserve)
         if plan is None:
             raise torch.OutOfMemoryError("memory: one evaluation of the network and its VJP ran out of it")
         return plan
 
-    def shrink(self, run: Run, x: Tensor, blocks: Callable[[], Run | None]) -> Plan | None:
-        """After running out of memory: the next smaller plan; None if there is none. Frees what can be; warns the first
-        time."""
-        case = self._case(run, x, blocks)
-        before = case.plan or self._fitting(case, x)
-        release(x.device)
+    def make_smaller_plan(self, x: Tensor) -> Plan | None:
+        """After running out of memory outside the chain: the next smaller plan for latents like x, which later
+        gradients use; None if there is none."""
+        return self.shrink(self.case(x))
+
+    def case(self, x: Tensor, inverse: bool = False) -> Case:
+        """What is known of gradients with respect to latents like x."""
+        run = self._runs.new_run(x, inverse, stores=True)
+        wanted = tuple(t.requires_grad for t in run.evaluator.tensors())
+        key = (x.shape, x.dtype, x.device, wanted, str(run.autocast))
+        case = self._cases.pop(key, None) or self._new_case(run, x, inverse)
+        self._cases[key] = case  # Now it is the last in the dict, where the first is the one unused for longest.
+        while len(self._cases) > MOST_CASES:
+            self._cases.pop(next(iter(self._cases)), None)
+        return case
+
+    def _new_case(self, run: Run, x: Tensor, inverse: bool) -> Case:
+        x = x.detach().new_zeros(()).expand(x.shape)
+        budget = free_bytes(x.device) if self.budget is None else self.budget
+        limited, unlimited = (Measured(self._runs, x, inverse, limit) for limit in (budget, None))
+        return Case(self._runs, x, inverse, workload(run, x, limited), unlimited, budget)
+
+    def choose(self, case: Case) -> Plan:
+        """The plan for a gradient that is about to run. Raises ValueError, naming the smallest possible budget."""
+        self.plan = case.current(self.reserve)
+        return self.plan
+
+    def shrink(self, case: Case) -> Plan | None:
+        """After running out of memory: the next smaller plan; None if there is none. Frees what can be freed, and warns
+        the first time."""
+        before = case.plan or case.current(self.reserve)
+        release(case.x.device)
         after = case.workload.smaller(before, self.reserve)
         if after is None:
             return None
         self.plan = case.plan = after
-        if not self._said:
-            self._said = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"memory: ran out of it with {before.kept} (predicted {format_bytes(before.peak)}); going on with "
                 f"{after.kept}{', blocks checkpointed' if after.blocks else ''} (predicted "
@@ -81,36 +186,9 @@ class Planner:
             )
         return after
 
-    def _fitting(self, case: _Case, x: Tensor) -> Plan:
-        plan = case.workload.fastest(case.budget, self.reserve)
-        if plan is not None:
-            return plan
-        smallest = replace(case.workload, sizes=case.unlimited).smallest(self.reserve)
-        least = "even one evaluation ran out of memory" if smallest is None else f"at least {smallest.peak} bytes"
-        size = "" if smallest is None else f" ({format_bytes(smallest.peak)}), the smallest possible"
-        raise ValueError(
-            f"memory_budget: expected {least}{size} for latents of shape {tuple(x.shape)}, got {case.budget} "
-            f"({format_bytes(case.budget)}); give more, or use smaller or fewer latents or a network of half precision"
-        )
-
-    def _case(self, run: Run, x: Tensor, blocks: Callable[[], Run | None]) -> _Case:
-        wanted = tuple(t.requires_grad for t in run.evaluator.tensors())
-        key = (x.shape, x.dtype, x.device, wanted, str(run.autocast))
-        if key not in self._cases:
-            budget = free_bytes(x.device) if self.budget is None else self.budget
-
-            @functools.cache
-            def sizes(checkpointed: bool, limit: int | None = budget) -> Sizes | None:
-                measured = blocks() if checkpointed else run
-                return None if measured is None else probe(measured, x, limit)
-
-            unlimited = functools.partial(sizes, limit=None)
-            self._cases[key] = _Case(workload(run, x, sizes), unlimited, budget)
-        return self._cases[key]
-
 
 def workload(run: Run, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Workload:
-    """That of a gradient of `run` over latents like x."""
+    """The workload of a gradient of `run` with respect to latents like x."""
     work = run.new_arithmetic()
     state = work.enter(x.detach(), x.detach())
     return Workload(
@@ -118,7 +196,7 @@ def workload(run: Run, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Work
         steps=len(step_boundaries(run.program, 1)),
         source=x.numel() * run.state_dtype.itemsize,
         state=sum(z.numel() * z.element_size() for z in state),
-        # undoing is free of drift in exact arithmetic alone
+        # Undoing couplings is free of drift in exact arithmetic alone.
         states=("checkpoint", "reversible" if work.exact else ANCHOR_STEPS),
         sizes=sizes,
         graphs=run.for_vjp() is run,
@@ -128,8 +206,10 @@ def workload(run: Run, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Work
 @torch.inference_mode(False)
 @torch.no_grad()
 def probe(run: Run, x: Tensor, limit: int | None = None) -> Sizes | None:
-    """Measures one evaluation of a run's network and one VJP of it, at latents x; None if that ran out of memory, or
-    would have taken more than `limit` bytes."""
+    """Measures one evaluation of a run's network at latents x, and one VJP of it.
+
+    Returns None if that ran out of memory, or would have taken more than `limit` bytes.
+    """
     group = next((group for group in run.groups if group.calls_network), None)
     if group is None or group.coupling is None:
         return Sizes(0, 0, 0)
@@ -162,6 +242,9 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def relieved(run: Run, other: Run) -> Run:
-    """`run`, half done, with the evaluator of a smaller one; the states it stored stay."""
-    return replace(run, evaluator=other.evaluator, graph_ends=frozenset())
+def without_graphs(run: Run, smaller: Run) -> Run:
+    """A run whose backward pass is half done, to be finished with a smaller run's evaluator and without kept graphs.
+
+    The states that it stored stay.
+    """
+    return replace(run, evaluator=smaller.evaluator, graph_ends=frozenset())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import Chain
+from ..chain import Chain, replaced_evaluator
 from ..evaluator import Evaluator, raw_output
 from .plan import format_bytes
 from .tracker import CudaMeter, Tracker, meter
@@ -126,11 +126,10 @@ def profile(chain: Chain, device: str | torch.device | None = None) -> Iterator[
             if not isinstance(seen, Tracker):
                 report.timeline.append((seconds, seen.held))
 
-        chain.evaluator = _Marked(inner, mark)
         try:
-            yield report
+            with replaced_evaluator(chain, _Marked(inner, mark)):
+                yield report
         finally:
-            chain.evaluator = inner
             if where.type == "cuda":
                 torch.cuda.synchronize(where)
             report.seconds = time.perf_counter() - began
@@ -178,6 +177,14 @@ class _Marked(Evaluator):
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         return self._inner.weights()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # The inner evaluator is not there yet while an object is copied.
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def __repr__(self) -> str:
+        return repr(self._inner)
 
     def _marked(self, other: Evaluator | None) -> Evaluator | None:
         return None if other is None else _Marked(other, self._mark)
