@@ -132,9 +132,9 @@ def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimizati
         loss,
         num_optimization_steps,
         # the loss is a mean over the pictures: each gets its full gradient
-        learning_rate=task.learning_rate * len(latents),
+        grad_scale=task.learning_rate * len(latents),
         clip_grad_value=CLIP_GRAD_VALUE,
-        callback=lambda info: _keep(steps, info, num_optimization_steps),
+        callback_on_step_end=lambda info: _keep(steps, info, num_optimization_steps),
     )
     with torch.no_grad():
         note("DOODL", result.images[0], start)

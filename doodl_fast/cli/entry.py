@@ -256,7 +256,7 @@ def _run(args: argparse.Namespace) -> int:
         Decoder(pipeline.vae),
         loss,
         args.optimization_steps,
-        learning_rate=args.learning_rate,
+        grad_scale=args.learning_rate,
         momentum=args.momentum,
         nesterov=args.nesterov,
         clip_grad_value=args.clip_grad_value,
@@ -265,7 +265,7 @@ def _run(args: argparse.Namespace) -> int:
         perturbation_scale=args.perturbation_scale,
         first_image_only=args.first_image_only,
         seed=args.seed,
-        callback=_Writer(args.out, settings, args.save_every),
+        callback_on_step_end=_Writer(args.out, settings, args.save_every),
         folder=args.out / STATE,
         resume=continued,
     )

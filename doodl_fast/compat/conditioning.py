@@ -17,7 +17,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.pipeline import Decoder, load_pipeline
 from ..diffusion.schedule import Schedule, noise_levels, setting
 from ..optimization import OneStepGuidance
-from ..optimization.loop import Objective
+from ..optimization.objective import Objective
 from ..solvers import edict_program
 from .quirks import Quirks
 from .schedule import DEFAULT, ReferenceScheduler, reference_schedule

@@ -16,7 +16,10 @@ from ..chain.program import Program, invert
 from ..diffusion.pipeline import Decoder, to_pil
 from ..diffusion.schedule import Schedule
 from ..optimization import OneStepGuidance
-from ..optimization.loop import Objective, Result, Run, StepInfo, descend
+from ..optimization.loop import descend
+from ..optimization.objective import Objective
+from ..optimization.progress import Progress
+from ..optimization.result import Result, StepInfo
 from ..optimization.update import UpdateSettings
 from ..solvers.edict import ddim_coefficients
 from .conditioning import ChainGuidance, Sampler
@@ -72,7 +75,7 @@ def traverse(o: Options, sampler: Sampler, decode: Decoder, noise: Tensor | None
         return GenResult(images, (x, y), files=o.save(images[0], 0))
     first_only = o.optimize_first_edict_image_only
     settings = UpdateSettings(
-        learning_rate=2.0 if first_only and not o.quirks.half_gradient_of_first_image else 1.0,
+        grad_scale=2.0 if first_only and not o.quirks.half_gradient_of_first_image else 1.0,
         momentum=0.9 if o.use_momentum else 0.0,
         nesterov=o.use_nesterov,
         clip_grad_value=o.clip_grad_val,
@@ -89,7 +92,7 @@ def traverse(o: Options, sampler: Sampler, decode: Decoder, noise: Tensor | None
             files.extend(o.save(info.images[0], info.step))
 
     objective = Objective(chain, decode, loss_fn, o.dtype, 1 if first_only else 2)
-    result = descend(Run(update, {}), objective, o.num_traversal_steps, save, o.progress)
+    result = descend(Progress(update, {}), objective, o.num_traversal_steps, save, o.progress)
     losses = [value for pair in result.pair_losses for value in pair]
     return GenResult(result.images, result.latents, losses, files, result)
 

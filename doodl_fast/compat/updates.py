@@ -54,7 +54,7 @@ class ReferenceUpdate(LatentUpdate):
     def _descend_rounded(self, gradients: list[Tensor], noise: Tensor | None) -> None:
         """The same in the latents' dtype, with a rounding after every operation."""
         settings = self.settings
-        gradients = [0.5 * settings.learning_rate * gradient for gradient in gradients]
+        gradients = [0.5 * settings.grad_scale * gradient for gradient in gradients]
         if settings.tied_latents:
             gradients = [torch.stack(gradients).mean(0)] * 2
         if settings.clip_grad_value is not None:

@@ -1,6 +1,7 @@
-"""Optimising latents: the loop, the update of the latents, what is stored so that a run can be resumed.
+"""Optimising latents: the loop, the update of the latents, and the folder from which a run can be resumed.
 
-`one_step_guidance.py` has the baseline that guides by an estimate of the finished picture at every step.
+`loop.py` has `optimize`, `objective.py` the function that it minimises, `update.py` the latent update, `checkpoint.py`
+the storage. `one_step_guidance.py` has the baseline that guides by an estimate of the finished picture at every step.
 """
 
 from __future__ import annotations

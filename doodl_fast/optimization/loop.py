@@ -1,63 +1,28 @@
-"""The optimisation loop of DOODL (Wallace et al., ICCV 2023, arXiv 2303.13703) and its result."""
+"""The optimisation loop of DOODL (Wallace et al., ICCV 2023, arXiv 2303.13703)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..chain.memory.planner import release
-from . import checkpoint as runstate
-from . import low_memory as lean
+from . import checkpoint, low_memory
+from .arguments import as_pair, check_functions, check_steps, renamed_arguments
+from .objective import Decode, Loss, Objective, decoder_dtype
+from .progress import Progress
+from .result import Pair, Result, StepInfo
 from .update import LatentUpdate, OptimizerFactory, UpdateSettings
 
-Pair = tuple[Tensor, Tensor]
-Gradient = tuple[tuple[float, ...], tuple[Tensor, ...], list[Tensor]]
-Decode = Callable[[Tensor], Tensor]
-Loss = Callable[[Tensor], Tensor]
+__all__ = ["Result", "StepInfo", "descend", "optimize"]
+
+Callback = Callable[[StepInfo], bool | None]
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """What a callback sees of one optimisation step, all of it from *before* the step's update.
-
-    step counts from 0; loss is the mean of the decoded images' losses; latents the noise latents (x, y); images the
-    decoded images, one or two (``first_image_only``), detached.
-    """
-
-    step: int
-    loss: float
-    latents: Pair
-    images: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an optimisation found.
-
-    latents: final noise latents (x, y), float32 or better; images: what they decode to, one image for each decoded
-    member. losses: mean loss at the start of each step; pair_losses: each member's; final_loss: after the last update.
-    best_step: the step whose starting latents had the lowest loss (``len(losses)`` for the final ones); best_latents,
-    best_images and best_loss belong to it.
-    """
-
-    latents: Pair
-    images: tuple[Tensor, ...]
-    losses: list[float]
-    pair_losses: list[tuple[float, ...]]
-    final_loss: float
-    best_step: int
-    best_loss: float
-    best_latents: Pair
-    best_images: tuple[Tensor, ...]
-
-
+@renamed_arguments(learning_rate="grad_scale", callback="callback_on_step_end")
 def optimize(
     chain: Callable[..., Pair],
     latents: Tensor | Pair,
@@ -65,7 +30,7 @@ def optimize(
     loss: Loss,
     num_optimization_steps: int = 50,
     *,
-    learning_rate: float = 1.0,
+    grad_scale: float = 1.0,
     momentum: float = 0.9,
     nesterov: bool = False,
     clip_grad_value: float | None = 1e-3,
@@ -76,101 +41,122 @@ def optimize(
     optimizer: OptimizerFactory | None = None,
     seed: int = 0,
     generator: torch.Generator | None = None,
-    callback: Callable[[StepInfo], bool | None] | None = None,
+    callback_on_step_end: Callback | None = None,
     progress: bool = True,
     folder: str | Path | None = None,
     resume: bool | str | Path = False,
 ) -> Result:
-    """Optimises noise latents so that the images they turn into have a low loss.
+    """Optimises noise latents so that the images that a diffusion chain makes of them have a low loss.
 
-    chain: ``x0, y0 = chain(xT, yT)``, differentiable, e.g. `doodl_fast.EDICT`. If it has memory="auto", its budget is
-    for the whole gradient: decode and loss are measured once beforehand. Where that spares the chain more, or when
-    memory runs out in them (torch.OutOfMemoryError), they are replaced by leaner versions of themselves: their
-    ``leaner()``, which `doodl_fast.Decoder` and the CLIP guides have.
-    latents: (B, C, ...) floating; one tensor starts both members equal, a pair gives (x, y).
-    decode: final latents of the given dtype (B, C, ...) -> images, differentiable, e.g. `doodl_fast.Decoder`.
-    loss: images -> differentiable scalar. Each member's images are decoded, scored and back-propagated before the
-        other's, so that one decoder graph is alive at a time.
-    learning_rate ... perturbation_scale: see `doodl_fast.UpdateSettings`; the update runs in float32.
-    first_image_only: only the first member is decoded and scored.
-    optimizer: factory of any ``torch.optim.Optimizer``, replacing momentum SGD, e.g. ``lambda p: torch.optim.Adam(p,
-    lr=1e-2)``. seed, generator: of the perturbation (a CPU generator, which replaces the seed).
-    callback: called with a `StepInfo` before each update; returning True ends the optimisation there.
-    folder: where the state is stored after every step, atomically; resume: continue from there (True: from
-        ``folder``), with bit-identical results also after a kill, provided that chain, decode and loss are the same.
-        PyTorch's global random state is stored and restored with it, for losses that draw cutouts.
+    This is DOODL (Wallace et al., ICCV 2023, arXiv 2303.13703): every step runs the whole chain, decodes both final
+    latents, differentiates the loss back to the noise latents and updates these by clipped momentum SGD.
 
-    Returns a `Result`. Raises ValueError or TypeError for arguments that cannot work, naming them, and
-    FloatingPointError when a loss or gradient is not finite (the state of the step before stays stored).
+    Args:
+        chain: ``x0, y0 = chain(x, y)``, differentiable, for instance a `doodl_fast.EDICT`. If it has memory="auto", its
+            budget is for the whole gradient: decoder and loss are measured once beforehand, and where their
+            ``leaner()`` offers a version that needs less memory, that version may replace them, also when memory runs
+            out later (torch.OutOfMemoryError). `doodl_fast.Decoder` and the CLIP guides have that method.
+        latents: Noise, (B, C, ...) floating point. One tensor starts x and y equal; a pair gives (x, y).
+        decode: Final latents (B, C, ...) -> images, differentiable. A `doodl_fast.Decoder` gets the final latents in
+            float32 or float64 and casts to the dtype of its VAE; any other function gets them in the dtype of
+            `latents`. The cotangents on the way back are float32 or better in both cases, behind a decoder that gets
+            float16 by loss scaling.
+        loss: Images -> differentiable scalar. The images of x0 are decoded, scored and differentiated before those of
+            y0, so that one decoder graph is alive at a time. Only the images carry a gradient: other tensors that
+            require grad and that the loss depends on are named in a warning.
+        num_optimization_steps: Number of updates.
+        grad_scale: Multiplies the gradient before it is clipped. With clipping and momentum SGD it decides which
+            entries of the gradient are clipped; it is no step size. The reference code calls it by this name too.
+        momentum: Momentum of SGD, in [0, 1).
+        nesterov: Whether the momentum is Nesterov's.
+        clip_grad_value: Largest magnitude of an entry of the scaled gradient; None for no limit.
+        tied_latents: Whether x and y take the mean of their gradients and stay equal.
+        renormalize_latents: Whether each latent is scaled back, after every update, to the norm that it started with.
+        perturbation_scale: Standard deviation of the noise that is added to both latents at every update.
+        first_image_only: Whether only x0 is decoded and scored.
+        optimizer: A factory of a ``torch.optim.Optimizer`` that replaces momentum SGD, for instance
+            ``lambda p: torch.optim.Adam(p, lr=1e-2)``.
+        seed: Seed of the perturbation.
+        generator: A generator for the perturbation, in place of the seed.
+        callback_on_step_end: Called with a `StepInfo` once the loss and the gradient of a step are known and before
+            the update. If it returns True the run ends there, without the update: the result, and the state that is
+            stored, are those of the latents that it saw.
+        progress: Whether to show a progress bar.
+        folder: Where the state is stored after every step. It is replaced as a whole, so that it survives a kill at
+            any time. One process at a time may use a folder.
+        resume: Whether to continue the run in `folder`; or the folder itself. The results are bit-identical to those
+            of a run that was never interrupted, also for losses that draw from PyTorch's global random state, which is
+            stored and restored.
+
+    Returns:
+        The final latents, the best ones, the images of both, and all losses. The latents are float32 or float64.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument cannot work, or the folder holds another run.
+        FloatingPointError: A loss, a gradient or an update is not finite. The state of the step before stays stored.
+
+    Example:
+        >>> result = doodl_fast.optimize(chain, noise, decoder, loss, 30, grad_scale=30.0, folder="run")
     """
+    check_functions(chain, decode, loss, callback_on_step_end)
+    check_steps(num_optimization_steps)
     settings = UpdateSettings(
-        learning_rate, momentum, nesterov, clip_grad_value, tied_latents, renormalize_latents, perturbation_scale
+        grad_scale, momentum, nesterov, clip_grad_value, tied_latents, renormalize_latents, perturbation_scale
     )
-    if (
-        isinstance(num_optimization_steps, bool)
-        or not isinstance(num_optimization_steps, int)
-        or num_optimization_steps < 1
-    ):
-        raise ValueError(f"num_optimization_steps: expected an int of at least 1, got {num_optimization_steps!r}")
-    x, y = _as_pair(latents)
+    x, y = as_pair(latents)
     generator = generator or torch.Generator().manual_seed(seed)
     update = LatentUpdate(x, y, settings, generator, optimizer)
-    decode, loss = lean.fitted(chain, decode, loss, update.latents[0], x.dtype)
-    objective = Objective(chain, decode, loss, x.dtype, 1 if first_image_only else 2)
-    run = Run(update, {**settings.as_dict(), "first_image_only": first_image_only, "start": _fingerprint(x, y)})
     home = _home(folder, resume)
+    decoded = decoder_dtype(decode, x.dtype, update.latents[0].dtype)
+    decode, loss = low_memory.fit_to_budget(chain, decode, loss, update.latents[0], decoded)
+    objective = Objective(chain, decode, loss, x.dtype, 1 if first_image_only else 2)
+    run = Progress(update, {**settings.as_dict(), "first_image_only": first_image_only, "start": _hash(x, y)})
     if resume and home is not None:
         run.load(home)
-    return descend(run, objective, num_optimization_steps, callback, progress, home)
+    return descend(run, objective, num_optimization_steps, callback_on_step_end, progress, home)
 
 
 def descend(
-    run: Run,
+    run: Progress,
     objective: Objective,
     num_optimization_steps: int,
-    callback: Callable[[StepInfo], bool | None] | None = None,
+    callback: Callback | None = None,
     progress: bool = True,
     home: Path | None = None,
 ) -> Result:
-    """The loop of `optimize`, from wherever the run stands; it is stored in `home`, if there is one."""
+    """Runs the loop of `optimize` from wherever `run` stands.
+
+    Args:
+        run: The progress so far; it is changed.
+        objective: The function that is minimised.
+        num_optimization_steps: The step at which the loop ends.
+        callback: See `optimize`.
+        progress: Whether to show a progress bar.
+        home: The folder where the progress is stored after every step, if any.
+    """
+    before_first_step = run.tree() if home is not None and run.step == 0 else None
     with tqdm(total=num_optimization_steps, initial=min(run.step, num_optimization_steps), disable=not progress) as bar:
         while run.step < num_optimization_steps:
             losses, images, gradients = objective.gradient(run.update.latents, run.step)
             run.record(losses)
             bar.set_postfix(loss=f"{run.losses[-1]:.4g}")
             info = StepInfo(run.step, run.losses[-1], (run.update.latents[0], run.update.latents[1]), images)
-            stop = callback(info) if callback else False
+            if callback is not None and callback(info):
+                # The folder already holds these latents, unless no step has been stored yet.
+                if home is not None and before_first_step is not None and run.step == 0:
+                    checkpoint.save(home, before_first_step, 0)
+                return run.finish(objective, (losses, images))
             run.update.step(*gradients)
             run.step += 1
             bar.update()
             if home is not None:
                 run.save(home)
-            if stop:
-                break
     return run.finish(objective)
 
 
-def _as_pair(latents: Tensor | Pair) -> Pair:
-    pair = (latents, latents) if isinstance(latents, Tensor) else tuple(latents)
-    if len(pair) != 2 or not all(isinstance(z, Tensor) and z.is_floating_point() for z in pair):
-        raise TypeError(f"latents: expected a floating tensor or a pair of them, got {type(latents).__name__}")
-    x, y = pair
-    if x.ndim < 2 or x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
-        raise ValueError(
-            "latents: expected (B, C, ...) tensors, alike in shape, dtype and device, got "
-            f"{tuple(x.shape)} {x.dtype} {x.device} and {tuple(y.shape)} {y.dtype} {y.device}"
-        )
-    if not all(bool(torch.isfinite(z).all()) for z in pair):
-        raise ValueError("latents: expected finite values, got NaN or Inf")
-    return x, y
-
-
-def _fingerprint(x: Tensor, y: Tensor) -> str:
-    data = b"".join(z.detach().double().cpu().contiguous().numpy().tobytes() for z in (x, y))
-    return hashlib.sha256(data).hexdigest()
-
-
 def _home(folder: str | Path | None, resume: bool | str | Path) -> Path | None:
+    """The folder of the run, or None. Raises ValueError for arguments that contradict each other or a folder in use."""
     if resume is True and folder is None:
         raise ValueError("resume: expected folder= beside resume=True, got none; name the folder that holds the run")
     if not isinstance(resume, bool):
@@ -178,142 +164,14 @@ def _home(folder: str | Path | None, resume: bool | str | Path) -> Path | None:
             raise ValueError(f"resume: expected the same folder as folder={str(folder)!r}, got {str(resume)!r}")
         return Path(resume)
     home = None if folder is None else Path(folder)
-    if home is not None and not resume and (home / runstate.INDEX).exists():
+    if home is not None and not resume and (home / checkpoint.INDEX).exists():
         raise ValueError(
             f"folder: {str(home)!r} already holds a run; pass resume=True to continue it, or another folder"
         )
     return home
 
 
-@dataclass
-class Objective:
-    """From noise latents to losses, and back to the gradients with respect to the latents."""
-
-    chain: Callable[..., Pair]
-    decode: Decode
-    loss: Loss
-    dtype: torch.dtype
-    members: int
-
-    def gradient(self, latents: list[Tensor], step: int) -> Gradient:
-        """Losses, images and the latents' gradients; with a chain that plans its memory tried again, leaner, when that
-        runs out, while it can be."""
-        if getattr(self.chain, "planner", None) is None:
-            return self._gradient(latents, step)
-        random = runstate.random_state()
-        while True:
-            try:
-                return self._gradient(latents, step)
-            except torch.OutOfMemoryError as error:
-                failure = error.with_traceback(None)  # which holds what the pass had made
-            release(latents[0].device)
-            if not self._shrink(latents[0]):
-                raise failure
-            runstate.restore_random_state(random)
-
-    def _shrink(self, latents: Tensor) -> bool:
-        """Whether there was something to make smaller."""
-        pair = lean.leaner(self.decode, self.loss)
-        if pair is None:
-            return self.chain.planner.make_smaller_plan(latents) is not None  # type: ignore[attr-defined]
-        self.decode, self.loss = pair
-        return True
-
-    @torch.enable_grad()
-    def _gradient(self, latents: list[Tensor], step: int) -> Gradient:
-        start = [z.detach().requires_grad_() for z in latents]
-        ends = self.chain(*start)
-        losses, images, cotangents = [], [], []
-        for end in ends[: self.members]:
-            leaf = end.detach().to(self.dtype).requires_grad_()
-            image, value = self._score(leaf)
-            (cotangent,) = torch.autograd.grad(value, leaf)
-            losses.append(float(value.detach()))
-            images.append(image.detach())
-            cotangents.append(cotangent.to(end.dtype))
-            del image, value
-        cotangents += [torch.zeros_like(end) for end in ends[self.members :]]
-        gradients = list(torch.autograd.grad(ends, start, cotangents))
-        if not all(bool(torch.isfinite(g).all()) for g in gradients):
-            raise FloatingPointError(
-                f"gradient: NaN or Inf at optimisation step {step}; a `Chain` names its own, so look at the loss and "
-                "the decoder: try float32 for them, or a lower learning_rate"
-            )
-        return tuple(losses), tuple(images), gradients
-
-    @torch.no_grad()
-    def value(self, latents: Pair) -> tuple[tuple[float, ...], tuple[Tensor, ...]]:
-        ends = self.chain(*latents)
-        scored = [self._score(end.to(self.dtype)) for end in ends[: self.members]]
-        return tuple(float(value) for _, value in scored), tuple(image for image, _ in scored)
-
-    def _score(self, end: Tensor) -> tuple[Tensor, Tensor]:
-        image = self.decode(end)
-        if not isinstance(image, Tensor):
-            hint = "return its .sample" if hasattr(image, "sample") else "return the images as one tensor"
-            raise TypeError(f"decode: expected a function that returns a tensor, got {type(image).__name__}; {hint}")
-        value = self.loss(image)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-            got = f"shape {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss: expected a differentiable scalar tensor, got {got}; reduce it with .mean()")
-        if torch.is_grad_enabled() and not value.requires_grad:
-            raise ValueError(
-                "loss: expected a differentiable scalar, got one without a graph; do not detach, and do not decode or "
-                "score under torch.no_grad()"
-            )
-        if not bool(torch.isfinite(value)):
-            raise FloatingPointError(f"loss: expected a finite value, got {float(value.detach())}")
-        return image, value.reshape(())
-
-
-class Run:
-    """The progress of one optimisation: what is stored after each step, and what the result is made of."""
-
-    def __init__(self, update: LatentUpdate, settings: dict[str, Any]) -> None:
-        self.update = update
-        self.settings = settings
-        self.step = 0
-        self.pair_losses: list[tuple[float, ...]] = []
-        self.best_step = 0
-        self.best_loss = float("inf")
-        self.best_latents = list(update.latents)
-
-    @property
-    def losses(self) -> list[float]:
-        return [sum(pair) / len(pair) for pair in self.pair_losses]
-
-    def record(self, losses: tuple[float, ...]) -> None:
-        self.pair_losses.append(losses)
-        if self.losses[-1] < self.best_loss:
-            self.best_loss, self.best_step, self.best_latents = self.losses[-1], self.step, list(self.update.latents)
-
-    def save(self, home: Path) -> None:
-        names = ("settings", "step", "pair_losses", "best_step", "best_loss", "best_latents")
-        tree = {name: getattr(self, name) for name in names}
-        runstate.save(home, {**tree, "update": self.update.state(), "random": runstate.random_state()}, self.step)
-
-    def load(self, home: Path) -> None:
-        tree = runstate.load(home)
-        for name, value in self.settings.items():
-            if tree["settings"].get(name) != value:
-                raise ValueError(
-                    f"resume: the run in {str(home)!r} had {name}={tree['settings'].get(name)!r}, got {value!r}; "
-                    "pass what it was started with, or start anew in another folder"
-                )
-        self.step, self.best_step, self.best_loss = tree["step"], tree["best_step"], tree["best_loss"]
-        self.pair_losses = [tuple(pair) for pair in tree["pair_losses"]]
-        self.update.load(tree["update"])
-        self.best_latents = [z.to(self.update.latents[0].device) for z in tree["best_latents"]]
-        runstate.restore_random_state(tree["random"])
-
-    def finish(self, objective: Objective) -> Result:
-        x, y = self.update.latents
-        losses, images = objective.value((x, y))
-        final = sum(losses) / len(losses)
-        best_step, best_loss, best, best_images = self.best_step, self.best_loss, (x, y), images
-        if final <= best_loss:
-            best_step, best_loss = self.step, final
-        else:
-            best = (self.best_latents[0], self.best_latents[1])
-            _, best_images = objective.value(best)
-        return Result((x, y), images, self.losses, self.pair_losses, final, best_step, best_loss, best, best_images)
+def _hash(x: Tensor, y: Tensor) -> str:
+    """A hash of the values of the starting latents."""
+    data = b"".join(z.detach().double().cpu().contiguous().numpy().tobytes() for z in (x, y))
+    return hashlib.sha256(data).hexdigest()

@@ -1,8 +1,8 @@
-"""Decoders and guides that take less memory, for optimisations whose chain has memory="auto".
+"""Versions of decoders and guides that need less memory, for optimisations whose chain has memory="auto".
 
-A decoder or guide may have `leaner()`: the same function with less memory and more to compute again, None after the
-last. Such steps are worth far less time than the chain's: a gradient decodes twice and runs the network some hundred
-times.
+A decoder or guide may have a method `leaner()`. It returns the same function with less memory and more to compute
+again, or None if there is no such version. This costs far less time than it costs the chain to save the same memory: a
+gradient decodes two images and calls the network some hundred times.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from ..chain.memory.plan import Plan, free_bytes
 from ..chain.memory.planner import release
 from ..chain.memory.tracker import OverLimit, Tracker, meter
-from . import checkpoint as runstate
+from .checkpoint import random_state, restore_random_state
 
 Function = Callable[[Tensor], Tensor]
 Pair = tuple[Function, Function]
 
 
-def leaner(decode: Function, loss: Function) -> Pair | None:
-    """The next leaner pair, the decoder first; None if neither has more to give."""
+def next_smaller(decode: Function, loss: Function) -> Pair | None:
+    """Decoder and loss with one of them, the decoder if it can be, in its next smaller version; None if neither can."""
     for index, function in enumerate((decode, loss)):
         method = getattr(function, "leaner", None)
         other = None if method is None else method()
@@ -32,13 +32,21 @@ def leaner(decode: Function, loss: Function) -> Pair | None:
     return None
 
 
-def fitted(chain: Any, decode: Function, loss: Function, latents: Tensor, dtype: torch.dtype) -> Pair:
-    """The pair with which a chain of memory="auto" has least to compute again; the chain is told what it takes.
+def fit_to_budget(chain: Any, decode: Function, loss: Function, latents: Tensor, dtype: torch.dtype) -> Pair:
+    """The versions of decoder and loss with which a chain of memory="auto" has least to compute again.
 
-    latents: (B, C, ...) as the chain will get them; they are decoded in `dtype`. The first pair that costs the chain
-    nothing is taken, else the best. Other chains get the pair as it is. Measuring decodes and scores once a pair, and
-    leaves random states alone.
-    Raises ValueError, naming the smallest possible budget.
+    The first pair that costs the chain nothing is taken, or else the best of all. The chain's plan is then made for the
+    memory that the chosen pair takes. Each pair is measured by one gradient. Random states are left as they were.
+
+    Args:
+        chain: Other chains than those with memory="auto" get the pair as it is.
+        decode: Final latents (B, C, ...) -> images.
+        loss: Images -> scalar.
+        latents: (B, C, ...), as the chain will get them.
+        dtype: The dtype in which they are decoded.
+
+    Raises:
+        ValueError: The budget is too small. The error names the smallest possible one.
     """
     if getattr(chain, "planner", None) is None:
         return decode, loss
@@ -46,8 +54,8 @@ def fitted(chain: Any, decode: Function, loss: Function, latents: Tensor, dtype:
     pair: Pair | None = (decode, loss)
     best: tuple[Plan, int, Pair] | None = None
     while pair is not None and (best is None or best[0].recomputed > free.recomputed):
-        after = leaner(*pair)
-        taken = reserve(*pair, latents.to(dtype), limit if best is not None or after is not None else None)
+        after = next_smaller(*pair)
+        taken = peak_bytes(*pair, latents.to(dtype), limit if best is not None or after is not None else None)
         try:
             plan = None if taken is None else chain.make_plan(latents, taken)
         except ValueError:
@@ -62,20 +70,29 @@ def fitted(chain: Any, decode: Function, loss: Function, latents: Tensor, dtype:
     return best[2]
 
 
-def reserve(decode: Function, loss: Function, latents: Tensor, limit: int | None) -> int | None:
-    """Most bytes that are alive while latents are decoded, scored and pulled back in an optimisation; None where that
-    is over the limit or ran out of memory."""
-    random = runstate.random_state()
+def peak_bytes(decode: Function, loss: Function, latents: Tensor, limit: int | None) -> int | None:
+    """The most bytes that are alive while latents are decoded, scored and differentiated in an optimisation.
+
+    Args:
+        decode: Final latents (B, C, ...) -> images.
+        loss: Images -> scalar.
+        latents: (B, C, ...), in the dtype in which they are decoded.
+        limit: In bytes; None for no limit.
+
+    Returns:
+        None if that is more than the limit, or if memory ran out.
+    """
+    random = random_state()
     try:
         with torch.enable_grad(), Tracker(latents.device.type, limit=limit), meter(latents.device) as seen:
             leaf = latents.detach().requires_grad_()
             image = decode(leaf)
             torch.autograd.grad(loss(image), leaf)
-            # beside this image: the other member's, and both of the step before
+            # beside this image: that of the other member, and both of the step before
             return seen.peak + 3 * image.numel() * image.element_size()
     except (torch.OutOfMemoryError, OverLimit):
         pass
     finally:
-        runstate.restore_random_state(random)
+        restore_random_state(random)
     release(latents.device)
     return None

@@ -72,7 +72,7 @@ def test_the_options_reach_the_loop(models: Path, tmp_path: Path, monkeypatch: p
     assert cli.main(command(models, tmp_path / "out", *more, "--seed", "7", "--dtype", "bf16", steps=9)) == 130
     expected = {
         "steps": 9,
-        "learning_rate": 1.0,
+        "grad_scale": 1.0,
         "momentum": 0.5,
         "nesterov": True,
         "clip_grad_value": None,

@@ -47,7 +47,7 @@ def quiet_loss(image: Tensor) -> Tensor:
 
 def optimize(**changes: Any) -> doodl_fast.Result:
     torch.manual_seed(11)
-    arguments = {**problem(), "num_optimization_steps": 4, "learning_rate": 5.0, "clip_grad_value": 0.05, **changes}
+    arguments = {**problem(), "num_optimization_steps": 4, "grad_scale": 5.0, "clip_grad_value": 0.05, **changes}
     return doodl_fast.optimize(**arguments)
 
 
@@ -55,7 +55,7 @@ def test_loss_falls_and_result_is_what_it_says() -> None:
     seen: list[doodl_fast.StepInfo] = []
     given = problem()
     latents, before = given["latents"], given["latents"].clone()
-    result = optimize(latents=latents, loss=quiet_loss, renormalize_latents=False, callback=seen.append)
+    result = optimize(latents=latents, loss=quiet_loss, renormalize_latents=False, callback_on_step_end=seen.append)
     assert torch.equal(latents, before)
     assert len(result.losses) == len(seen) == 4
     assert result.final_loss < result.losses[0]
@@ -68,7 +68,7 @@ def test_loss_falls_and_result_is_what_it_says() -> None:
 
 def test_best_step_belongs_to_the_lowest_loss() -> None:
     result = optimize(
-        loss=quiet_loss, learning_rate=200.0, clip_grad_value=1.5, renormalize_latents=False, num_optimization_steps=6
+        loss=quiet_loss, grad_scale=200.0, clip_grad_value=1.5, renormalize_latents=False, num_optimization_steps=6
     )
     everything = [*result.losses, result.final_loss]
     assert result.best_loss == min(everything) and result.best_step == everything.index(min(everything))
@@ -99,7 +99,7 @@ def test_updates_are_not_lost_in_half_precision(dtype: torch.dtype) -> None:
         return 2 * z
 
     settings = {"clip_grad_value": 1e-4, "perturbation_scale": 0.0, "renormalize_latents": False, "momentum": 0.0}
-    result = optimize(**given | {"decode": decode, "loss": quiet_loss}, learning_rate=1e4, **settings)
+    result = optimize(**given | {"decode": decode, "loss": quiet_loss}, grad_scale=1e4, **settings)
     assert seen_dtypes == {dtype}
     assert result.latents[0].dtype == torch.promote_types(dtype, torch.float32)
     moved = (result.latents[0] - given["latents"].to(result.latents[0].dtype)).abs()
@@ -109,7 +109,7 @@ def test_updates_are_not_lost_in_half_precision(dtype: torch.dtype) -> None:
 def test_any_torch_optimizer() -> None:
     result = optimize(optimizer=lambda p: torch.optim.Adam(p, lr=0.05), loss=quiet_loss, renormalize_latents=False)
     assert result.final_loss < result.losses[0]
-    sgd = {"learning_rate": 3.0, "perturbation_scale": 0.0, "loss": quiet_loss}
+    sgd = {"grad_scale": 3.0, "perturbation_scale": 0.0, "loss": quiet_loss}
     ours = optimize(**sgd)
     theirs = optimize(**sgd, optimizer=lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9))
     assert torch.allclose(ours.latents[0], theirs.latents[0], atol=1e-6)
@@ -146,7 +146,7 @@ def test_one_decoder_graph_at_a_time() -> None:
 
 
 def test_callback_can_stop() -> None:
-    result = optimize(callback=lambda info: info.step == 1)
+    result = optimize(callback_on_step_end=lambda info: info.step == 1)
     assert len(result.losses) == 2
 
 
@@ -156,7 +156,7 @@ def test_resume_is_bit_identical(tmp_path: Path, adam: bool) -> None:
     whole = optimize(num_optimization_steps=6, optimizer=factory)
     optimize(num_optimization_steps=3, optimizer=factory, folder=tmp_path)
     torch.manual_seed(999)  # a new process starts from another random state
-    arguments = {**problem(), "learning_rate": 5.0, "clip_grad_value": 0.05, "optimizer": factory}
+    arguments = {**problem(), "grad_scale": 5.0, "clip_grad_value": 0.05, "optimizer": factory}
     resumed = doodl_fast.optimize(**arguments, num_optimization_steps=6, resume=tmp_path)
     assert resumed.losses == whole.losses and resumed.final_loss == whole.final_loss
     assert torch.equal(resumed.latents[0], whole.latents[0]) and torch.equal(
@@ -216,7 +216,7 @@ def test_state_tree_round_trip(tmp_path: Path) -> None:
     [
         ({"num_optimization_steps": 0}, ValueError, "num_optimization_steps: expected an int of at least 1, got 0"),
         ({"momentum": 1.0}, ValueError, r"momentum: expected a number in \[0, 1\)"),
-        ({"learning_rate": -1}, ValueError, "learning_rate: expected"),
+        ({"grad_scale": -1}, ValueError, "grad_scale, formerly learning_rate: expected"),
         ({"clip_grad_value": 0}, ValueError, "clip_grad_value: expected a positive number, or None"),
         ({"nesterov": True, "momentum": 0.0}, ValueError, "nesterov: expected momentum > 0"),
         ({"latents": torch.ones(1, 4, 2, 2, dtype=torch.int64)}, TypeError, "latents: expected a floating tensor"),
@@ -265,8 +265,8 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
     optimize(folder=tmp_path, num_optimization_steps=2)
     with pytest.raises(ValueError, match="already holds a run; pass resume=True"):
         optimize(folder=tmp_path)
-    with pytest.raises(ValueError, match=r"resume: .* had learning_rate=5.0, got 2.0"):
-        optimize(resume=tmp_path, learning_rate=2.0)
+    with pytest.raises(ValueError, match=r"resume: .* had grad_scale=5.0, got 2.0"):
+        optimize(resume=tmp_path, grad_scale=2.0)
     with pytest.raises(ValueError, match=r"resume: .* had start="):
         optimize(resume=tmp_path, latents=problem(seed=1)["latents"])
     with pytest.raises(ValueError, match="the saved run used no optimizer"):

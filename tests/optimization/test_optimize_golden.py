@@ -88,9 +88,9 @@ def test_reference_loop_step_by_step(case: str) -> None:
         decode,
         symmetry,
         steps,
-        learning_rate=options["grad_scale"],
+        grad_scale=options["grad_scale"],
         generator=torch.Generator().manual_seed(options["seed"]),
-        callback=seen.append,
+        callback_on_step_end=seen.append,
         progress=False,
         **settings,
     )

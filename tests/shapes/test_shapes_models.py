@@ -102,7 +102,7 @@ def test_guidance_lowers_its_loss(pipeline, kind: str) -> None:
         doodl_fast.Decoder(pipeline.vae),
         loss,
         6,
-        learning_rate=10.0,
+        grad_scale=10.0,
         clip_grad_value=1e-2,
         progress=False,
     )

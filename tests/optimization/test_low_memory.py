@@ -12,7 +12,7 @@ from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.diffusion.pipeline import Decoder
 from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.guidance import ClipText
-from doodl_fast.optimization import low_memory as lean
+from doodl_fast.optimization import low_memory
 from doodl_fast.optimization.loop import optimize
 from doodl_fast.solvers.edict import EDICT
 
@@ -69,9 +69,9 @@ def test_the_decoder_goes_first(guide):
     pair, seen = (Decoder(golden_vae()), guide), []
     while pair is not None:
         seen.append((pair[0]._checkpoints, pair[0]._singly, pair[1]._chunk))
-        pair = lean.leaner(*pair)
+        pair = low_memory.next_smaller(*pair)
     assert seen == [(0, 0, None), (1, 0, None), (1, 1, None), (1, 1, 2), (1, 1, 1)]
-    assert lean.leaner(torch.sin, torch.mean) is None
+    assert low_memory.next_smaller(torch.sin, torch.mean) is None
 
 
 def chain(memory="auto", budget=None, steps=2) -> EDICT:
@@ -82,7 +82,7 @@ def chain(memory="auto", budget=None, steps=2) -> EDICT:
 def run(made: EDICT, decode, loss, steps=2, **options):
     torch.manual_seed(0)
     x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
-    return optimize(made, x, decode, loss, steps, progress=False, learning_rate=1e3, **options)
+    return optimize(made, x, decode, loss, steps, progress=False, grad_scale=1e3, **options)
 
 
 def test_an_optimisation_keeps_to_its_budget(guide):
@@ -90,7 +90,7 @@ def test_an_optimisation_keeps_to_its_budget(guide):
     decode = Decoder(golden_vae())
     expected = run(chain("checkpoint"), decode, guide)
     x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
-    plain = lean.reserve(decode, guide, x, None)
+    plain = low_memory.peak_bytes(decode, guide, x, None)
     everything = chain()
     everything.make_plan(x, plain)
     for budget in (None, everything.plan.peak, plain + 10**6, plain * 7 // 10):
@@ -101,7 +101,7 @@ def test_an_optimisation_keeps_to_its_budget(guide):
             tracker.reset_peak()
 
         with Tracker("cpu") as tracker:
-            got = run(made, decode, guide, callback=note)
+            got = run(made, decode, guide, callback_on_step_end=note)
         torch.testing.assert_close(got.losses, expected.losses, rtol=1e-5, atol=0)
         assert relative(got.latents[0], expected.latents[0]) < 1e-5
         if budget is not None:
@@ -166,6 +166,6 @@ def test_out_of_memory_that_only_the_chain_can_end():
         hungry.times = 1
 
     with pytest.warns(RuntimeWarning, match="memory: ran out of it with graphs of all"):
-        got = run(hungry_chain, decode, hungry, 2, callback=callback)
+        got = run(hungry_chain, decode, hungry, 2, callback_on_step_end=callback)
     assert hungry_chain.plan.graphs == graphs // 2 and callback_steps == [0, 1]
     assert got.losses[0] == expected.losses[0]

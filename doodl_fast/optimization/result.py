@@ -1,0 +1,57 @@
+"""What an optimisation shows while it runs (`StepInfo`) and what it returns (`Result`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """The state of an optimisation just before one update, as a callback receives it.
+
+    Attributes:
+        step: Number of the optimisation step, counted from 0.
+        loss: Mean of the losses of the decoded images.
+        latents: The noise latents (x, y) that were decoded, each (B, C, ...).
+        images: The decoded images, detached: those of x and of y, or those of x alone with ``first_image_only``.
+    """
+
+    step: int
+    loss: float
+    latents: Pair
+    images: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an optimisation found.
+
+    Attributes:
+        latents: The final noise latents (x, y), each (B, C, ...), in float32 or float64.
+        images: The images that they decode to: those of x and of y, or those of x alone with ``first_image_only``.
+        losses: The mean loss of every step, each taken before the step's update.
+        pair_losses: For every step the loss of each decoded image.
+        final_loss: The mean loss of the final latents.
+        best_step: The step whose latents had the lowest loss. It is ``len(losses)`` if the final latents, after the
+            last update, had it.
+        best_loss: The lowest loss.
+        best_latents: The latents (x, y) with the lowest loss.
+        best_images: The images that they decode to.
+
+    If a callback ended the run, then no update followed the last entry of ``losses``: the final latents, images and
+    loss are those that the callback saw.
+    """
+
+    latents: Pair
+    images: tuple[Tensor, ...]
+    losses: list[float]
+    pair_losses: list[tuple[float, ...]]
+    final_loss: float
+    best_step: int
+    best_loss: float
+    best_latents: Pair
+    best_images: tuple[Tensor, ...]
