@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import cast
 
 import torch
 
-from ..chain.chain import Chain
 from ..chain.memory.strategies import Memory
 from ..chain.program import Coupling, Program, compact
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedule import Schedule
+from .base import DiffusionChain
 
 
 def edict_program(schedule: Schedule, mix_weight: float = 0.93, first_step: int = 0) -> Program:
@@ -59,23 +58,34 @@ def ddim_coefficients(alpha: float, alpha_prev: float, prediction_type: str) -> 
     raise ValueError(f"prediction_type: unknown {prediction_type!r}")
 
 
-class EDICT(Chain):
-    """EDICT's exactly invertible sampler (arXiv 2211.12446), differentiable end to end as DOODL needs it (arXiv
-    2303.13703).
+class EDICT(DiffusionChain):
+    """EDICT's exactly invertible sampler (arXiv 2211.12446), differentiable end to end as DOODL needs it.
 
-        x0, y0 = chain(xT)             # noise -> image latents; y starts equal to x
-        xT, yT = chain.inverse(x0, y0)  # and back, exact up to rounding
+    DOODL: Wallace et al., ICCV 2023, arXiv 2303.13703. Latents are (B, C, ...) of fp16, bf16, fp32 or fp64, x and y
+    alike; results and gradients have their dtype. Gradients are also given to the denoiser's conditions that require
+    grad, never to weights.
 
-    denoiser: eps(x, t) with its conditions.
-    schedule: the noise levels; its prediction type tells what the network returns.
-    mix_weight: p in (0, 1], how much of itself each latent keeps in the mixing after every step.
-    memory, state_dtype, arithmetic, drift_tolerance, memory_budget: see `Chain`. With arithmetic="exact" or "exact64"
-        the p that is used is the nearest decimal of 4 digits (0.93 is 93/100, exactly), and `state`, `forward_state`
-        and `inverse_state` lose no bit.
+    Args:
+        denoiser: eps(x, t) with its conditions.
+        schedule: The noise levels. Its prediction type tells what the network returns.
+        mix_weight: p in (0, 1], how much of itself each latent keeps in the mixing after every step. With
+            arithmetic="exact" or "exact64" the nearest decimal of 4 digits is used (0.93 is 93/100, exactly).
+        memory: What is kept for the gradient, see `Chain`.
+        state_dtype: In which x, y and their cotangents are carried, see `Chain`.
+        arithmetic: "float", "exact" or "exact64", see `Chain`. With the exact ones `state`, `forward_state` and
+            `inverse_state` lose no bit.
+        drift_tolerance: How far undone couplings may miss the start, see `Chain`.
+        memory_budget: For memory="auto", see `Chain`.
 
-    Latents are (B, C, ...) of fp16, bf16, fp32 or fp64, x and y alike; results and gradients have their dtype.
-    Gradients are also given to the denoiser's conditions that require grad, never to weights.
-    Raises TypeError or ValueError, naming the argument.
+    Raises:
+        TypeError: `denoiser` is no `Denoiser`, or `schedule` no `Schedule`.
+        ValueError: An option is out of range; the error names it.
+
+    Example:
+        >>> chain = EDICT.from_pipeline(pipe, "a dog")
+        >>> xT = chain.noise(seed=0)
+        >>> x0, y0 = chain(xT)  # from noise to image latents; y starts equal to x
+        >>> xT, yT = chain.inverse(x0, y0)  # and back, exact up to rounding
     """
 
     def __init__(
@@ -89,35 +99,21 @@ class EDICT(Chain):
         drift_tolerance: float | None = None,
         memory_budget: int | str | None = None,
     ) -> None:
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                f"denoiser: expected a Denoiser, got {type(denoiser).__name__}; use Denoiser(unet, cond, uncond)"
-            )
-        if not isinstance(schedule, Schedule):
-            got = type(schedule).__name__
-            raise TypeError(f"schedule: expected a Schedule, got {got}; use Schedule.from_scheduler(scheduler, steps)")
         super().__init__(
             denoiser,
-            edict_program(schedule, mix_weight),
-            memory,
+            schedule,
+            lambda noise_levels: edict_program(noise_levels, mix_weight),
+            memory=memory,
             state_dtype=state_dtype,
             arithmetic=arithmetic,
             drift_tolerance=drift_tolerance,
             memory_budget=memory_budget,
         )
-        self._schedule, self._mix_weight = schedule, float(mix_weight)
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The chain's evaluator."""
-        return cast(Denoiser, self.evaluator)
-
-    @property
-    def schedule(self) -> Schedule:
-        return self._schedule
+        self._mix_weight = float(mix_weight)
 
     @property
     def mix_weight(self) -> float:
+        """The weight p of the mixing, as it was given."""
         return self._mix_weight
 
     def __repr__(self) -> str:

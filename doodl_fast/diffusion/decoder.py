@@ -1,0 +1,139 @@
+"""The VAE of a pipeline as a differentiable function from latents to images, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .images import check_images
+from .networks import blocks_checkpointed, frozen, has_blocks, run_in_dtype
+
+
+def vae_scale_factor(vae: Any) -> int:
+    """Returns the number of pixels per latent along each axis."""
+    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor
+
+
+class Decoder:
+    """The VAE's decoder as a differentiable function of latents alone, and its encoder.
+
+    The VAE is called in its own dtype and in eval mode, and its weights get no gradients. The cotangents of an fp16 or
+    bf16 VAE are scaled into range. `scaling_factor`, `shift_factor` and the means and deviations of the channels are
+    read from its config.
+
+    Args:
+        vae: A diffusers autoencoder, `pipe.vae` for instance.
+
+    Raises:
+        TypeError: `vae` is no diffusers autoencoder.
+
+    Example:
+        >>> images = Decoder(pipe.vae)(latents)
+    """
+
+    def __init__(self, vae: Any) -> None:
+        if not callable(getattr(vae, "decode", None)) or not hasattr(getattr(vae, "config", None), "scaling_factor"):
+            raise TypeError(f"vae: expected a diffusers autoencoder (pipe.vae, for instance), got {type(vae).__name__}")
+        self.vae = vae
+        self._checkpoints = self._singly = False
+
+    def leaner(self) -> Decoder | None:
+        """Returns a decoder of the same images that needs less memory and more time for a gradient.
+
+        The first call checkpoints the VAE's blocks, if they can be; the next decodes the images one at a time as well.
+
+        Returns:
+            The other decoder, or None where nothing is left to save.
+        """
+        other = copy.copy(self)
+        if not self._checkpoints and has_blocks(self.vae):
+            other._checkpoints = True
+        elif not self._singly:
+            other._singly = True
+        else:
+            return None
+        return other
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Decodes latents, differentiably.
+
+        Args:
+            latents: A floating-point tensor (B, C, h, w), as the diffusion model has them.
+
+        Returns:
+            Images (B, 3, H, W), nominally in [-1, 1], in float32 (float64 from a float64 VAE).
+
+        Raises:
+            TypeError: `latents` is no floating-point tensor.
+            ValueError: `latents` has another shape, or the VAE overflows in fp16.
+        """
+        check_images(latents, "latents", self.vae.config.latent_channels)
+        scale, shift = self._affine(latents)
+        images = run_in_dtype(self._decode, (latents - shift) / scale, self.vae.dtype)
+        if self.vae.dtype == torch.float16 and torch.isfinite(latents).all() and not torch.isfinite(images).all():
+            raise ValueError(
+                "vae: the decoded images hold NaN or Inf because this VAE overflows in fp16; expected finite images: "
+                "run it in float32 with vae.float()"
+            )
+        return images
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Encodes images, without gradient.
+
+        Args:
+            images: A floating-point tensor (B, 3, H, W) in [-1, 1].
+            sample: Whether to draw from the posterior instead of taking its mean.
+            generator: Where the sample is drawn from; it implies `sample`.
+
+        Returns:
+            Latents (B, C, h, w) in the dtype of `images`.
+
+        Raises:
+            TypeError: `images` is no floating-point tensor.
+            ValueError: `images` has another shape, or H or W is no multiple of the VAE's scale factor.
+        """
+        check_images(images)
+        factor = vae_scale_factor(self.vae)
+        if images.shape[-1] % factor or images.shape[-2] % factor:
+            raise ValueError(f"images: expected height and width in multiples of {factor}, got {tuple(images.shape)}")
+        with frozen(self.vae):
+            output = self.vae.encode(images.to(self.vae.dtype))
+        posterior = getattr(output, "latent_dist", None)
+        if posterior is None:  # an autoencoder without a posterior, AutoencoderTiny for instance
+            latents = output.latents
+        else:
+            latents = posterior.sample(generator) if sample or generator is not None else posterior.mode()
+        latents = latents.to(torch.promote_types(images.dtype, torch.float32))
+        scale, shift = self._affine(latents)
+        return (latents * scale + shift).to(images.dtype)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Decodes raw latents, all at once or one at a time."""
+        from torch.utils.checkpoint import checkpoint
+
+        if not self._singly:
+            return self._images(z)
+        return torch.cat([checkpoint(self._images, one, use_reentrant=False) for one in z.split(1)])
+
+    def _images(self, z: Tensor) -> Tensor:
+        """Calls the VAE."""
+        blocks = blocks_checkpointed(self.vae) if self._checkpoints else contextlib.nullcontext()
+        with frozen(self.vae), blocks:
+            images: Tensor = self.vae.decode(z, return_dict=False)[0]
+        return images
+
+    def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Returns (scale, shift) with `latents = raw * scale + shift`, where raw is what the VAE has."""
+        config = self.vae.config
+        scale = float(config.scaling_factor)
+        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is not None and deviation is not None:
+            means, deviations = (like.new_tensor(values).reshape(1, -1, 1, 1) for values in (mean, deviation))
+            return scale / deviations, -scale * means / deviations
+        return scale, -scale * float(getattr(config, "shift_factor", None) or 0.0)

@@ -1,0 +1,113 @@
+"""The shape of a pipeline's latents, and the noise that is drawn in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decoder import vae_scale_factor
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The shape of a pipeline's latents, and where they are drawn.
+
+    Attributes:
+        channels: Channels of the latents.
+        scale_factor: Pixels per latent along each axis.
+        height: Default height of a picture, in pixels.
+        width: Default width of a picture, in pixels.
+        device: Default device of the latents.
+        fixed_size: Whether the conditions hold the size (SDXL's time_ids), so that latents must have it.
+        prompts: How many prompts the conditions hold; 1 serves any batch.
+    """
+
+    channels: int
+    scale_factor: int
+    height: int
+    width: int
+    device: torch.device
+    fixed_size: bool = False
+    prompts: int = 1
+
+    def noise(
+        self,
+        seed: int = 0,
+        batch: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draws standard normal latents. See `DiffusionChain.noise`."""
+        height, width = self.height if height is None else height, self.width if width is None else width
+        for name, size, own in (("height", height, self.height), ("width", width, self.width)):
+            check_size(name, size, self.scale_factor)
+            if self.fixed_size and size != own:
+                raise ValueError(
+                    f"{name}: expected {own}, the size that this chain's conditions tell the network (SDXL's "
+                    f"time_ids), got {size}; make the chain with from_pipeline(..., {name}={size})"
+                )
+        if batch is None:
+            batch = self.prompts
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch: expected an int of at least 1, got {batch!r}")
+        if self.prompts not in (1, batch):
+            raise ValueError(f"batch: expected {self.prompts}, one for each prompt of the chain, got {batch}")
+        if generator is None:
+            generator = torch.Generator().manual_seed(seed)
+        shape = (batch, self.channels, height // self.scale_factor, width // self.scale_factor)
+        drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+        return drawn.to(self.device if device is None else device, dtype)
+
+
+def check_size(name: str, size: Any, factor: int) -> None:
+    """Raises ValueError, naming the argument, unless `size` is a positive multiple of the VAE's scale factor."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < factor or size % factor:
+        near = max(factor, round(size / factor) * factor) if isinstance(size, (int, float)) else factor
+        raise ValueError(
+            f"{name}: expected a positive multiple of {factor} (the VAE's scale factor), got {size!r}; "
+            f"the nearest is {near}"
+        )
+
+
+def latent_space(
+    pipe: Any, height: int | None = None, width: int | None = None, prompts: int = 1, size_is_free: bool = False
+) -> LatentSpace:
+    """Returns the latent space of a pipeline.
+
+    Args:
+        pipe: A diffusers pipeline with a UNet and a VAE.
+        height: Default height of a picture in pixels; None is the pipeline's own.
+        width: Default width of a picture in pixels; None is the pipeline's own.
+        prompts: How many prompts the chain's conditions hold.
+        size_is_free: Whether noise of another size is allowed although SDXL's conditions hold the size.
+
+    Raises:
+        ValueError: A size is no positive multiple of the VAE's scale factor.
+    """
+    rows, columns = default_size(pipe, height, width)
+    factor = vae_scale_factor(pipe.vae)
+    for name, size in (("height", rows), ("width", columns)):
+        check_size(name, size, factor)
+    return LatentSpace(
+        channels=pipe.unet.config.in_channels,
+        scale_factor=factor,
+        height=rows,
+        width=columns,
+        device=pipe.unet.device,
+        fixed_size=not size_is_free and getattr(pipe, "text_encoder_2", None) is not None,
+        prompts=prompts,
+    )
+
+
+def default_size(pipe: Any, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """Returns the height and width in pixels that were given, with the pipeline's own in place of None."""
+    size = pipe.unet.config.sample_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    factor = vae_scale_factor(pipe.vae)
+    return rows * factor if height is None else height, columns * factor if width is None else width

@@ -1,0 +1,172 @@
+"""`DiffusionChain`: what every solver's chain has in common, and the way there from a diffusers pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ..chain.chain import Chain
+from ..chain.memory.strategies import Memory
+from ..chain.program import Coupling
+from ..diffusion.decoder import Decoder
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.latent_space import LatentSpace
+from ..diffusion.schedule import Schedule
+from ..diffusion.stable_diffusion import check_pipeline, pipeline_denoiser
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MADE_BY_HAND = "this chain was not made by from_pipeline, so it does not know"
+
+
+class DiffusionChain(Chain):
+    """A sampler from noise to image latents, differentiable end to end. `EDICT` is one.
+
+    Args:
+        denoiser: The network with its conditions.
+        schedule: The noise levels and timesteps.
+        make_program: Turns the schedule into the couplings of the solver.
+        options: Those of `Chain`.
+
+    Raises:
+        TypeError: `denoiser` is no `Denoiser`, or `schedule` no `Schedule`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        make_program: Callable[[Schedule], Sequence[Coupling]],
+        **options: Any,
+    ) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(
+                f"denoiser: expected a Denoiser, got {type(denoiser).__name__}; use Denoiser(unet, cond, uncond)"
+            )
+        if not isinstance(schedule, Schedule):
+            got = type(schedule).__name__
+            raise TypeError(f"schedule: expected a Schedule, got {got}; use Schedule.from_scheduler(scheduler, steps)")
+        super().__init__(denoiser, make_program(schedule), **options)
+        self._schedule = schedule
+        self._space: LatentSpace | None = None
+        self._decoder: Decoder | None = None
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] = "",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        memory: Memory = "auto",
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Makes the chain of a diffusers pipeline of the Stable Diffusion family (versions 1, 2 and XL).
+
+        The pipeline is read and never changed. Its scheduler gives the noise levels and timesteps, see
+        `Schedule.from_scheduler`; the steps between them are this solver's.
+
+        Args:
+            pipe: A diffusers pipeline, for instance from `StableDiffusionPipeline.from_pretrained(...)`.
+            prompt: One prompt, or a list of B prompts for a batch of B latents. None with `prompt_embeds`.
+            negative_prompt: What to steer away from: one text for all prompts, or one for each.
+            num_inference_steps: The number of sampling steps. EDICT needs about 50 with its usual `mix_weight`.
+            guidance_scale: The weight of classifier-free guidance (arXiv 2207.12598). As in diffusers, the prompt alone
+                is used with anything up to 1, and a network that embeds the guidance scale gets it as an input.
+            memory: What is kept for the gradient, see `Chain`. "auto" plans it by the memory that is free.
+            height: Height of the pictures in pixels, for `noise` and SDXL's conditions. None is the pipeline's own.
+            width: Width of the pictures in pixels.
+            **options: The solver's own options (for EDICT: mix_weight, arithmetic, state_dtype, drift_tolerance,
+                memory_budget); `vjp_dtype` and `compile` of `Denoiser`; arguments of the pipeline's `encode_prompt`
+                (prompt_embeds, negative_prompt_embeds, clip_skip; for SDXL prompt_2, pooled_prompt_embeds, ...); and
+                arguments of the UNet's `forward` (cross_attention_kwargs, added_cond_kwargs, ...).
+
+        Returns:
+            A chain with `noise` and `decode`.
+
+        Raises:
+            TypeError: `pipe` is no such pipeline, a prompt is no text, or an option is unknown.
+            ValueError: The pipeline or its scheduler has parts that would be ignored, or an option is out of range.
+
+        Example:
+            >>> chain = EDICT.from_pipeline(pipe, "a dog", guidance_scale=5.0)
+            >>> x0, y0 = chain(chain.noise(seed=0))
+            >>> images = chain.decode(x0)
+        """
+        check_pipeline(pipe)
+        names = set(inspect.signature(cls.__init__).parameters) - {"self", "denoiser", "schedule", "memory"}
+        solver = {name: options.pop(name) for name in sorted(names & options.keys())}
+        schedule = Schedule.from_scheduler(pipe.scheduler, num_inference_steps)
+        denoiser, space, decoder = pipeline_denoiser(
+            pipe, prompt, negative_prompt, guidance_scale, height, width, options
+        )
+        chain = cls(denoiser, schedule, memory=memory, **solver)
+        chain._space, chain._decoder = space, decoder
+        return chain
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network with its conditions: the chain's evaluator."""
+        return cast(Denoiser, self.evaluator)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels and timesteps."""
+        return self._schedule
+
+    def noise(
+        self,
+        seed: int = 0,
+        batch: int | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draws starting latents of standard normal noise.
+
+        They are drawn in float32, on the CPU unless `generator` lies elsewhere, so that a seed means the same picture
+        on every device and in every dtype. The chain's latents have unit variance at the noise end whatever the
+        pipeline's scheduler: the `init_noise_sigma` of schedulers that scale their latents (Euler, for instance) is
+        not applied.
+
+        Args:
+            seed: Of the noise, unless there is a generator.
+            batch: How many latents B. None is one for each prompt of the chain.
+            height: Height of the pictures in pixels. None is that of the chain.
+            width: Width of the pictures in pixels. None is that of the chain.
+            generator: Where the noise is drawn from instead, as in diffusers.
+            device: Of the result. None is the network's.
+            dtype: Of the result.
+
+        Returns:
+            Latents (B, C, height / f, width / f), where f is the VAE's scale factor.
+
+        Raises:
+            ValueError: A size or the batch does not fit, or the chain was not made by `from_pipeline`.
+        """
+        if self._space is None:
+            raise ValueError(f"noise: {MADE_BY_HAND} its latents' shape; use torch.randn(batch, channels, h, w)")
+        return self._space.noise(seed, batch, height, width, generator, device, dtype)
+
+    @property
+    def decode(self) -> Decoder:
+        """The pipeline's decoder: `chain.decode(latents)` gives images (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            AttributeError: The chain was not made by `from_pipeline`.
+        """
+        if self._decoder is None:
+            raise AttributeError(f"decode: {MADE_BY_HAND} a VAE; use Decoder(pipe.vae)")
+        return self._decoder
