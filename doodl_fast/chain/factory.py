@@ -13,7 +13,7 @@ from .checks import Trust
 from .evaluator import Evaluator, as_evaluator
 from .exact.arithmetic import Exact
 from .exact.lattice import WIDTHS, Lattice, to_lattice, words_needed
-from .exact.state import ENDS
+from .exact.state_file import ENDS
 from .program import Coupling, Program, invert
 from .run import Run
 

@@ -201,6 +201,22 @@ def test_other_mix_weights_go_to_the_nearest_decimal():
         assert relative(got, want) < 2e-6  # 0.930041 itself would be 4e-5 off
 
 
+@pytest.mark.parametrize("weight", [2 / 3, 1 / 3, 0.9, 0.93, 0.99996])
+def test_a_rounded_mixing_is_that_of_the_rounded_weight(weight):
+    """Against the float64 chain with the decimal of four digits, whose mixing leaves two equal latents as they are."""
+    used = round(weight, 4)
+    chain = exact_chain(50, mix_weight=weight, dtype=torch.float64, arithmetic="exact64")
+    assert {k.a + k.c for k in chain.program if not k.calls_network} == {1.0}
+    truth = exact_chain(50, mix_weight=used, dtype=torch.float64, arithmetic="float")
+    mixing = [[(k.a, k.c) for k in c.program if not k.calls_network] for c in (chain, truth)]
+    assert set(mixing[0]) - {(1.0, 0.0)} == set(mixing[1])  # a program in floats has no couplings that do nothing
+    x, y = latents(1, 3, 4, grad=True)
+    for got, want in zip(
+        (*chain(x, y), *pull(chain(x, y), [x, y])), (*truth(x, y), *pull(truth(x, y), [x, y])), strict=True
+    ):
+        assert relative(got, want) < 1e-9
+
+
 # The gradient
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import struct
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import DTYPES, latents, tiny_chain
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_exact import exact_chain
 
@@ -125,7 +132,6 @@ def test_damaged_files(state, tmp_path):
     path = tmp_path / "state.safetensors"
     state.save(path)
     tensors = load_file(path)
-    from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -150,3 +156,125 @@ def test_damaged_files(state, tmp_path):
         LatticeState.load(path)
     with pytest.raises(OSError, match="nowhere"):
         LatticeState.load(tmp_path / "nowhere")
+
+
+def outcome(path, content: bytes, state: LatticeState) -> str:
+    """Whether a file with that content is the same state, or is refused with one ValueError that names it."""
+    path.write_bytes(content)
+    try:
+        loaded = LatticeState.load(path)
+    except ValueError as error:
+        return "refused" if type(error) is ValueError and str(error).startswith("path: ") else repr(error)
+    return "the same" if loaded.equals(state) and loaded.units == state.units else "another state"
+
+
+def test_every_flipped_bit_and_every_truncation_is_noticed(state, tmp_path):
+    path, chance = tmp_path / "state.safetensors", random.Random(0)
+    state.save(path)
+    sound = path.read_bytes()
+    assert outcome(path, sound, state) == "the same"
+    for place in range(len(sound)):
+        content = bytearray(sound)
+        content[place] ^= 1 << chance.randrange(8)
+        assert outcome(path, bytes(content), state) == "refused", place
+    for length in [*range(0, len(sound), 7), len(sound) - 1]:
+        assert outcome(path, sound[:length], state) == "refused", length
+    assert outcome(path, sound + b"\0", state) == "refused"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_several_changed_bytes_are_noticed(state, tmp_path, data):
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        start = data.draw(st.integers(0, len(content)))
+        end = data.draw(st.integers(start, min(len(content), start + 20)))
+        content[start:end] = data.draw(st.binary(max_size=20))
+    # Whitespace in the header may become other whitespace, for instance.
+    assert outcome(path, bytes(content), state) in ("refused", "the same")
+
+
+def test_a_changed_tensor_or_field_does_not_match_the_checksum(state, tmp_path):
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for name, tensor in tensors.items():
+        changed = tensor.clone()
+        changed.view(-1)[-1] ^= 1
+        for fields in (metadata, {**metadata, "fingerprint": "0" + metadata["fingerprint"][1:]}):
+            save_file({**tensors, name: changed}, path, fields)
+            with pytest.raises(ValueError, match="damaged LatticeState: its checksum does not match its content"):
+                LatticeState.load(path)
+    save_file(tensors, path, {name: text for name, text in metadata.items() if name != "checksum"})
+    assert LatticeState.load(path).equals(state)  # as version 0.2 wrote it
+
+
+ODD_METADATA = [
+    {"units": "0x1p+99999 0x1p+0"},
+    {"units": "nan 0x1p+0"},
+    {"units": "0x0p+0 0x1p+0"},
+    {"units": "0x1p+0 0x1p+0 0x1p+0"},
+    {"units": ""},
+    {"units": "one two"},
+    {"latents_dtype": ""},
+    {"end": "noise "},
+    {"version": ""},
+    {"another": "field"},
+    {"fingerprint": None},
+    {"end": None},
+    {"units": None},
+    {"format": None},
+]
+
+
+@pytest.mark.parametrize("changes", ODD_METADATA, ids=str)
+def test_odd_metadata(state, tmp_path, changes):
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata.pop("checksum")  # so that nothing else gives the change away
+    changed = {name: text for name, text in {**metadata, **changes}.items() if text is not None}
+    save_file(load_file(path), path, changed)
+    assert outcome(path, path.read_bytes(), state) == "refused"
+
+
+ODD_SHAPES = [[], [24], [0], [2**63], [2**31, 2**31, 0], [-1], [2.5], ["2"], None, [24, 0], [1] * 99 + [24]]
+
+
+@pytest.mark.parametrize(
+    "dtype", ["I32", "I64", "I8", "U16", "U64", "BOOL", "BF16", "F64", "F8_E4M3", "F4", "C64", "x", 3]
+)
+def test_odd_tensors(state, tmp_path, dtype):
+    """Headers written by hand: any dtype and any shape for any tensor, over the same bytes."""
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header["__metadata__"].pop("checksum")
+    for name in ("x", "x_buffer", "y_buffer"):
+        for shape in ODD_SHAPES:
+            for size in ({}, {"data_offsets": [0, 0]}, {"data_offsets": [8, 0]}):
+                odd = json.dumps({**header, name: {**header[name], "dtype": dtype, "shape": shape, **size}}).encode()
+                assert outcome(path, struct.pack("<Q", len(odd)) + odd + body, state) == "refused", (name, shape, size)
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=r"path: expected a file, got .*, which is a folder or a device"):
+            LatticeState.load(path)
+    with pytest.raises(ValueError, match=r"is not a safetensors file \(it is empty\)"):
+        LatticeState.load(tmp_path / "empty")
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    torch.save({"x": torch.zeros(1)}, tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        LatticeState.load(tmp_path / "state.safetensors")

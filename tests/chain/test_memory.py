@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_chain
 
+from doodl_fast import Auto
 from doodl_fast.chain.memory import plan as memory
 from doodl_fast.chain.memory.plan import Sizes, Workload, format_bytes, parse_bytes
 
@@ -26,6 +28,9 @@ def workload(blocks: Sizes | None = BLOCKS, states=("checkpoint", 10), **changes
         ("500MB", 500 * 10**6),
         ("1.5KiB", 1536),
         ("2TB", 2 * 10**12),
+        ("0.1GB", 10**8),  # and not a byte less for the rounding of 0.1
+        ("1048576TiB", 2**60),
+        (2**60, 2**60),
     ],
 )
 def test_budgets(text, expected):
@@ -36,6 +41,28 @@ def test_budgets(text, expected):
 def test_budgets_that_are_none(bad):
     with pytest.raises(ValueError, match=r"memory_budget: expected .* got "):
         parse_bytes(bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [" ", "٦GiB", "６GiB", "6.५GB", "6 \u212aB", "6\u00a0GiB", "1e9", "+6GiB", "6GiB\n6", "1_000"]
+)
+def test_budgets_are_ascii_digits_and_units(bad):
+    with pytest.raises(ValueError, match=r'memory_budget: expected bytes or a size such as "6GiB" or "500MB", got '):
+        parse_bytes(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["99999999999999999999", 99999999999999999999, "9" * 400, "9" * 9999, 10**4000, "1" + "0" * 400 + "TB", 2**60 + 1],
+)
+def test_absurd_budgets(bad):
+    with pytest.raises(ValueError, match=r"memory_budget: expected at most 1 EiB \(2\*\*60 bytes\)") as said:
+        parse_bytes(bad)
+    assert len(str(said.value)) < 200
+    with pytest.raises(ValueError, match=r"^budget: expected at most 1 EiB"):
+        Auto(bad)
+    with pytest.raises(ValueError, match=r"^memory_budget: expected at most 1 EiB"):
+        tiny_chain(2, "auto", memory_budget=bad)
 
 
 @pytest.mark.parametrize("bad", [1.5, None, True, b"6GiB"])

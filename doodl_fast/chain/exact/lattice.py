@@ -108,11 +108,11 @@ def to_lattice(program: Sequence[Coupling], arithmetic: str) -> Lattice:
     couplings: list[Coupling] = []
     for coupling, (by, over), before, after in zip(program, factors, scales, scales[1:], strict=False):
         source, target = before[coupling.source], after[coupling.target]
+        a, c = _represented(coupling, by / over)
         couplings.append(
             LatticeCoupling(
-                *(coupling.target, by / over if coupling.c and not coupling.b else coupling.a, coupling.c, coupling.b),
-                *(coupling.step, coupling.tag, by, over),
-                per_source=coupling.c * (source / target),
+                *(coupling.target, a, c, coupling.b, coupling.step, coupling.tag, by, over),
+                per_source=c * (source / target),
                 per_eps=coupling.b * 2.0**fraction_bits / target,
                 source_unit=source * unit,
             )
@@ -134,6 +134,17 @@ def _factor(coupling: Coupling) -> tuple[int, int]:
             'arithmetic="float"'
         )
     return fraction.numerator, fraction.denominator
+
+
+def _represented(coupling: Coupling, factor: float) -> tuple[float, float]:
+    """The `a` and `c` of a coupling on the lattice.
+
+    Only the `a` of a mixing is rounded, to `factor`. Its `c` is then changed by as much the other way, so that a + c,
+    by which the coupling multiplies two equal latents, stays what it was: 1 for EDICT's mixing with any weight.
+    """
+    if coupling.b != 0 or coupling.c == 0 or factor == coupling.a:
+        return coupling.a, coupling.c
+    return factor, (coupling.a + coupling.c) - factor
 
 
 def _scales(program: Sequence[Coupling]) -> list[tuple[float, float]]:

@@ -9,7 +9,8 @@ from ..factory import RunFactory
 from ..latents import check_latents
 from ..program import invert
 from .lattice import Lattice, words_needed
-from .state import ENDS, LatticeState, check_state, state_of
+from .state import LatticeState, check_state, state_of
+from .state_file import ENDS
 
 
 def new_state(runs: RunFactory, x: Tensor, y: Tensor | None, end: str) -> LatticeState:

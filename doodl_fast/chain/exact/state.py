@@ -10,14 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.lattice_coupling_op import limit
-from .arithmetic import DTYPES, to_latent
+from .arithmetic import to_latent
 from .lattice import WORD_BITS
-
-FORMAT, VERSION = "doodl_fast.LatticeState", "1"
-ENDS = ("noise", "image")
-LATENT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-TENSORS = ("x", "y", "x_buffer", "y_buffer")
+from .state_file import TENSORS, read_fields, write_fields
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,60 +81,28 @@ class LatticeState:
         return _bound(self.x_buffer), _bound(self.y_buffer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as safetensors, everything but the tensors as metadata. The file's size does not depend on T."""
-        from safetensors.torch import save_file
+        """Writes the state as a safetensors file, with everything but the tensors, and a checksum, as metadata.
 
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "end": self.end,
-            "latents_dtype": next(name for name, dtype in LATENT_DTYPES.items() if dtype == self.latents_dtype),
-            "units": " ".join(unit.hex() for unit in self.units),
-            "fingerprint": self.fingerprint,
-        }
-        tensors = {name: getattr(self, name).detach().cpu().contiguous().clone() for name in TENSORS}
-        save_file(tensors, os.fspath(path), metadata)
+        The file's size does not depend on the chain's number of steps, unless a buffer has grown.
+
+        Args:
+            path: The file, which is replaced if it is there.
+        """
+        write_fields(path, vars(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatticeState:
-        """A saved state, on the CPU. Raises ValueError for a file that is none, OSError for one that cannot be read."""
-        from safetensors import SafetensorError, safe_open
+        """Reads a saved state, to the CPU.
 
-        try:
-            with safe_open(os.fspath(path), "pt") as file:  # type: ignore[no-untyped-call]
-                metadata: dict[str, str] = file.metadata() or {}
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        except SafetensorError as error:
-            raise ValueError(f"path: {os.fspath(path)} is not a safetensors file ({error})") from error
-        said = metadata.get("format"), metadata.get("version")
-        if said != (FORMAT, VERSION):
-            raise ValueError(f"path: expected a {FORMAT} of version {VERSION}, got {said[0]} of version {said[1]}")
-        try:
-            _check(found)
-            x_unit, y_unit = (float.fromhex(unit) for unit in metadata["units"].split())
-            end = metadata["end"]
-            if end not in ENDS:
-                raise ValueError(f"end: expected one of {ENDS}, got {end!r}")
-            dtype = LATENT_DTYPES[metadata["latents_dtype"]]
-            return cls(
-                **found, end=end, latents_dtype=dtype, units=(x_unit, y_unit), fingerprint=metadata["fingerprint"]
-            )
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"path: {os.fspath(path)} is a damaged LatticeState: {error}") from error
+        Args:
+            path: The file that `save` wrote.
 
-
-def _check(found: dict[str, Tensor]) -> None:
-    """Raises ValueError unless these are the tensors of a state within the range."""
-    if set(found) != set(TENSORS):
-        raise ValueError(f"expected the tensors {', '.join(TENSORS)}, got {', '.join(sorted(found))}")
-    x, y, x_buffer, y_buffer = (found[name] for name in TENSORS)
-    if x.dtype not in DTYPES.values() or y.dtype != x.dtype or y.shape != x.shape:
-        raise ValueError(f"expected x and y of int32 or int64 alike, got {x.dtype} {x.shape} and {y.dtype} {y.shape}")
-    if any(bool((n.abs() > limit(n.dtype)).any()) or bool((n == torch.iinfo(n.dtype).min).any()) for n in (x, y)):
-        raise ValueError("expected x and y in the lattice's range")
-    for buffer in (x_buffer, y_buffer):
-        if buffer.dtype != torch.int32 or buffer.shape != (len(x_buffer), *x.shape) or bool((buffer < 0).any()):
-            raise ValueError(f"expected buffers of int32 >= 0, (words, *{tuple(x.shape)}), got {tuple(buffer.shape)}")
+        Raises:
+            ValueError: It is no such file, or it is damaged: truncated, changed in any bit that matters, or with
+                tensors that are no state. The error says what is wrong.
+            OSError: There is no such file, or it cannot be read.
+        """
+        return cls(**read_fields(path))
 
 
 def _bound(buffer: Tensor) -> int:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+LARGEST_SIZE = 2**60
+"""The largest size that is accepted: one that is not a slip, and that every part of PyTorch can count with."""
 AUTO = "auto"
 ANCHOR_STEPS = 10
 """Steps between stored states where even sources are too much: undoing EDICT's mixing that far multiplies rounding
@@ -157,18 +160,32 @@ class Plan:
 
 
 def parse_bytes(value: Any, name: str = "memory_budget") -> int:
-    """An int, or a string such as "6GiB", "500 MB" or "1.5GB", in bytes. Raises ValueError or TypeError, naming it."""
+    """Reads a number of bytes.
+
+    Args:
+        value: An int, or a string such as "6GiB", "500 MB" or "1.5GB". KB, MB, GB and TB are powers of 1000, KiB, MiB,
+            GiB and TiB powers of 1024; a number alone counts bytes. Digits are ASCII digits.
+        name: The argument that errors name.
+
+    Raises:
+        TypeError: It is neither an int nor a string.
+        ValueError: The string is no size, or the size is below 1 byte or above 1 EiB (2**60 bytes).
+    """
     if isinstance(value, int) and not isinstance(value, bool):
-        count = value
+        count, got = value, str(value) if abs(value) <= 10**20 else f"an int of {value.bit_length()} bits"
     elif isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value, re.IGNORECASE)
+        got = repr(value if len(value) <= 40 else f"{value[:40]}...")
+        # The flag keeps other scripts' digits out, and the Kelvin sign, which would match K.
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)\s*", value, re.IGNORECASE | re.ASCII)
         if found is None or found[2].upper() not in UNITS:
-            raise ValueError(f'{name}: expected bytes or a size such as "6GiB" or "500MB", got {value!r}')
-        count = int(float(found[1]) * UNITS[found[2].upper()])
+            raise ValueError(f'{name}: expected bytes or a size such as "6GiB" or "500MB", got {got}')
+        count = int(Decimal(found[1]) * UNITS[found[2].upper()])
     else:
         raise TypeError(f'{name}: expected bytes or a size such as "6GiB", got {type(value).__name__}')
     if count < 1:
-        raise ValueError(f"{name}: expected at least 1 byte, got {value!r}")
+        raise ValueError(f"{name}: expected at least 1 byte, got {got}")
+    if count > LARGEST_SIZE:
+        raise ValueError(f"{name}: expected at most 1 EiB (2**60 bytes), which no machine has, got {got}")
     return count
 
 
