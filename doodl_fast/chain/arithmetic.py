@@ -49,6 +49,14 @@ class Group:
         return self.mixing[0].target
 
     @property
+    def source(self) -> int:
+        """Index of the value that the coupling reads, or the one that is mixed second."""
+        if self.coupling is not None:
+            return self.coupling.source
+        assert self.mixing is not None
+        return self.mixing[0].source
+
+    @property
     def calls_network(self) -> bool:
         return self.coupling is not None and self.coupling.calls_network
 
@@ -80,7 +88,8 @@ def group(program: Program, boundaries: Collection[int] = ()) -> tuple[Group, ..
         start = done + first.calls_network
         pair = program[start : start + 2]
         mixes = len(pair) == 2 and not pair[0].calls_network and not pair[1].calls_network
-        mixes = mixes and pair[0].target != pair[1].target
+        mixes = mixes and (pair[0].target, pair[0].source) == (pair[1].source, pair[1].target)
+        mixes = mixes and {pair[0].target, pair[0].source} == {first.target, first.source}
         if mixes and not any(position in boundaries for position in range(done + 1, start + 2)):
             done = start + 2
             groups.append(Group(first if first.calls_network else None, (pair[0], pair[1]), done))
@@ -93,20 +102,20 @@ def group(program: Program, boundaries: Collection[int] = ()) -> tuple[Group, ..
 class Arithmetic(Protocol):
     """How x and y are held between couplings, and how groups are done and undone on them; one object a pass.
 
-    A state is a list of `width` tensors. Its entries are replaced, the tensors themselves are never changed: the engine
-    stores them.
+    A state is a list of tensors: the values of the program first, then, if `tensors_per_value` is 2, what else belongs
+    to each of them. Its entries are replaced, but the tensors are never changed, because the engine stores them.
     """
 
-    width: ClassVar[int]
+    tensors_per_value: ClassVar[int]
     exact: ClassVar[bool]
     """Whether undoing gives back the same bits, given the same eps."""
 
-    def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """The state of latents x and y, as tensors of our own."""
+    def enter(self, *latents: Tensor) -> list[Tensor]:
+        """The state of the caller's latents, in tensors of its own."""
         ...
 
-    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The latents of a state, in the caller's dtype; they share no memory with anything kept."""
+    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The latents of a state, in the caller's dtype. They share no memory with anything that is kept."""
         ...
 
     def source(self, state: Sequence[Tensor], coupling: Coupling) -> Tensor:
@@ -136,20 +145,20 @@ class Floats:
 
     latents_dtype: torch.dtype
     state_dtype: torch.dtype
-    width: ClassVar[int] = 2
+    tensors_per_value: ClassVar[int] = 1
     exact: ClassVar[bool] = False
 
-    def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        return [x.to(self.state_dtype, copy=True), y.to(self.state_dtype, copy=True)]
+    def enter(self, *latents: Tensor) -> list[Tensor]:
+        return [latent.to(self.state_dtype, copy=True) for latent in latents]
 
-    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return state[0].to(self.latents_dtype, copy=True), state[1].to(self.latents_dtype, copy=True)
+    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(latent.to(self.latents_dtype, copy=True) for latent in state)
 
     def source(self, state: Sequence[Tensor], coupling: Coupling) -> Tensor:
         return state[coupling.source]
 
     def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
-        t, s = group.target, 1 - group.target
+        t, s = group.target, group.source
         a, c, b = group.coefficients
         value, g = (None, None) if eps is None else eps
         if group.mixing is not None:
@@ -159,12 +168,12 @@ class Floats:
 
     def undo_mixing(self, group: Group, state: list[Tensor]) -> None:
         if group.mixing is not None:
-            t, s = group.target, 1 - group.target
+            t, s = group.target, group.source
             state[t], state[s] = ops.mix_inverse(state[t], state[s], group.pair())
 
     def undo_coupling(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
         if group.coupling is not None:
-            t, s = group.target, 1 - group.target
+            t, s = group.target, group.source
             value, g = (None, None) if eps is None else eps
             state[t] = ops.coupling_inverse(state[t], state[s], value, *group.coefficients, g)
 
@@ -178,7 +187,7 @@ def transpose(group: Group, cotangents: list[Tensor], eps: Eps | None, scale: Te
 
     eps: the network's output if a cotangent for it is wanted; returned in its dtype and layout, times `scale`.
     """
-    t, s = group.target, 1 - group.target
+    t, s = group.target, group.source
     a, c, b = group.coefficients
     dtype, g = (None, None) if eps is None else (eps.value.dtype, eps.g)
     to_source: Tensor | None
@@ -199,9 +208,7 @@ def network_power(group: Group, cotangents: list[Tensor]) -> Tensor:
     A bound and not the largest magnitude itself, as the fused pass makes the cotangent and scales it at once.
     """
     bound = cotangents[0].new_zeros(())
-    for cotangent, weight in zip(
-        (cotangents[group.target], cotangents[1 - group.target]), group.weights(), strict=True
-    ):
+    for cotangent, weight in zip((cotangents[group.target], cotangents[group.source]), group.weights(), strict=True):
         if weight and cotangent.numel():
             bound = bound + abs(weight * group.coefficients[2]) * torch.linalg.vector_norm(cotangent, torch.inf)
     return power_of_two(bound)

@@ -16,15 +16,16 @@ class ChainFunction(torch.autograd.Function):
     """A run as one node of the caller's graph."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: Run, *inputs: Tensor) -> tuple[Tensor, ...]:
+        latents, tensors = inputs[: run.num_latents], inputs[run.num_latents :]
         work = run.new_arithmetic()
-        state = work.enter(x, y)
-        # Clones: the caller may change his latents and conditions before the backward pass.
-        start = () if run.anchors is None else (x.clone(), y.clone())
+        state = work.enter(*latents)
+        # The caller may change the latents and conditions before the backward pass, so it gets copies of them.
+        start = () if run.anchors is None else tuple(latent.clone() for latent in latents)
         tensors = tuple(t.clone() for t in tensors)
         graphs: Graphs = {}
         with run.evaluator.running():
-            kept = run.forward(work, state, tensors, ctx.needs_input_grad[3:], graphs)
+            kept = run.forward(work, state, tensors, ctx.needs_input_grad[1 + run.num_latents :], graphs)
         work.finish()
         ctx.run, ctx.num_kept, ctx.num_start, ctx.graphs = run, len(kept), len(start), graphs
         ctx.save_for_backward(*kept, *start, *tensors)
@@ -45,18 +46,18 @@ class ChainFunction(torch.autograd.Function):
 
 
 def _input_gradients(ctx: Any, grad_outputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Of x, y and the evaluator's tensors."""
+    """The gradients of the latents, then those of the evaluator's tensors; None for those that need none."""
     run: Run = ctx.run
     saved, middle = list(ctx.saved_tensors), ctx.num_kept + ctx.num_start
     kept, start, tensors = saved[: ctx.num_kept], saved[ctx.num_kept : middle], saved[middle:]
     del saved  # what is consumed is freed
-    _, needs_x, needs_y, *wanted = ctx.needs_input_grad
+    needed, wanted = ctx.needs_input_grad[1 : 1 + run.num_latents], ctx.needs_input_grad[1 + run.num_latents :]
     with torch.no_grad(), run.evaluator.running():
         cotangents, totals = run.gradient(kept, start, tensors, wanted, grad_outputs, ctx.graphs)
         sums = iter(totals)
         grads: list[Tensor | None] = [
-            cotangent.to(run.latents_dtype) if needed else None
-            for cotangent, needed in zip(cotangents, (needs_x, needs_y), strict=True)
+            cotangent.to(run.latents_dtype) if need else None
+            for cotangent, need in zip(cotangents, needed, strict=True)
         ]
         for tensor, want in zip(tensors, wanted, strict=True):
             total = next(sums) if want else None

@@ -22,7 +22,7 @@ from .latents import check_latents
 from .memory.plan import AUTO, Plan, parse_bytes
 from .memory.planner import Planner
 from .memory.strategies import Auto, Memory, shown, strategy_of
-from .program import Coupling, Program, count_network_calls
+from .program import Coupling, Program, count_network_calls, is_invertible, num_values
 
 
 class Chain:
@@ -127,7 +127,7 @@ class Chain:
     @memory.setter
     def memory(self, value: Memory) -> None:
         strategy = strategy_of(value, self._budget)
-        strategy.check(shown(value), arithmetic=self.arithmetic)
+        strategy.check(shown(value), arithmetic=self.arithmetic, invertible=self.is_invertible)
         self._memory, self._strategy, self._planner = value, strategy, strategy.new_planner(self._runs)
 
     @property
@@ -184,6 +184,11 @@ class Chain:
         return self._runs.trust.drift
 
     @property
+    def is_invertible(self) -> bool:
+        """Whether `inverse` exists: whether no coupling forgets its target."""
+        return is_invertible(self.program)
+
+    @property
     def num_network_calls(self) -> int:
         """How often one run evaluates the network, and its gradient with a graph again."""
         return count_network_calls(self.program)
@@ -202,16 +207,45 @@ class Chain:
 
     def _run(self, x: Tensor, y: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         check_latents(x, y)
-        y = x if y is None else y
+        x1, y1 = self._run_checked((x, x if y is None else y), inverse)
+        return x1, y1
+
+    def run(self, *latents: Tensor) -> tuple[Tensor, ...]:
+        """Runs a program on any number of latents, of which `__call__` is the case of two.
+
+        Args:
+            *latents: One tensor (B, C, ...) for each value that the program works on, alike in shape, dtype and device.
+
+        Returns:
+            What the latents have become, in the same order.
+
+        Raises:
+            ValueError: There are more or fewer latents than the program works on, or they do not match each other.
+        """
+        count = num_values(self.program)
+        if len(latents) != count:
+            raise ValueError(
+                f"latents: expected {count} tensors, one for each of the program's values, got {len(latents)}"
+            )
+        for other in latents[1:]:
+            check_latents(latents[0], other)
+        return self._run_checked(latents, inverse=False)
+
+    def _run_checked(self, latents: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, ...]:
         tensors = self.evaluator.tensors()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *tensors)):
+        if inverse and not self.is_invertible:
+            raise ValueError(
+                f"inverse: {type(self).__name__} cannot be inverted, because it has a step that forgets the latents "
+                "before it; use a solver that can be, such as doodl_fast.EDICT"
+            )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*latents, *tensors)):
             insists = self.evaluator.insists_on_vjps
             self._strategy.check(shown(self.memory), vjp_dtype=insists, inverse=inverse)
-            return self._strategy.run(self._runs, x, y, tensors, inverse, self._planner)
-        run = self._runs.new_run(x, inverse)
+            return self._strategy.run(self._runs, latents, tensors, inverse, self._planner)
+        run = self._runs.new_run(latents[0], inverse)
         with run.evaluator.running(), torch.no_grad():
             work = run.new_arithmetic()
-            state = work.enter(x, y)
+            state = work.enter(*latents)
             run.forward(work, state, tensors)
             work.finish()
             return work.leave(state)

@@ -61,20 +61,27 @@ class Trust:
 
 
 def distance(rebuilt: Sequence[Tensor], stored: Sequence[Tensor]) -> Tensor:
-    """|rebuilt - stored| / |stored| of a state (x, y, then what else belongs to it), 0-dim, on the device.
+    """The relative difference `|rebuilt - stored| / |stored|` of two states, as a 0-dim tensor on their device.
 
-    Of integers: at least the share of elements that differ, in any of the tensors, so 0 means equal to the bit.
+    A state of integers has a buffer beside each value, in the second half of the list. There the result is at least the
+    share of elements that differ in any of the tensors, so 0 means that the states are equal to the bit.
     """
     exact = not stored[0].is_floating_point()
     wide = torch.float32 if stored[0].device.type == "mps" else torch.float64
+    values = len(stored) // 2 if exact else len(stored)
     total = torch.zeros(2, dtype=wide, device=stored[0].device)
-    for got, want in zip(rebuilt[:2], stored[:2], strict=True):
+    for got, want in zip(rebuilt[:values], stored[:values], strict=True):
         total += torch.stack([(got.to(wide) - want.to(wide)).square().sum(), want.to(wide).square().sum()])
     result = (total[0] / total[1].clamp_min(torch.finfo(wide).tiny)).sqrt()
     if exact:
         unequal = [(got != want).to(wide).mean() for got, want in zip(rebuilt, stored, strict=True) if want.numel()]
         result = torch.stack([result, *unequal]).amax()
     return result
+
+
+def _name(value: int) -> str:
+    """How messages call a value of a program."""
+    return "xy"[value] if value < 2 else f"latent {value}"
 
 
 class Watch:
@@ -115,7 +122,7 @@ class Watch:
 
     def _message(self, coupling: Coupling) -> str:
         steps = 1 + max(c.step for c in self._program)
-        changed, read = "xy"[coupling.target], "xy"[coupling.source]
+        changed, read = _name(coupling.target), _name(coupling.source)
         where = (
             f"step {coupling.step} of 0 to {steps - 1}, timestep {coupling.tag}, the coupling that updates {changed}"
         )

@@ -23,7 +23,7 @@ from . import arithmetic
 from .arithmetic import Arithmetic, Eps, Group
 from .checks import Trust, Watch, distance
 from .evaluator import Evaluator, raw_output
-from .program import Coupling, Program, step_boundaries
+from .program import Coupling, Program, num_values, step_boundaries
 
 Memory = str | int
 
@@ -107,6 +107,11 @@ class Run:
             trust=trust,
             graph_ends=frozenset(calling[max(0, len(calling) - graphs) :]),
         )
+
+    @property
+    def num_latents(self) -> int:
+        """How many latents the program works on: two, unless the sampler remembers earlier steps or adds noise."""
+        return num_values(self.program)
 
     @property
     def half(self) -> bool:
@@ -229,8 +234,9 @@ class Run:
         drifts: list[Tensor] = []
         for group in reversed(self.groups):
             if self.anchors is not None and group.end in self.anchors:
-                stored = kept[-work.width :]
-                del kept[-work.width :]
+                width = len(cotangents) * work.tensors_per_value
+                stored = kept[-width:]
+                del kept[-width:]
                 if state:
                     drifts.append(distance(state, stored))
                 state = stored

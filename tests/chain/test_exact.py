@@ -391,3 +391,15 @@ def test_words_of_a_buffer():
     reached = steep.forward_state(start)
     assert len(start.x_buffer) == len(reached.x_buffer) == 7 and reached.x_buffer[6].any()
     assert steep.inverse_state(reached).equals(start)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ((Coupling(0, 0.0, 1.0, step=2),), r"that can be undone, got a = 0 at step 2"),
+        ((Coupling(2, 1.0, 1.0, source=0),), r"got more than two latents"),
+    ],
+)
+def test_programs_that_no_lattice_holds(program, message):
+    with pytest.raises(ValueError, match=message):
+        Chain(lambda x, t: x, program, arithmetic="exact")

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from doodl_fast.chain.program import Coupling, compact, count_network_calls, invert, step_boundaries
+from doodl_fast.chain.program import (
+    Coupling,
+    compact,
+    count_network_calls,
+    invert,
+    is_invertible,
+    num_values,
+    step_boundaries,
+)
 
 factors = st.floats(0.3, 3.0) | st.floats(-3.0, -0.3)
 couplings = st.builds(
@@ -26,7 +34,7 @@ def run(program, pair):
     state = list(pair)
     for k in program:
         source = state[k.source]
-        state[k.target] = k.a * state[k.target] + k.c * source + k.b * math.sin(source + k.tag)
+        state[k.target] = k.a * state[k.target] + k.c * source + (k.b * math.sin(source + k.tag) if k.b else 0.0)
     return state
 
 
@@ -46,7 +54,9 @@ def test_inverse_keeps_place_and_tag(coupling):
     ("arguments", "message"),
     [
         ({"target": 2}, "target: expected 0 or 1, got 2"),
-        ({"target": 0, "a": 0.0}, "a must not be zero"),
+        ({"target": 0, "source": 0}, "another value than the target"),
+        ({"target": 2}, "any other needs a source beside it"),
+        ({"target": 0, "source": -1}, "source: expected an int"),
         ({"target": 0, "c": math.nan}, "finite"),
         ({"target": 1, "b": math.inf}, "finite"),
     ],
@@ -71,3 +81,17 @@ def test_step_boundaries():
     assert step_boundaries((), 1) == {0}
     with pytest.raises(ValueError, match="at least 1"):
         step_boundaries(program, 0)
+
+
+def test_a_coupling_that_forgets_its_target_cannot_be_undone():
+    forgetting = Coupling(0, a=0.0, c=1.0, step=3)
+    assert not forgetting.is_invertible and not is_invertible([Coupling(1), forgetting])
+    with pytest.raises(ValueError, match=r"a must not be zero: the coupling of step 3 forgets its target"):
+        forgetting.inverse()
+
+
+def test_couplings_on_more_than_two_values():
+    program = (Coupling(2, 0.5, 1.0, 0.0, source=0), Coupling(1, 1.0, 2.0, 0.0, source=2))
+    assert num_values(program) == 3 and num_values(()) == 2
+    assert run(program, (1.0, 10.0, 4.0)) == [1.0, 16.0, 3.0]
+    assert run(invert(program), run(program, (1.0, 10.0, 4.0))) == pytest.approx([1.0, 10.0, 4.0])

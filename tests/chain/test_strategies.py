@@ -141,8 +141,8 @@ def test_a_strategy_of_ones_own():
         supports_vjp_dtype = False
         supports_inverse = False
 
-        def run(self, runs, x, y, tensors, inverse, planner):
-            return Checkpoint().run(runs, x, y, tensors, inverse, planner)
+        def run(self, runs, latents, tensors, inverse, planner):
+            return Checkpoint().run(runs, latents, tensors, inverse, planner)
 
     x, y = latents(1, 3, 4, grad=True)
     expected = pull(tiny_chain(3)(x, y), [x, y])

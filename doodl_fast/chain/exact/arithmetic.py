@@ -29,7 +29,7 @@ class Exact:
     device, in a table with a row for every position in the program, and read once, by `finish`.
     """
 
-    width: ClassVar[int] = 4
+    tensors_per_value: ClassVar[int] = 2
     exact: ClassVar[bool] = True
 
     def __init__(
@@ -48,19 +48,19 @@ class Exact:
 
     # The arithmetic, as the engine asks for it
 
-    def enter(self, x: Tensor, y: Tensor) -> list[Tensor]:
+    def enter(self, *latents: Tensor) -> list[Tensor]:
         """Latents rounded to the lattice, with empty buffers. Out of range they become a fault."""
         dtype = DTYPES[self.lattice.width.bits]
-        faults, row = self._row(x, None)
+        faults, row = self._row(latents[0], None)
         integers = []
-        for latent, unit in zip((x, y), self.lattice.units[self.ends[0]], strict=True):
+        for latent, unit in zip(latents, self.lattice.units[self.ends[0]], strict=True):
             n = (latent.detach().double() / unit).round()
             fits = n.abs() <= limit(dtype)
             faults[row, 0] |= (~fits).any()
             integers.append(torch.where(fits, n, 0.0).to(dtype).contiguous())
         return [*integers, *(n.new_zeros((self.words, *n.shape), dtype=torch.int32) for n in integers)]
 
-    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         units = self.lattice.units[self.ends[1]]
         return to_latent(state[0], units[0], self.latents_dtype), to_latent(state[1], units[1], self.latents_dtype)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from ...ops.lattice_mix_op import LARGEST_FACTOR, WORD_BITS
-from ..program import Coupling, Program
+from ..program import Coupling, Program, num_values
 
 DIGITS = 4
 LEAST_WORDS = 4
@@ -67,7 +67,7 @@ class LatticeCoupling(Coupling):
         """What undoes it, to the bit."""
         plain = Coupling.inverse(self)
         return LatticeCoupling(
-            *(plain.target, plain.a, plain.c, plain.b, plain.step, plain.tag),
+            *(plain.target, plain.a, plain.c, plain.b, plain.step, plain.tag, plain.source),
             *(self.over, self.by, self.per_source, self.per_eps, self.source_unit, not self.undo),
         )
 
@@ -93,6 +93,13 @@ def to_lattice(program: Sequence[Coupling], arithmetic: str) -> Lattice:
     Raises ValueError, naming the coupling, for what it cannot represent: a mixing whose `a` is not positive, or is not
     a fraction of integers up to 10000 in four digits; scales that leave no precision.
     """
+    forgetting = next((coupling for coupling in program if not coupling.is_invertible), None)
+    if forgetting is not None or num_values(program) > 2:
+        why = "more than two latents" if forgetting is None else f"a = 0 at step {forgetting.step}"
+        raise ValueError(
+            f'arithmetic: {arithmetic!r} needs couplings of two latents that can be undone, got {why}; use "float", or '
+            "a solver that can be inverted, such as EDICT"
+        )
     width = WIDTHS[arithmetic]
     factors = [_factor(coupling) for coupling in program]
     scales = _scales(program)
@@ -111,7 +118,7 @@ def to_lattice(program: Sequence[Coupling], arithmetic: str) -> Lattice:
         a, c = _represented(coupling, by / over)
         couplings.append(
             LatticeCoupling(
-                *(coupling.target, a, c, coupling.b, coupling.step, coupling.tag, by, over),
+                *(coupling.target, a, c, coupling.b, coupling.step, coupling.tag, coupling.source, by, over),
                 per_source=c * (source / target),
                 per_eps=coupling.b * 2.0**fraction_bits / target,
                 source_unit=source * unit,

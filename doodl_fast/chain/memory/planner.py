@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..factory import RunFactory
 from ..latents import check_latents
-from ..program import count_network_calls, step_boundaries
+from ..program import count_network_calls, is_invertible, step_boundaries
 from ..run import NetworkPull, Run
 from .plan import ANCHOR_STEPS, Plan, Sizes, Workload, format_bytes, free_bytes
 from .tracker import OverLimit, Tracker, meter
@@ -190,14 +190,16 @@ class Planner:
 def workload(run: Run, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Workload:
     """The workload of a gradient of `run` with respect to latents like x."""
     work = run.new_arithmetic()
-    state = work.enter(x.detach(), x.detach())
+    latents = [x.detach()] * run.num_latents
+    state = work.enter(*latents)
+    undoing = ("reversible" if work.exact else ANCHOR_STEPS,) if is_invertible(run.program) else ()
     return Workload(
         evaluations=count_network_calls(run.program),
         steps=len(step_boundaries(run.program, 1)),
         source=x.numel() * run.state_dtype.itemsize,
         state=sum(z.numel() * z.element_size() for z in state),
         # Undoing couplings is free of drift in exact arithmetic alone.
-        states=("checkpoint", "reversible" if work.exact else ANCHOR_STEPS),
+        states=("checkpoint", *undoing),
         sizes=sizes,
         graphs=run.for_vjp() is run,
     )
@@ -225,7 +227,7 @@ def probe(run: Run, x: Tensor, limit: int | None = None) -> Sizes | None:
                 if run.for_vjp() is run:
                     graph = pull.evaluate(source, group.coupling)
                     held = whole.held
-                pull(source, group, [torch.zeros_like(source), torch.zeros_like(source)], True, graph)
+                pull(source, group, [torch.zeros_like(source) for _ in range(run.num_latents)], True, graph)
                 del graph
                 most = whole.peak
             return Sizes(value.peak, held, most)

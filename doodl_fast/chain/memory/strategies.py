@@ -25,8 +25,8 @@ from ..run import Run
 from .plan import AUTO, parse_bytes
 from .planner import Planner, without_graphs
 
-Pair = tuple[Tensor, Tensor]
-_apply: Callable[..., Pair] = ChainFunction.apply  # This is untyped in torch.
+Latents = tuple[Tensor, ...]
+_apply: Callable[..., Latents] = ChainFunction.apply  # This is untyped in torch.
 
 
 class MemoryStrategy(ABC):
@@ -41,23 +41,25 @@ class MemoryStrategy(ABC):
         supports_inverse: Whether `chain.inverse` can be differentiated.
         undoes_couplings: Whether the backward pass may undo couplings instead of reading what was stored. Then the
             network must give the same bits when it is called again (see `Chain`'s drift_tolerance).
+        needs_invertible: Whether it cannot do without undoing couplings.
     """
 
     supports_exact_arithmetic: ClassVar[bool] = True
     supports_vjp_dtype: ClassVar[bool] = True
     supports_inverse: ClassVar[bool] = True
     undoes_couplings: ClassVar[bool] = False
+    needs_invertible: ClassVar[bool] = False
 
     @abstractmethod
     def run(
-        self, runs: RunFactory, x: Tensor, y: Tensor, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
-    ) -> Pair:
+        self, runs: RunFactory, latents: Latents, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
+    ) -> Latents:
         """Runs a chain so that the result can be differentiated.
 
         Args:
             runs: Makes the chain's runs.
-            x: Latents (B, C, ...), already checked.
-            y: The other latents, of the same shape, dtype and device.
+            latents: Everything that the program works on, most often x and y: tensors (B, C, ...) of one shape, dtype
+                and device, already checked.
             tensors: The evaluator's own tensors, which get gradients if they require them.
             inverse: Whether to run from the image to the noise.
             planner: What `new_planner` returned for this chain.
@@ -70,12 +72,20 @@ class MemoryStrategy(ABC):
         """What the strategy needs to remember about one chain. The chain keeps it; most strategies need nothing."""
         return None
 
-    def check(self, shown: str, arithmetic: str = "float", vjp_dtype: bool = False, inverse: bool = False) -> None:
+    def check(
+        self,
+        shown: str,
+        arithmetic: str = "float",
+        vjp_dtype: bool = False,
+        inverse: bool = False,
+        invertible: bool = True,
+    ) -> None:
         """Raises ValueError for what the strategy does not support.
 
         Args:
             shown: How the error names the strategy.
             arithmetic: The chain's arithmetic.
+            invertible: Whether every coupling of the program can be undone.
             vjp_dtype: Whether the evaluator insists on VJPs in a dtype of their own.
             inverse: Whether the inverse run is to be differentiated.
         """
@@ -83,6 +93,11 @@ class MemoryStrategy(ABC):
             raise ValueError(f'memory: {shown} does not support arithmetic={arithmetic!r}; use "checkpoint"')
         if vjp_dtype and not self.supports_vjp_dtype:
             raise ValueError(f'memory: {shown} does not support vjp_dtype; use "checkpoint"')
+        if not invertible and self.needs_invertible:
+            raise ValueError(
+                f"memory: {shown} undoes couplings, and this solver has some that forget their target; use "
+                '"checkpoint" or "auto"'
+            )
         if inverse and not self.supports_inverse:
             raise ValueError(f'memory: {shown} does not support gradients of chain.inverse; use "checkpoint"')
 
@@ -96,9 +111,9 @@ class Checkpoint(MemoryStrategy):
     """
 
     def run(
-        self, runs: RunFactory, x: Tensor, y: Tensor, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
-    ) -> Pair:
-        return _apply(runs.new_run(x, inverse, stores=True), x, y, *tensors)
+        self, runs: RunFactory, latents: Latents, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
+    ) -> Latents:
+        return _apply(runs.new_run(latents[0], inverse, stores=True), *latents, *tensors)
 
 
 @dataclass(frozen=True)
@@ -117,16 +132,17 @@ class Reversible(MemoryStrategy):
 
     every: int | None = None
     undoes_couplings: ClassVar[bool] = True
+    needs_invertible: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.every is not None and not _is_count(self.every):
             raise ValueError(f"every: expected an int of at least 1 or None, got {self.every!r}")
 
     def run(
-        self, runs: RunFactory, x: Tensor, y: Tensor, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
-    ) -> Pair:
+        self, runs: RunFactory, latents: Latents, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
+    ) -> Latents:
         states = "reversible" if self.every is None else self.every
-        return _apply(runs.new_run(x, inverse, stores=True, states=states), x, y, *tensors)
+        return _apply(runs.new_run(latents[0], inverse, stores=True, states=states), *latents, *tensors)
 
 
 @dataclass(frozen=True)
@@ -140,7 +156,14 @@ class Naive(MemoryStrategy):
     supports_exact_arithmetic: ClassVar[bool] = False
     supports_vjp_dtype: ClassVar[bool] = False
 
-    def check(self, shown: str, arithmetic: str = "float", vjp_dtype: bool = False, inverse: bool = False) -> None:
+    def check(
+        self,
+        shown: str,
+        arithmetic: str = "float",
+        vjp_dtype: bool = False,
+        inverse: bool = False,
+        invertible: bool = True,
+    ) -> None:
         if arithmetic != "float":
             raise ValueError(
                 f"memory: {shown} is plain autograd, which cannot pass the rounding of arithmetic={arithmetic!r}; use "
@@ -153,14 +176,14 @@ class Naive(MemoryStrategy):
             )
 
     def run(
-        self, runs: RunFactory, x: Tensor, y: Tensor, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
-    ) -> Pair:
-        run = runs.new_run(x, inverse)
+        self, runs: RunFactory, latents: Latents, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
+    ) -> Latents:
+        run = runs.new_run(latents[0], inverse)
         with run.evaluator.running():
             # Autograd keeps the evaluator's tensors. Copies leave the caller free to change them before the backward.
             tensors = tuple(t.clone() for t in tensors)
             work = run.new_arithmetic()
-            state = work.enter(x, y)
+            state = work.enter(*latents)
             run.plain_forward(state, tensors)
             work.finish()
             return work.leave(state)
@@ -195,10 +218,10 @@ class Auto(MemoryStrategy):
         return Planner(runs, None if self.budget is None else parse_bytes(self.budget, "budget"))
 
     def run(
-        self, runs: RunFactory, x: Tensor, y: Tensor, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
-    ) -> Pair:
+        self, runs: RunFactory, latents: Latents, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
+    ) -> Latents:
         assert planner is not None
-        case = planner.case(x, inverse)
+        case = planner.case(latents[0], inverse)
         plan = planner.choose(case)
 
         def fallback(run: Run) -> Run | None:
@@ -207,7 +230,7 @@ class Auto(MemoryStrategy):
 
         while True:
             try:
-                return _apply(replace(case.new_run(plan), fallback=fallback), x, y, *tensors)
+                return _apply(replace(case.new_run(plan), fallback=fallback), *latents, *tensors)
             except torch.OutOfMemoryError as error:
                 failure = error.with_traceback(None)  # The traceback holds the tensors that the failed run made.
             smaller = planner.shrink(case)
