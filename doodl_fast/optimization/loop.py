@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from tqdm.auto import tqdm
 
 from . import checkpoint, low_memory
 from .arguments import as_pair, check_functions, check_steps, renamed_arguments
+from .fingerprint import fingerprint
+from .folder_lock import FolderLock
 from .objective import Decode, Loss, Objective, decoder_dtype
 from .progress import Progress
 from .result import Pair, Result, StepInfo
@@ -108,13 +111,18 @@ def optimize(
     generator = generator or torch.Generator().manual_seed(seed)
     update = LatentUpdate(x, y, settings, generator, optimizer)
     home = _home(folder, resume)
-    decoded = decoder_dtype(decode, x.dtype, update.latents[0].dtype)
-    decode, loss = low_memory.fit_to_budget(chain, decode, loss, update.latents[0], decoded)
-    objective = Objective(chain, decode, loss, x.dtype, 1 if first_image_only else 2)
-    run = Progress(update, {**settings.as_dict(), "first_image_only": first_image_only, "start": _hash(x, y)})
-    if resume and home is not None:
-        run.load(home)
-    return descend(run, objective, num_optimization_steps, callback_on_step_end, progress, home)
+    _check_home(home, resume)
+    with contextlib.nullcontext() if home is None else FolderLock(home):
+        _check_home(home, resume)  # again, as another process may have used the folder in between
+        functions = None if home is None else fingerprint(chain, decode, loss)
+        decoded = decoder_dtype(decode, x.dtype, update.latents[0].dtype)
+        decode, loss = low_memory.fit_to_budget(chain, decode, loss, update.latents[0], decoded)
+        objective = Objective(chain, decode, loss, x.dtype, 1 if first_image_only else 2)
+        plain = {**settings.as_dict(), "first_image_only": first_image_only, "start": _hash(x, y)}
+        run = Progress(update, plain, functions)
+        if resume and home is not None:
+            run.load(home)
+        return descend(run, objective, num_optimization_steps, callback_on_step_end, progress, home)
 
 
 def descend(
@@ -156,19 +164,36 @@ def descend(
 
 
 def _home(folder: str | Path | None, resume: bool | str | Path) -> Path | None:
-    """The folder of the run, or None. Raises ValueError for arguments that contradict each other or a folder in use."""
+    """The folder of the run, or None. Raises ValueError for arguments that contradict each other."""
     if resume is True and folder is None:
         raise ValueError("resume: expected folder= beside resume=True, got none; name the folder that holds the run")
-    if not isinstance(resume, bool):
-        if folder is not None and Path(folder) != Path(resume):
-            raise ValueError(f"resume: expected the same folder as folder={str(folder)!r}, got {str(resume)!r}")
-        return Path(resume)
-    home = None if folder is None else Path(folder)
-    if home is not None and not resume and (home / checkpoint.INDEX).exists():
+    if isinstance(resume, bool):
+        return None if folder is None else Path(folder)
+    if folder is not None and Path(folder) != Path(resume):
+        raise ValueError(f"resume: expected the same folder as folder={str(folder)!r}, got {str(resume)!r}")
+    return Path(resume)
+
+
+def _check_home(home: Path | None, resume: bool | str | Path) -> None:
+    """Raises ValueError if a new run is to be stored over another, or if there is no run to be resumed."""
+    if home is None:
+        return
+    stored = (home / checkpoint.INDEX).exists()
+    lost = checkpoint.without_index(home)
+    if lost is not None:
+        name = "resume" if resume else "folder"
+        raise ValueError(
+            f"{name}: {str(home)!r} holds {lost} without the {checkpoint.INDEX} that belongs to it, so its run cannot "
+            "be resumed; pass another folder, or delete that file to begin anew"
+        )
+    if stored and not resume:
         raise ValueError(
             f"folder: {str(home)!r} already holds a run; pass resume=True to continue it, or another folder"
         )
-    return home
+    if resume and not stored:
+        raise ValueError(
+            f"resume: expected a folder with {checkpoint.INDEX} in it, got {str(home)!r}; start without resume="
+        )
 
 
 def _hash(x: Tensor, y: Tensor) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
+from .fingerprint import Fingerprint, differing
 from .objective import Objective, Scores
 from .result import Result
 from .update import LatentUpdate
@@ -17,11 +18,13 @@ class Progress:
     Args:
         update: Holds the latents and what their next update needs.
         settings: Plain values that a stored run must have in common with the run that resumes it.
+        functions: Identifies the chain, the decoder and the loss, which must be the same too.
     """
 
-    def __init__(self, update: LatentUpdate, settings: dict[str, Any]) -> None:
+    def __init__(self, update: LatentUpdate, settings: dict[str, Any], functions: Fingerprint | None = None) -> None:
         self.update = update
         self.settings = settings
+        self.functions = functions or {}
         self.step = 0
         self.pair_losses: list[tuple[float, ...]] = []
         self.best_step = 0
@@ -41,7 +44,7 @@ class Progress:
 
     def tree(self) -> dict[str, Any]:
         """All that `load` needs, with PyTorch's global random state."""
-        names = ("settings", "step", "best_step", "best_loss", "best_latents")
+        names = ("settings", "functions", "step", "best_step", "best_loss", "best_latents")
         tree = {name: getattr(self, name) for name in names}
         return {
             **tree,
@@ -51,7 +54,7 @@ class Progress:
         }
 
     def save(self, home: Path) -> None:
-        """Stores the progress in the folder `home` in place of what it holds."""
+        """Stores the progress in the folder `home`. Its latents are finite, as `LatentUpdate.step` checks."""
         checkpoint.save(home, self.tree(), self.step)
 
     def load(self, home: Path) -> None:
@@ -63,6 +66,12 @@ class Progress:
                     f"resume: the run in {str(home)!r} had {name}={tree['settings'].get(name)!r}, got {value!r}; "
                     "pass what it was started with, or start anew in another folder"
                 )
+        differs = differing(self.functions, tree["functions"])
+        if differs is not None:
+            raise ValueError(
+                f"resume: the run in {str(home)!r} was started with another {differs}; pass the same as then, or start "
+                "anew in another folder"
+            )
         self.step, self.best_step, self.best_loss = tree["step"], tree["best_step"], tree["best_loss"]
         self.pair_losses = [tuple(pair) for pair in tree["pair_losses"]]
         self.update.load(tree["update"])
