@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import load_classifier, load_clip, load_pipeline
+from .captions import confusions
 from .measure import Verdict, judge
-from .scenes import VARIETY_NAMES, Prompt, prompts, render, sample
-from .train import confusions, pixels
+from .scenes import VARIETY_NAMES, Prompt, pixels, prompts, render, sample
 
 GUIDANCE_SCALE = 4.0
 BATCH = 25

@@ -11,9 +11,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZE = 64
 
@@ -218,6 +222,20 @@ def render(scene: Scene) -> NDArray[np.uint8]:
         colour = np.array(thing.rgb or COLOURS[thing.colour], dtype=float)
         picture[y0:y1, x0:x1] += alpha * (colour - picture[y0:y1, x0:x1])
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def pixels(pictures: NDArray[np.uint8]) -> Tensor:
+    """Converts rendered pictures to tensors.
+
+    Args:
+        pictures: Pictures of shape (N, 64, 64, 3), uint8.
+
+    Returns:
+        A float32 tensor of shape (N, 3, 64, 64) in [-1, 1], with channels last in memory.
+    """
+    import torch
+
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def sample(rng: np.random.Generator, num_objects: int | None = None, held_out: bool = False) -> Scene:

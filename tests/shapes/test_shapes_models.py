@@ -13,6 +13,7 @@ from doodl_fast import shapes
 from doodl_fast.diffusion.pipeline import initial_latents
 from doodl_fast.guidance import Classifier, ClipText
 from doodl_fast.shapes import evaluate
+from doodl_fast.shapes.scenes import pixels
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,12 @@ def test_pictures_of_two_objects_are_right(pipeline) -> None:
 
 
 def test_training_makes_the_tokenizer_that_is_shipped(pipeline, tmp_path) -> None:
-    from doodl_fast.shapes import models
+    from doodl_fast.shapes.training.tokenizer import make_tokenizer
 
     captions = [str(prompt) for prompt in shapes.prompts(2)]
     vocabularies = []
     for build in ("a", "b", "c"):
-        tokenizer = models.tokenizer(tmp_path / build)
+        tokenizer = make_tokenizer(tmp_path / build)
         vocabularies.append(tokenizer.get_vocab())
         assert tokenizer(captions).input_ids == pipeline.tokenizer(captions).input_ids
     assert vocabularies[0] == vocabularies[1] == vocabularies[2]
@@ -67,7 +68,7 @@ def test_vae_keeps_what_is_in_a_picture(pipeline) -> None:
 
     rng = np.random.default_rng(0)
     scenes = [shapes.sample(rng, held_out=True) for _ in range(30)]
-    images = evaluate.pixels(np.stack([shapes.render(scene) for scene in scenes]))
+    images = pixels(np.stack([shapes.render(scene) for scene in scenes]))
     decoder = doodl_fast.Decoder(pipeline.vae)
     with torch.no_grad():
         rebuilt = decoder(decoder.encode(images))

@@ -9,14 +9,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .scenes import SIZE, VARIETY_NAMES, Prompt, render, sample
+from ..scenes import SIZE, VARIETY_NAMES, Prompt, render, sample
 
 CHUNK = 500
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """images (N, 64, 64, 3) uint8; captions N; varieties (N,), an index into VARIETY_NAMES, -1 for two objects."""
+    """The pictures of the training set.
+
+    Attributes:
+        images: The pictures, of shape (N, 64, 64, 3), uint8.
+        captions: Their N captions.
+        varieties: Of shape (N,): the variety of the only object as an index into `VARIETY_NAMES`; -1 for two objects.
+    """
 
     images: NDArray[np.uint8]
     captions: list[str]
@@ -24,6 +30,7 @@ class Pictures:
 
     @property
     def held_out(self) -> NDArray[np.bool_]:
+        """Of shape (N,): whether the training of the UNet leaves the picture out."""
         return np.array([Prompt.parse(caption).held_out for caption in self.captions])
 
     def __len__(self) -> int:
@@ -31,6 +38,7 @@ class Pictures:
 
 
 def _draw(chunk: tuple[int, int]) -> tuple[NDArray[np.uint8], list[str], list[int]]:
+    """Draws the pictures, captions and varieties of one chunk, which is a seed and the chunk's number."""
     seed, index = chunk
     rng = np.random.default_rng([seed, index])
     scenes = [sample(rng, held_out=True) for _ in range(CHUNK)]
@@ -39,7 +47,14 @@ def _draw(chunk: tuple[int, int]) -> tuple[NDArray[np.uint8], list[str], list[in
 
 
 def pictures(folder: Path, count: int = 40_000, seed: int = 0, workers: int = 2) -> Pictures:
-    """Loads the cached set from ``folder``, or draws it (a few minutes) and stores it there."""
+    """Loads the training set from a folder, or draws it, which takes a few minutes, and stores it there.
+
+    Args:
+        folder: Where the set is stored, in a file whose name contains seed and count.
+        count: The number of pictures.
+        seed: The seed of the scenes.
+        workers: The number of processes that draw.
+    """
     path = folder / f"pictures-{seed}-{count}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

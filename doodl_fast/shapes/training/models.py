@@ -1,53 +1,23 @@
-"""Architectures of the embedded pipeline: Stable Diffusion's classes, small enough to train on two CPU cores."""
+"""The networks of the embedded pipeline: Stable Diffusion's classes, small enough to train on two CPU cores."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .scenes import COLOURS, RELATIONS, SHAPES, SIZE, VARIETY_NAMES
+from ..scenes import SIZE, VARIETY_NAMES
+from .tokenizer import MAX_TOKENS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetForImageClassification
 
-MAX_TOKENS = 16
 TEXT_WIDTH = 128
 TEXT_LAYERS = 3
 LATENT_SIZE = SIZE // 4
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer to which every word of the captions is one token, built from files in ``folder``."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    words = ["a", *COLOURS, *SHAPES, *" ".join(RELATIONS).split(), "picture", "photo", "and", "the"]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    # given ids to begin with: otherwise they are drawn, and with them the order of merges that are equally frequent
-    endings = [letter + "</w>" for letter in sorted(set("".join(words)))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, end_of_word_suffix="</w>", special_tokens=endings, show_progress=False
-    )
-    bpe.train_from_iterator(words * 4, trainer)
-    merges = json.loads(bpe.to_str())["model"]["merges"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols = (
-        alphabet + [s + "</w>" for s in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(dict.fromkeys(symbols))}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
-    built = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS)
-    for word in words:
-        if len(built(word).input_ids) != 3:
-            raise RuntimeError(f"tokenizer: {word!r} is not one token: {built.tokenize(word)}")
-    return built
-
-
 def text_config(words: CLIPTokenizer) -> dict[str, object]:
+    """Returns the configuration of the text encoders of Stable Diffusion and CLIP."""
     return {
         "vocab_size": len(words),
         "hidden_size": TEXT_WIDTH,
@@ -63,12 +33,14 @@ def text_config(words: CLIPTokenizer) -> dict[str, object]:
 
 
 def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """Returns a text encoder with random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig(**text_config(words)))
 
 
 def vae() -> AutoencoderKL:
+    """Returns a VAE with random weights: pictures of 64 x 64 pixels, latents of 4 x 16 x 16."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -86,6 +58,7 @@ def vae() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
+    """Returns a UNet with random weights."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -103,7 +76,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1.x's noise schedule."""
+    """Returns a DDIM scheduler with the noise schedule of Stable Diffusion 1.x."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -119,6 +92,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def clip(words: CLIPTokenizer) -> CLIPModel:
+    """Returns a CLIP model with random weights."""
     from transformers import CLIPConfig, CLIPModel
 
     vision = {
@@ -134,6 +108,7 @@ def clip(words: CLIPTokenizer) -> CLIPModel:
 
 
 def classifier() -> ResNetForImageClassification:
+    """Returns a classifier of the varieties with random weights."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     return ResNetForImageClassification(
