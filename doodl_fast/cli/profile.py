@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..chain.memory.profiling import Report
+    from ..chain.memory.profiling import MemoryReport
     from .baselines import Setting
 
 TABLE, FIGURE, TIMELINES = "profile.json", "profile.png", "timelines.png"
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
     setting = _setting(args, load())
     print(f"{'':<22}{'steps':>6}{'peak':>12}{'held':>12}{'peak RSS':>12}{'seconds':>10}{'CPU s':>10}", flush=True)
     rows: list[Row] = []
-    reports: dict[str, Report] = {}
+    reports: dict[str, MemoryReport] = {}
     for name in names:
         for count in steps:
             row, reports[name] = measure(name, setting, count, args.repeats)
@@ -132,7 +132,7 @@ def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
     return Setting(denoiser, scheduler, args.mix_weight, x, args.memory_budget)
 
 
-def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[Row, Report]:
+def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[Row, MemoryReport]:
     """One contender: a gradient to warm up, some on the clock, one under the tracker."""
     import torch
 
@@ -195,7 +195,7 @@ def growths(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, Report]) -> None:
+def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, MemoryReport]) -> None:
     import torch
 
     from .. import __version__

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,7 +276,22 @@ def test_what_is_no_file(tmp_path):
         LatticeState.load(tmp_path / "empty")
 
 
+def test_states_that_were_saved_before_are_of_the_same_lattice(state):
+    """Recorded with version 0.2."""
+    recorded = "9007df89f8abdbfb476e7e96b709d0e5c2744bc6b3512488c33ba4ecf460e273 torch.float64"
+    assert state.fingerprint == recorded
+
+
 def test_a_pickle_is_not_read(tmp_path):
     torch.save({"x": torch.zeros(1)}, tmp_path / "state.safetensors")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         LatticeState.load(tmp_path / "state.safetensors")
+
+
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "exact.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    chain, names = exact_chain(5), {"doodl_fast": doodl_fast, "x0": latents(1, 3, 4, dtype=torch.float32)[0]}
+    monkeypatch.chdir(tmp_path)
+    exec(code, {**names, "denoiser": chain.denoiser, "schedule": chain.schedule})
+    assert (tmp_path / "noise.safetensors").is_file()

@@ -9,6 +9,7 @@ import torch
 from conftest import golden_unet
 from torch.utils.checkpoint import checkpoint
 
+from doodl_fast.chain.memory import profiling
 from doodl_fast.chain.memory.tracker import OverLimit, Tracker
 
 KIB = 256  # float32 numbers
@@ -129,3 +130,11 @@ def test_nothing_is_left_of_a_networks_graph():
         del out
         gc.collect()
         assert tracker.held == 0
+
+
+def test_the_old_name_of_a_report():
+    with pytest.warns(DeprecationWarning, match="Report is now MemoryReport"):
+        old = profiling.Report
+    assert old is profiling.MemoryReport
+    with pytest.raises(AttributeError, match="has no attribute 'Reports'"):
+        profiling.Reports  # noqa: B018

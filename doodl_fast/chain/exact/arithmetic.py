@@ -1,4 +1,4 @@
-"""Exact arithmetic: x and y as the engine holds them on a lattice of integers (`lattice.py`), and its faults."""
+"""Exact arithmetic on tensors: x and y as integers on a lattice (`lattice.py`), and the faults that it reports."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ DTYPES = {32: torch.int32, 64: torch.int64}
 
 
 class Exact:
-    """x, y and their information buffers as integers: undoing gives back the very bits, if the network does.
+    """The arithmetic that holds x, y and their information buffers as integers; one object serves one pass.
 
-    lattice: units and width. program: the lattice's, or its inverse. start, end: between which of the lattice's ends it
-    runs, "noise" or "image". words: of a buffer. latents_dtype, state_dtype: of the latents that come and go, and of
-    what the network is given, each rounded once.
+    Undoing a coupling gives back the same bits if the network gives the same bits again.
 
-    A state is [x, y, x's buffer, y's buffer]: integers (B, ...) and int32 (words, B, ...). Faults are noted on the
-    device, in a table with a row for every position in the program, and read once, by `finish`.
+    A state is [x, y, x's buffer, y's buffer]: integers (B, ...) and int32 (words, B, ...). Kernels note faults on the
+    device, in a table with a row for every position in the program. `finish` reads it once.
+
+    Args:
+        lattice: The units and the width of the integers.
+        program: The lattice's program, or its inverse.
+        ends: Where the pass starts and where it ends, "noise" and "image" or the other way round.
+        words: How many words a buffer has.
+        latents_dtype: The dtype of the latents that come in and go out.
+        state_dtype: The dtype of what the network is given.
     """
 
     tensors_per_value: ClassVar[int] = 2
@@ -46,10 +52,10 @@ class Exact:
         self._faults: Tensor | None = None
         self._visited: list[Group | None] = []
 
-    # The arithmetic, as the engine asks for it
+    # What the protocol `Arithmetic` asks for
 
     def enter(self, *latents: Tensor) -> list[Tensor]:
-        """Latents rounded to the lattice, with empty buffers. Out of range they become a fault."""
+        """Rounds latents to the lattice and gives them empty buffers. Latents out of range are noted as a fault."""
         dtype = DTYPES[self.lattice.width.bits]
         faults, row = self._row(latents[0], None)
         integers = []
@@ -61,23 +67,28 @@ class Exact:
         return [*integers, *(n.new_zeros((self.words, *n.shape), dtype=torch.int32) for n in integers)]
 
     def leave(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The latents of a state, rounded once to the caller's dtype."""
         units = self.lattice.units[self.ends[1]]
         return to_latent(state[0], units[0], self.latents_dtype), to_latent(state[1], units[1], self.latents_dtype)
 
     def source(self, state: Sequence[Tensor], coupling: Coupling) -> Tensor:
+        """What the network is evaluated at: the values of the source's integers, in `state_dtype`."""
         return to_latent(state[coupling.source], _lattice(coupling).source_unit, self.state_dtype)
 
     def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        """Does a group's couplings."""
         lone = group.coupling if group.coupling is not None and not group.calls_network else None
         pair = (lone, None) if lone is not None else group.mixing
         self._do(group, state, None if lone is not None else group.coupling, pair, eps)
 
     def undo_mixing(self, group: Group, state: list[Tensor]) -> None:
+        """Undoes a group's mixing, to the bit."""
         if group.mixing is not None:
             first, second = group.mixing
             self._do(group, state, None, (second.inverse(), first.inverse()), None)
 
     def undo_coupling(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        """Undoes a group's coupling, to the bit; its mixing must be undone already."""
         if group.coupling is not None:
             undone = group.coupling.inverse()
             network = group.calls_network
@@ -91,7 +102,7 @@ class Exact:
         pair: tuple[Coupling, Coupling | None] | None,
         eps: Eps | None,
     ) -> None:
-        """One pass: a coupling with a network, one or two without."""
+        """Makes one pass over memory: a coupling that calls the network, one or two that do not, or both."""
         t, s = group.target, 1 - group.target
         faults, row = self._row(state[t], group)
         c, b, undo = 0.0, 0.0, False
@@ -117,14 +128,19 @@ class Exact:
     # Faults
 
     def _row(self, like: Tensor, group: Group | None) -> tuple[Tensor, int]:
-        """The table of faults, and a group's row in it: its end's position, 0 for the start."""
+        """The table of faults, and the row of a group in it: its end's position in the program, or 0 for the start."""
         if self._faults is None:
             self._faults = torch.zeros(len(self.program) + 1, 2, dtype=torch.int32, device=like.device)
         self._visited.append(group)
         return self._faults, 0 if group is None else group.end
 
     def finish(self) -> None:
-        """Raises OverflowError or FloatingPointError for the first fault of the pass; synchronises once."""
+        """Ends the pass, with one synchronisation.
+
+        Raises:
+            FloatingPointError: The network returned NaN or Inf.
+            OverflowError: A value left the lattice's range. Of several faults the first one is raised.
+        """
         if self._faults is None:
             return
         table = self._faults.tolist()
@@ -139,6 +155,7 @@ class Exact:
                 raise OverflowError(self._overflow(group))
 
     def _overflow(self, group: Group | None) -> str:
+        """The text of an OverflowError."""
         width = self.lattice.width.bits
         largest = limit(DTYPES[width])
         noise, image = (largest * min(map(abs, self.lattice.units[end])) for end in ("noise", "image"))
@@ -150,6 +167,7 @@ class Exact:
 
 
 def _place(group: Group | None) -> str:
+    """Where in a run a group is, in words; None is the start."""
     if group is None:
         return "at the start"
     first = group.coupling
@@ -161,10 +179,14 @@ def _place(group: Group | None) -> str:
 
 
 def to_latent(n: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
-    """The values of integers, rounded once to a floating dtype: the same bits for the same integers."""
+    """The latents that integers stand for, each rounded once to a floating dtype.
+
+    The same integers give the same bits on every device.
+    """
     return rounded(n.double() * unit, dtype)
 
 
 def _lattice(coupling: Coupling) -> LatticeCoupling:
+    """A coupling of a lattice's program, with its type."""
     assert isinstance(coupling, LatticeCoupling)
     return coupling

@@ -1,18 +1,27 @@
-"""A program on a lattice of integers: its coefficients, units and buffers, in Python numbers.
+"""A program on a lattice of integers: its coefficients, its units and the size of its buffers.
 
-A value is held as an integer n of units, `value = n s 2^-F`, with a scale s a variable and position in the program. A
-coupling that calls the network, or that only rescales, has its `a` taken into the target's scale (DDIM's rescaled
-variable), so on the integers it only adds:
+A latent's value is held as an integer n that counts units:
+
+    value = n s 2^-F
+
+F, the number of bits behind the point, is the same everywhere. The scale s is a number for each of x and y at each
+position in the program.
+
+A coupling that calls the network, or that only rescales its target, takes its `a` into the target's scale (this is the
+rescaled variable of DDIM). On the integers it only adds, in float64 and in this order:
 
     s' = a s ;   n += rint(C n_source + B eps)        with B = b 2^F / s',  C = c (s_source / s')
 
-in float64 and in this order. A mixing coupling (b = 0, c != 0) multiplies by `a` itself, exactly, as a fraction with an
-information buffer (see `ops.lattice_mix`): the decimal of 4 digits nearest to it, so that EDICT's 0.93 is 93/100. The
-scales are 1 at the program's end; a Stable Diffusion schedule begins at 1/14.6. F is such that values up to 32, in
-scale, fit wherever the program goes, and not above a cap that leaves the image's end more room.
+A mixing coupling (b = 0, c != 0) multiplies the integer by `a`. It does so exactly, as a fraction with an information
+buffer (see `ops.lattice_mix`). The fraction is the decimal of 4 digits that is nearest to `a`, so EDICT's 0.93 is
+93/100; `c` is changed by as much the other way.
 
-The lattice program is a program: its couplings carry the coefficients that are represented, in floating point too, for
-the vector-Jacobian product, and `invert` and `group` work on it.
+The scales are 1 at the program's end; with a Stable Diffusion schedule they begin at 1/14.6. F is as large as it can be
+while values up to 32, times the scale, fit at every position, but not above a cap that leaves more room at the image.
+
+The result is a program like any other, so `invert` and `group` work on it. Its couplings carry the coefficients that
+are represented, as floats too, for the vector-Jacobian products. Everything here is computed in Python's ints and
+floats; what is imported from `ops` is two limits of the kernels.
 """
 
 from __future__ import annotations
@@ -27,33 +36,48 @@ from ...ops.lattice_mix_op import LARGEST_FACTOR, WORD_BITS
 from ..program import Coupling, Program, num_values
 
 DIGITS = 4
+"""How many decimals of a mixing's `a` are represented."""
 LEAST_WORDS = 4
-"""Words of a fresh buffer. 124 bits last for 1000 steps of EDICT at p = 0.93, so shorter runs cost the same memory."""
+"""How many words a buffer has at least. Their 124 bits last for 1000 steps of EDICT at p = 0.93, so all shorter runs
+take the same memory."""
 ROOM = 32.0
-"""What the state may always hold, in the scale's unit: latents are of the order of 1, noise below 6."""
+"""The magnitude, times the scale, that the state can hold at every position. Latents are of the order of 1, and noise
+stays below 6."""
 LEAST_FRACTION_BITS = 10
+"""With fewer bits behind the point a program is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """Integers of the lattice: how many bits they may use and how many of those are at most behind the point."""
+    """The integers of a lattice.
+
+    Attributes:
+        bits: The bits of their dtype.
+        range_bits: How many of these they may use.
+        most_fraction_bits: How many of those are behind the point at most.
+    """
 
     bits: int
     range_bits: int
     most_fraction_bits: int
 
 
-# int32: +-512 at the image's end (with Stable Diffusion's schedule +-35 at the noise) in steps of 2.4e-7, which costs
-# half of fp32's error or less (tests/test_exact.py). int64: as far as ops.lattice_coupling goes.
+# int32 holds +-512 at the image (and +-35 at the noise of Stable Diffusion's schedule) in steps of 2.4e-7. Their
+# rounding error is half of fp32's or less (tests/chain/test_exact.py). int64 goes as far as ops.lattice_coupling does.
 WIDTHS = {"exact": Width(32, 31, 22), "exact64": Width(64, 49, 36)}
 
 
 @dataclass(frozen=True, slots=True)
 class LatticeCoupling(Coupling):
-    """A coupling with its integers. a, c, b: what is represented, up to the rounding of floats.
+    """A coupling on the lattice. Its a, c and b are what is represented, up to the rounding of floats.
 
-    by, over: what the target is multiplied by, through its buffer. per_source, per_eps: C and B. source_unit: the value
-    of one unit of the source. undo: whether it subtracts first and multiplies after.
+    Attributes:
+        by: The target is multiplied by `by` / `over`, with the help of its information buffer.
+        over: The denominator of that fraction.
+        per_source: C, the units that are added for each unit of the source.
+        per_eps: B, the units that are added for the network's output.
+        source_unit: The value of one unit of the source.
+        undo: Whether the coupling subtracts first and multiplies after, as one that undoes another does.
     """
 
     by: int = 1
@@ -64,7 +88,7 @@ class LatticeCoupling(Coupling):
     undo: bool = False
 
     def inverse(self) -> LatticeCoupling:
-        """What undoes it, to the bit."""
+        """The coupling that undoes this one, to the bit."""
         plain = Coupling.inverse(self)
         return LatticeCoupling(
             *(plain.target, plain.a, plain.c, plain.b, plain.step, plain.tag, plain.source),
@@ -74,10 +98,14 @@ class LatticeCoupling(Coupling):
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
-    """A program on the lattice.
+    """A program on a lattice.
 
-    units: the value of one unit of x and of y, at the program's start (the noise) and its end (the image).
-    fingerprint: what tells lattices apart: everything that the integers depend on but the network and its conditions.
+    Attributes:
+        program: The couplings, all of them `LatticeCoupling`s.
+        width: The integers.
+        fraction_bits: F, how many bits are behind the point.
+        units: The value of one unit of x and of y, at the program's start ("noise") and at its end ("image").
+        fingerprint: A digest of everything that the integers depend on, except for the network and its conditions.
     """
 
     program: Program
@@ -88,10 +116,16 @@ class Lattice:
 
 
 def to_lattice(program: Sequence[Coupling], arithmetic: str) -> Lattice:
-    """The program on the lattice named "exact" (int32) or "exact64" (int64).
+    """Puts a program on a lattice.
 
-    Raises ValueError, naming the coupling, for what it cannot represent: a mixing whose `a` is not positive, or is not
-    a fraction of integers up to 10000 in four digits; scales that leave no precision.
+    Args:
+        program: The couplings, in floating point.
+        arithmetic: "exact" for integers of 32 bits, "exact64" for 64.
+
+    Raises:
+        ValueError: The lattice cannot represent the program: the `a` of a mixing is not positive, or is not, in four
+            decimals, a fraction of integers up to 10000; or the scales differ so much that no precision is left. The
+            error names the coupling.
     """
     forgetting = next((coupling for coupling in program if not coupling.is_invertible), None)
     if forgetting is not None or num_values(program) > 2:
@@ -129,7 +163,7 @@ def to_lattice(program: Sequence[Coupling], arithmetic: str) -> Lattice:
 
 
 def _factor(coupling: Coupling) -> tuple[int, int]:
-    """What a coupling multiplies integers by: a mixing's `a`, and 1 for one whose `a` goes into the scale."""
+    """The fraction that a coupling multiplies integers by: a mixing's `a`, or 1 where `a` goes into the scale."""
     if coupling.b != 0 or coupling.c == 0:
         return 1, 1
     decimal = round(coupling.a * 10**DIGITS)
@@ -171,18 +205,28 @@ def _scales(program: Sequence[Coupling]) -> list[tuple[float, float]]:
 
 
 def _fingerprint(couplings: Sequence[Coupling], width: Width, units: dict[str, tuple[float, float]]) -> str:
+    """A digest of a lattice."""
     digest = hashlib.sha256(repr((1, width, units)).encode())
-    for coupling in couplings:
-        digest.update(repr(coupling).encode())
+    for k in couplings:
+        assert isinstance(k, LatticeCoupling)
+        # The text is spelt out, as saved states carry the digest: a new field of the class must not change it.
+        digest.update(
+            f"LatticeCoupling(target={k.target!r}, a={k.a!r}, c={k.c!r}, b={k.b!r}, step={k.step!r}, tag={k.tag!r}, "
+            f"by={k.by!r}, over={k.over!r}, per_source={k.per_source!r}, per_eps={k.per_eps!r}, "
+            f"source_unit={k.source_unit!r}, undo={k.undo!r})".encode()
+        )
     return digest.hexdigest()
 
 
 def words_needed(program: Program, buffers: tuple[int, int] = (0, 0)) -> int:
-    """How many words buffers need to run the program: `LEAST_WORDS`, or more.
+    """How many words the buffers need to run a program: `LEAST_WORDS`, or more. No buffer overflows in that many.
 
-    buffers: upper bounds of x's and y's at the start. No buffer overflows in that many words: a multiplication by
-    by/over takes a buffer m to `(m div by) over + v` with v < over, which grows with m, so the bounds that are computed
-    here in the same way, without limit on their size, hold for every element.
+    A multiplication by `by / over` turns a buffer m into `(m div by) over + v` with v < over, which grows with m. So
+    the bounds that are computed here in the same way, in ints of any size, hold for every element.
+
+    Args:
+        program: The couplings of a lattice.
+        buffers: Upper bounds of x's and of y's buffers at the start.
     """
     bounds = list(buffers)
     largest = max(bounds)

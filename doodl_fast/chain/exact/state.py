@@ -1,4 +1,4 @@
-"""What survives between the two directions of an exact chain: the integers of x and y, and their buffers."""
+"""`LatticeState`: the integers of x and y and their information buffers, at one end of a chain in exact arithmetic."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ from .state_file import TENSORS, read_fields, write_fields
 
 @dataclass(frozen=True, eq=False)
 class LatticeState:
-    """A pair of latents on the lattice of an exact chain, at one of its ends; made by `chain.state`.
+    """A pair of latents on the lattice of a chain in exact arithmetic, at one of its ends. `chain.state` makes it.
 
+    It carries no gradient.
+
+    Attributes:
+        x: (B, C, ...) int32 or int64, in units of `units[0]`.
+        y: The same for y, in units of `units[1]`.
+        x_buffer: The information buffer of x, (words, B, C, ...) int32: 31 bits a word, the lowest first. It holds what
+            the divisions of the mixing left over (arXiv 1502.03492).
+        y_buffer: The same for y.
+        end: "noise" or "image".
+        latents_dtype: The dtype of the latents that the state was made from.
+        units: The values of one unit of x and of one unit of y.
+        fingerprint: A digest of the lattice (schedule, mix weight, width and solver). A chain refuses states of another
+            lattice. The network, the prompt and the guidance scale are not in it: another prompt edits a picture.
+
+    Example:
         state = chain.state(x0, end="image")
         noise = chain.inverse_state(state)
-        assert chain.forward_state(noise).equals(state)     # bit for bit
-
-    x, y: (B, ...) int32 or int64, in units of `units`. x_buffer, y_buffer: (words, B, ...) int32, 31 bits a word, the
-    lowest first: what the mixing's divisions left over (arXiv 1502.03492). end: "noise" or "image". latents_dtype: of
-    the latents that it was made from. fingerprint: of the lattice (schedule, mix weight, width, solver); a chain
-    refuses states of another one. The network, prompt and guidance scale are not in it: another prompt edits a picture.
-    It carries no gradient.
+        assert chain.forward_state(noise).equals(state)  # bit for bit
     """
 
     x: Tensor
@@ -44,12 +53,16 @@ class LatticeState:
         return f"LatticeState({tuple(self.x.shape)} {kind}, end={self.end!r}, {len(self.x_buffer)} words)"
 
     def latents(self) -> tuple[Tensor, Tensor]:
-        """x and y as new tensors of `latents_dtype`, rounded once."""
+        """x and y as new tensors (B, C, ...) of `latents_dtype`, rounded once."""
         x_unit, y_unit = self.units
         return to_latent(self.x, x_unit, self.latents_dtype), to_latent(self.y, y_unit, self.latents_dtype)
 
     def equals(self, other: LatticeState) -> bool:
-        """Whether everything that a chain goes on from is the same, bit for bit, buffers included."""
+        """Whether another state is the same, bit for bit, in everything that a chain goes on from, buffers included.
+
+        Raises:
+            TypeError: `other` is no LatticeState.
+        """
         if not isinstance(other, LatticeState):
             raise TypeError(f"other: expected a LatticeState, got {type(other).__name__}")
         if any(getattr(self, name) != getattr(other, name) for name in ("end", "latents_dtype", "fingerprint")):
@@ -65,11 +78,11 @@ class LatticeState:
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     def tensors(self) -> list[Tensor]:
-        """[x, y, x_buffer, y_buffer]."""
+        """The list [x, y, x_buffer, y_buffer], as the arithmetic takes a state."""
         return [getattr(self, name) for name in TENSORS]
 
     def with_words(self, words: int) -> LatticeState:
-        """The same with buffers of at least that many words; those that are added are zero."""
+        """The same state with buffers of at least that many words; those that are added are zero."""
         missing = words - len(self.x_buffer)
         if missing <= 0:
             return self
@@ -77,7 +90,7 @@ class LatticeState:
         return replace(self, x_buffer=torch.cat([self.x_buffer, zeros]), y_buffer=torch.cat([self.y_buffer, zeros]))
 
     def bounds(self) -> tuple[int, int]:
-        """Upper bounds of the buffers' integers (synchronises)."""
+        """Upper bounds of the integers in x's and in y's buffer. This synchronises with the device."""
         return _bound(self.x_buffer), _bound(self.y_buffer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -106,7 +119,7 @@ class LatticeState:
 
 
 def _bound(buffer: Tensor) -> int:
-    """An upper bound on a buffer's integers, from the largest of each word."""
+    """An upper bound on the integers in a buffer, from the largest value of each word."""
     largest: list[int] = buffer.flatten(1).amax(1).tolist() if buffer.numel() else []
     for word in range(len(largest) - 1, -1, -1):
         if largest[word]:
@@ -117,13 +130,23 @@ def _bound(buffer: Tensor) -> int:
 def state_of(
     tensors: Sequence[Tensor], end: str, latents_dtype: torch.dtype, units: tuple[float, float], fingerprint: str
 ) -> LatticeState:
-    """A state of [x, y, x's buffer, y's buffer]."""
+    """Makes a state of the tensors [x, y, x's buffer, y's buffer]."""
     x, y, x_buffer, y_buffer = tensors
     return LatticeState(x, y, x_buffer, y_buffer, end, latents_dtype, units, fingerprint)
 
 
 def check_state(state: Any, end: str, fingerprint: str) -> None:
-    """Raises TypeError or ValueError unless a chain can go on from a state."""
+    """Checks that a chain can go on from a state.
+
+    Args:
+        state: The state.
+        end: The end that the chain is about to start from.
+        fingerprint: The chain's own.
+
+    Raises:
+        TypeError: It is no LatticeState.
+        ValueError: It is at the other end, or of another lattice.
+    """
     if not isinstance(state, LatticeState):
         raise TypeError(f"state: expected a LatticeState, got {type(state).__name__}; use chain.state(x, y)")
     if state.fingerprint != fingerprint:

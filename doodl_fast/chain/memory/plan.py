@@ -1,8 +1,11 @@
-"""How much memory a gradient through a chain takes, and which way of taking it fits in a budget.
+"""Predicts how much memory a gradient through a chain takes, and finds the fastest way that fits into a budget.
 
-What a forward run keeps for its gradient is a choice between memory and recomputation: whole network graphs of its last
-evaluations, their sources alone, states from which couplings are undone, and, inside the network, the inputs of its
-blocks alone (Chen et al., arXiv 1604.06174). Sizes are bytes throughout.
+A forward run can keep more or less for its gradient, which then has less or more to compute again. It can keep, from
+the largest to the smallest: the whole network graphs of its last evaluations; the sources of the evaluations, from
+which the graphs are computed again; or a few states, from which couplings are undone. In addition the network can keep
+the inputs of its blocks instead of everything inside them (gradient checkpointing, Chen et al., arXiv 1604.06174).
+
+All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -23,22 +26,24 @@ LARGEST_SIZE = 2**60
 """The largest size that is accepted: one that is not a slip, and that every part of PyTorch can count with."""
 AUTO = "auto"
 ANCHOR_STEPS = 10
-"""Steps between stored states where even sources are too much: undoing EDICT's mixing that far multiplies rounding
-errors by 4 (`docs/precision.md`)."""
+"""The number of steps between stored states, where the sources would take too much. Undoing EDICT's mixing over so many
+steps multiplies rounding errors by 4 (docs/precision.md)."""
 MARGIN = 0.1
-"""Share of the free memory that a default budget leaves: for fragmentation, and for operators' scratch memory."""
+"""The share of the free memory that a default budget leaves, for fragmentation and for operators' scratch memory."""
 WORKING = 4
-"""Sources' worth of what a backward pass works on: two cotangents, those that replace them."""
+"""How many tensors of a source's size a backward pass works on: two cotangents, and the two that replace them."""
 STEP_DOWN = 0.9
-"""How much smaller a plan must be to be worth a try after running out of memory."""
+"""After running out of memory, a plan is tried only if its peak is at most this share of the failed one's."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one evaluation of a network.
+    """The sizes of one evaluation of a network.
 
-    value: most that is alive while it is evaluated without a graph. graph: what its graph holds. pull: most that is
-    alive while it is evaluated with a graph and a cotangent is pulled back through that.
+    Attributes:
+        value: The peak while it is evaluated without a graph.
+        graph: What its graph holds.
+        pull: The peak while it is evaluated with a graph and a cotangent is pulled back through that.
     """
 
     value: int
@@ -48,11 +53,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Workload:
-    """A gradient through a program of `evaluations` in `steps` steps.
+    """A gradient through a chain, in numbers.
 
-    source: bytes of what one evaluation reads. state: of a stored state. states: ways of storing, the fastest first.
-    sizes: of an evaluation, called with whether the network's blocks are checkpointed; None where that cannot be had.
-    graphs: whether whole graphs can be kept.
+    Attributes:
+        evaluations: How often a forward run evaluates the network.
+        steps: How many steps the chain has.
+        source: The size of what one evaluation reads.
+        state: The size of a stored state.
+        states: The ways of storing that there are (see `Plan`), the fastest first.
+        sizes: Tells the sizes of an evaluation, given whether the network's blocks are checkpointed; None where they
+            cannot be had.
+        graphs: Whether whole graphs can be kept.
     """
 
     evaluations: int
@@ -64,16 +75,21 @@ class Workload:
     graphs: bool = True
 
     def plan(self, graphs: int, states: str | int, blocks: bool, reserve: int = 0) -> Plan | None:
-        """reserve: what else is taken between the forward and the backward pass."""
+        """The plan that keeps what is said; None where the sizes cannot be had.
+
+        Args:
+            graphs: As in `Plan`, like states and blocks.
+            reserve: What else is taken between the forward and the backward pass.
+        """
         sizes = self.sizes(blocks)
         if sizes is None:
             return None
         stored = self.source * self.evaluations
         if states != "checkpoint":
-            # the end, the start, and what lies between
+            # The states at the end and at the start, and those between them.
             anchors = 0 if states == "reversible" else (self.steps - 1) // int(states)
             stored = self.state * (2 + anchors)
-        kept, changing = graphs * sizes.graph, 2 * self.state  # the state and the one that replaces it
+        kept, changing = graphs * sizes.graph, 2 * self.state  # A state and the one that replaces it.
         forward = changing + max(sizes.value, kept)
         between = WORKING * self.source + kept + reserve
         backward = WORKING * self.source + max(0, kept - sizes.graph) + sizes.pull
@@ -83,7 +99,7 @@ class Workload:
         return Plan(graphs, states, blocks, peak, recomputed, self.evaluations, self.steps)
 
     def plans(self, reserve: int = 0) -> Iterator[Plan]:
-        """Those without graphs, the fastest first."""
+        """The plans that keep no graphs, the fastest first."""
         for blocks in (False, True):
             for states in self.states:
                 plan = self.plan(0, states, blocks, reserve)
@@ -91,7 +107,7 @@ class Workload:
                     yield plan
 
     def fastest(self, budget: int, reserve: int = 0) -> Plan | None:
-        """The plan within a budget that computes least again; None where there is none."""
+        """The plan within a budget that computes the least again; None where there is none."""
         for plan in self.plans(reserve):
             if plan.peak <= budget:
                 best = plan
@@ -104,7 +120,7 @@ class Workload:
         return None
 
     def smaller(self, plan: Plan, reserve: int = 0) -> Plan | None:
-        """The next smaller plan: half the graphs, then other ways without any; None after the smallest."""
+        """The next smaller plan: half the graphs, and then the plans without any; None after the smallest."""
         if plan.graphs > 1:
             return self.plan(plan.graphs // 2, plan.states, plan.blocks, reserve)
         without = list(self.plans(reserve))
@@ -120,12 +136,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a forward run keeps for its gradient, and what that costs; prints itself as a short table.
+    """What a forward run keeps for its gradient, and what that costs. It prints itself as a short table.
 
-    graphs: how many of the last evaluations keep their whole graph. states: what is stored for the others, as in
-    `Chain`'s memory. blocks: whether the network keeps its blocks' inputs alone. peak: predicted bytes at most, beyond
-    what was there before the run. recomputed: evaluations of the network, without their VJPs, that the backward pass
-    does (again), those inside checkpointed blocks included. evaluations, steps: of the chain.
+    Attributes:
+        graphs: How many of the last evaluations keep their whole graph.
+        states: What is stored for the others: "checkpoint" for their sources, "reversible" for the final state, or an
+            int k for a state every k steps.
+        blocks: Whether the network keeps the inputs of its blocks instead of everything inside them.
+        peak: The predicted peak in bytes, beyond what was there before the run.
+        recomputed: How many evaluations of the network, not counting their VJPs, the backward pass does again; those
+            inside checkpointed blocks are included.
+        evaluations: How many evaluations a forward run of the chain has.
+        steps: How many steps it has.
     """
 
     graphs: int
@@ -138,7 +160,7 @@ class Plan:
 
     @property
     def kept(self) -> str:
-        """In words."""
+        """What is kept, in words."""
         rest = self.evaluations - self.graphs
         last = "the last evaluation" if self.graphs == 1 else f"the last {self.graphs} evaluations"
         parts = [f"graphs of {last if rest else 'all evaluations'}"] if self.graphs else []
@@ -190,7 +212,7 @@ def parse_bytes(value: Any, name: str = "memory_budget") -> int:
 
 
 def format_bytes(count: float) -> str:
-    """In binary units, to three digits."""
+    """A size as text, in binary units and to three digits."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1000:
             return f"{count:.3g} {unit}"
@@ -199,7 +221,7 @@ def format_bytes(count: float) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a default budget is: free memory less a margin, counting what PyTorch's CUDA cache holds unused as free."""
+    """The default budget: the free memory less a margin. What PyTorch's CUDA cache holds unused counts as free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -209,18 +231,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _available() -> int:
-    """Of the machine's main memory."""
+    """The bytes of main memory that are available."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
         if found is not None:
             return int(found[1]) * 1024
-
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # what is free is not told everywhere
+    # Not every system tells what is free.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _left_of_group() -> int:
-    """Of a container's limit (cgroup v2), if there is one."""
+    """The bytes that are left of a container's limit (cgroup v2), if there is one."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text().strip()

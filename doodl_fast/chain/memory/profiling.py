@@ -1,10 +1,14 @@
-"""`with doodl_fast.profile(chain) as report:` what a chain's runs hold, take and grow by."""
+"""`doodl_fast.profile`: measures how much memory a chain's runs hold, and when.
+
+This module has another name than the function, so that neither can hide the other.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +23,18 @@ from .plan import format_bytes
 from .tracker import CudaMeter, Tracker, meter
 
 POINTS = 2000
-"""Of a timeline, in a figure or a file: the most that was held in each of so many spans of time."""
+"""A figure or a file shows a timeline in this many spans of time, each with the most that was held in it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The beginning of one evaluation of the network: seconds since the profile began, bytes held, with a graph?"""
+    """The beginning of one evaluation of the network.
+
+    Attributes:
+        seconds: The time since the profile began.
+        held: The bytes that were held.
+        graph: Whether the evaluation had a graph.
+    """
 
     seconds: float
     held: int
@@ -32,11 +42,17 @@ class Evaluation:
 
 
 @dataclass
-class Report:
-    """What happened inside `profile`. Bytes count from its beginning.
+class MemoryReport:
+    """What happened inside `profile`. Bytes count from its beginning, and what was there before is not in them.
 
-    peak: most bytes at once. held: bytes at the end. seconds: on the clock; the tracker's own time is in it on the CPU.
-    timeline: (seconds, bytes held), at every change on the CPU, at every evaluation on CUDA. evaluations: each one.
+    Attributes:
+        device: The device whose memory was counted.
+        peak: The most bytes that were held at once.
+        held: The bytes that were held at the end.
+        seconds: The time on the clock; on the CPU it includes the tracker's own time.
+        timeline: (seconds, bytes held), at every change on the CPU and at every evaluation on CUDA.
+        evaluations: The evaluations of the network.
+        now: Tells the bytes that are held now, inside the block.
     """
 
     device: str
@@ -46,12 +62,13 @@ class Report:
     timeline: list[tuple[float, int]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     now: Callable[[], int] = lambda: 0
-    """Bytes held now, inside the block."""
 
     @property
     def growth(self) -> float:
-        """Bytes by which each evaluation of the first forward run, the first excepted, raised what is held: the slope
-        of a line through them. 0 with fewer than three."""
+        """By how many bytes each evaluation of the first forward run raised what is held.
+
+        It is the slope of a line through all of them but the first, and 0 with fewer than three.
+        """
         first = [e.held for e in self.evaluations[: self._forward()]][1:]
         if len(first) < 2:
             return 0.0
@@ -78,7 +95,7 @@ class Report:
         return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as plain numbers and lists, for JSON."""
         return {
             "device": self.device,
             "peak": self.peak,
@@ -90,7 +107,11 @@ class Report:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Writes timeline.png and profile.json into a folder, which is made if need be."""
+        """Writes timeline.png and profile.json.
+
+        Args:
+            folder: Where to; it is made if it is not there.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "profile.json").write_text(json.dumps(self.as_dict(), indent=1) + "\n")
@@ -98,17 +119,27 @@ class Report:
 
 
 @contextlib.contextmanager
-def profile(chain: Chain, device: str | torch.device | None = None) -> Iterator[Report]:
-    """Measures all that is run inside: the chain's forward and backward passes, and what else is.
+def profile(chain: Chain, device: str | torch.device | None = None) -> Iterator[MemoryReport]:
+    """Measures the memory of everything that runs inside the block: the chain's passes, and whatever else runs there.
 
+    On the CPU a tracker sees the results of every operator, which takes some time; scratch memory inside operators is
+    not counted. On CUDA the allocator is asked, and its peak statistics are reset.
+
+    Args:
+        chain: The chain whose evaluations are noted.
+        device: The device whose memory is counted. None: that of the chain's conditions, or else the CPU.
+
+    Yields:
+        The report. Its numbers are final after the block.
+
+    Raises:
+        TypeError: `chain` is no `Chain`.
+
+    Example:
         with doodl_fast.profile(chain) as report:
             x0, y0 = chain(x)
             (x0.square().sum() + y0.square().sum()).backward()
         print(report)
-
-    device: whose memory is counted; default: that of the chain's conditions, else the CPU. On the CPU a tracker sees
-    every operator's results (scratch memory inside operators is not counted), at some cost in time; on CUDA the caching
-    allocator is asked, and its peak statistics are reset. Raises TypeError for anything but a `Chain`.
     """
     if not isinstance(chain, Chain):
         raise TypeError(f"chain: expected a Chain such as EDICT, got {type(chain).__name__}")
@@ -116,7 +147,7 @@ def profile(chain: Chain, device: str | torch.device | None = None) -> Iterator[
     where = torch.device(device) if device is not None else found[0] if found else torch.device("cpu")
     inner = chain.evaluator
     seen: Tracker | CudaMeter = meter(where) if where.type == "cuda" else Tracker(where.type, record=True)
-    report = Report(str(where), now=lambda: seen.held)
+    report = MemoryReport(str(where), now=lambda: seen.held)
     with seen:
         began = time.perf_counter()
 
@@ -139,7 +170,7 @@ def profile(chain: Chain, device: str | torch.device | None = None) -> Iterator[
 
 
 class _Marked(Evaluator):
-    """An evaluator whose calls are noted; all else is the inner one's."""
+    """Notes every call of another evaluator, and is like it in everything else."""
 
     def __init__(self, inner: Evaluator, mark: Callable[[], None]) -> None:
         self._inner, self._mark = inner, mark
@@ -191,13 +222,18 @@ class _Marked(Evaluator):
 
 
 def thinned(timeline: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
-    """A timeline in at most so many points; its peak stays."""
+    """A timeline in at most `POINTS` points. Its peak stays."""
     size = -(-len(timeline) // POINTS) or 1
     return [max(timeline[i : i + size], key=lambda point: point[1]) for i in range(0, len(timeline), size)]
 
 
-def draw_timelines(path: Path, reports: dict[str, Report]) -> None:
-    """Bytes held against the share of the time, one panel a report, each with an axis of its own."""
+def draw_timelines(path: Path, reports: dict[str, MemoryReport]) -> None:
+    """Draws the bytes held against the share of the time, with one panel, and one scale, for each report.
+
+    Args:
+        path: The PNG file.
+        reports: The reports by their labels.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.2 + 1.1 * len(reports)), layout="constrained")
@@ -211,3 +247,12 @@ def draw_timelines(path: Path, reports: dict[str, Report]) -> None:
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("time of one gradient, per cent")
     figure.savefig(path, format="png", dpi=100)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Report":
+        warnings.warn(
+            "Report is now MemoryReport; the old name will go in version 0.3", DeprecationWarning, stacklevel=2
+        )
+        return MemoryReport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors, by watching every operator that makes one."""
+"""Counts the bytes of live tensors: by watching every operator, or by asking the CUDA allocator."""
 
 from __future__ import annotations
 
@@ -14,19 +14,29 @@ from torch.utils._pytree import tree_leaves
 
 
 class OverLimit(Exception):
-    """More is alive than a tracker allows."""
+    """More bytes are alive than a tracker's limit allows."""
 
 
 class Tracker(TorchDispatchMode):
-    """`with Tracker() as tracker:` counts the storages that operators make inside, until each is freed.
+    """Counts, inside a `with` block, the bytes of the storages that operators make, until each is freed.
 
-    device: counts that type of device alone ("cpu", "cuda", "meta"); None: all.
-    record: keeps `timeline`, (seconds since it was made, bytes held) after every change.
-    limit: more bytes than that at once raise `OverLimit` from the operator that made them.
+    A storage counts once however many views it has, and not at all if it was there before the block. Backward passes
+    inside the block are seen, and so are meta tensors, which hold nothing. The scratch memory of operators is not seen.
 
-    held: bytes now, also after the block as what it made is freed. peak: the most so far; `reset_peak` forgets it. A
-    storage counts once however many views it has, and not at all if it was there before. Operators' own scratch memory
-    is not seen. Backward passes inside the block are, as are meta tensors, which hold nothing.
+    Args:
+        device: The type of device that is counted ("cpu", "cuda" or "meta"); None counts all.
+        record: Whether to keep `timeline`.
+        limit: If more bytes than this are alive at once, the operator that made the last of them raises `OverLimit`.
+
+    Attributes:
+        held: The bytes that are alive now. After the block it goes on falling as they are freed.
+        peak: The most bytes that were alive at once.
+        timeline: (seconds since the tracker was made, bytes held), after every change; None unless it is recorded.
+
+    Example:
+        with Tracker("cpu") as tracker:
+            loss(x).backward()
+        print(tracker.peak)
     """
 
     def __init__(self, device: str | None = None, record: bool = False, limit: int | None = None) -> None:
@@ -37,6 +47,7 @@ class Tracker(TorchDispatchMode):
         self._began = time.perf_counter()
 
     def reset_peak(self) -> None:
+        """Forgets the peak so far."""
         self.peak = self.held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,6 +64,7 @@ class Tracker(TorchDispatchMode):
         return result
 
     def _see(self, storage: torch.UntypedStorage, given: bool) -> None:
+        """Counts a storage that an operator returned, unless it is known or was among the operator's arguments."""
         key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
         if known is None:
@@ -66,9 +78,11 @@ class Tracker(TorchDispatchMode):
         self._change(size - (known or 0))
 
     def _free(self, key: int) -> None:
+        """Takes a freed storage off the count."""
         self._change(-self._sizes.pop(key))
 
     def _change(self, size: int) -> None:
+        """Adds bytes to the count."""
         self.held += size
         self.peak = max(self.peak, self.held)
         if self.timeline is not None:
@@ -76,13 +90,17 @@ class Tracker(TorchDispatchMode):
 
 
 def _storages(values: list[Any]) -> list[torch.UntypedStorage]:
+    """The storages of the tensors among some values."""
     return [v.untyped_storage() for v in values if isinstance(v, Tensor) and v.layout == torch.strided]
 
 
 class CudaMeter:
-    """What `Tracker` counts, as the CUDA caching allocator counts it: scratch memory of operators included.
+    """Counts what `Tracker` counts, but as PyTorch's CUDA allocator sees it: with the scratch memory of operators.
 
-    Resets the device's peak statistics (`torch.cuda.max_memory_allocated`).
+    It resets the device's peak statistics (`torch.cuda.max_memory_allocated`).
+
+    Args:
+        device: The CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,17 +112,20 @@ class CudaMeter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing to undo: allocations are counted by the allocator whether or not anyone asks."""
+        """There is nothing to undo, as the allocator counts in any case."""
 
     def reset_peak(self) -> None:
+        """Forgets the peak so far."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
     @property
     def held(self) -> int:
+        """The bytes that are alive now, beyond those at the block's beginning."""
         return torch.cuda.memory_allocated(self._device) - self._base
 
     @property
     def peak(self) -> int:
+        """The most bytes that were alive at once, beyond those at the block's beginning."""
         return torch.cuda.max_memory_allocated(self._device) - self._base
 
 
