@@ -23,6 +23,7 @@ from .memory.plan import AUTO, Plan, parse_bytes
 from .memory.planner import Planner
 from .memory.strategies import Auto, Memory, shown, strategy_of
 from .program import Coupling, Program, count_network_calls, is_invertible, num_values
+from .transforms import refuse_transforms, transform_of
 
 
 class Chain:
@@ -184,6 +185,16 @@ class Chain:
         return self._runs.trust.drift
 
     @property
+    def mismatch(self) -> float | None:
+        """How far the network's values in the latest backward pass were from those of the forward run.
+
+        It is an estimate of |backward - forward| / |forward| over all evaluations, and 0 if all are equal to the bit.
+        It is measured where sources are stored ("checkpoint", and "auto" where it stores them); `drift` tells as much
+        where couplings are undone. None before any such pass.
+        """
+        return self._runs.trust.mismatch
+
+    @property
     def is_invertible(self) -> bool:
         """Whether `inverse` exists: whether no coupling forgets its target."""
         return is_invertible(self.program)
@@ -238,7 +249,12 @@ class Chain:
                 f"inverse: {type(self).__name__} cannot be inverted, because it has a step that forgets the latents "
                 "before it; use a solver that can be, such as doodl_fast.EDICT"
             )
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*latents, *tensors)):
+        weights = self.evaluator.weights()
+        self._runs.trust.note_weights(weights)
+        inputs = (*latents, *tensors, *(weight for _, weight in weights))
+        if not self._strategy.supports_transforms:
+            refuse_transforms("latents, conditions and weights", *inputs)
+        if transform_of(*inputs) or (torch.is_grad_enabled() and any(t.requires_grad for t in (*latents, *tensors))):
             insists = self.evaluator.insists_on_vjps
             self._strategy.check(shown(self.memory), vjp_dtype=insists, inverse=inverse)
             return self._strategy.run(self._runs, latents, tensors, inverse, self._planner)

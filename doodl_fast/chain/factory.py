@@ -15,7 +15,7 @@ from .exact.arithmetic import Exact
 from .exact.lattice import WIDTHS, Lattice, to_lattice, words_needed
 from .exact.state_file import ENDS
 from .program import Coupling, Program, invert
-from .run import Run
+from .run import ProgramRun
 
 ARITHMETICS = ("float", *WIDTHS)
 NO_FLOAT64 = frozenset({"mps"})
@@ -56,7 +56,7 @@ class RunFactory:
         states: str | int = "checkpoint",
         graphs: int = 0,
         blocks: bool = False,
-    ) -> Run:
+    ) -> ProgramRun:
         """Makes one run.
 
         Args:
@@ -81,4 +81,4 @@ class RunFactory:
             ends, words = ENDS[::-1] if inverse else ENDS, words_needed(program)
             new_arithmetic = functools.partial(Exact, self.lattice, program, ends, words, x.dtype, state_dtype)
         evaluator = (self.evaluator.for_blocks() if blocks else None) or self.evaluator
-        return Run.create(evaluator, program, states, x, state_dtype, new_arithmetic, stores, self.trust, graphs)
+        return ProgramRun.create(evaluator, program, states, x, state_dtype, new_arithmetic, stores, self.trust, graphs)

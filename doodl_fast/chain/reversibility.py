@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import arithmetic
-from .arithmetic import Arithmetic, Group
+from .arithmetic import Arithmetic, Eps, Group
 from .chain import Chain
 from .checks import distance
 from .latents import check_latents
 from .program import step_boundaries
-from .run import Run
+from .run import ProgramRun
+from .walk import walk_backwards, walk_forwards
 
 
 @dataclass(frozen=True)
@@ -62,50 +62,43 @@ def check_reversibility(chain: Chain, x: Tensor, y: Tensor | None = None) -> Rev
     return Reversibility(*directions)
 
 
-def there_and_back(run: Run, work: Arithmetic, x: Tensor, y: Tensor, graph: bool = True) -> tuple[float, ...]:
-    """A run's error after each number of steps, when it is undone from its end; graph: whether with one.
+def there_and_back(run: ProgramRun, work: Arithmetic, x: Tensor, y: Tensor, graph: bool = True) -> tuple[float, ...]:
+    """Runs a program and undoes it from its end.
 
-    Once an undone state is not finite, all that is left is NaN, and not run.
+    Args:
+        run: The run. Its groups end wherever a step ends.
+        work: The arithmetic that the state is held in.
+        x: Latents (B, C, ...) at the start.
+        y: The other latents.
+        graph: Whether undoing evaluates the network with a graph.
+
+    Returns:
+        The error after each number of steps, from 0 on. Where an undone state is not finite, that error and those of
+        fewer steps are NaN, and the steps before it are not undone.
     """
     boundaries = step_boundaries(run.program, 1) | {0}
     tensors = run.evaluator.tensors()
+
+    def evaluate(group: Group, source: Tensor | None) -> Eps:
+        assert group.coupling is not None and source is not None
+        return run.evaluate(source, group.coupling, tensors)
+
+    def evaluate_again(group: Group, source: Tensor | None) -> Eps | None:
+        if source is None:
+            return None
+        with torch.set_grad_enabled(graph):
+            return evaluate(group, source.detach().requires_grad_(graph)).detach()
+
     state = work.enter(x, y)
     kept = {0: list(state)}
-    for group in run.groups:
-        _do(run, work, group, state, tensors)
+    for group, _ in walk_forwards(run.groups, work, state, evaluate):
         if group.end in boundaries:
             kept[group.end] = list(state)
     errors = [0.0]
-    for group, end in _undone(run.groups):
-        _undo(run, work, group, state, tensors, graph)
-        if end in boundaries:
-            errors.append(float(distance(state, kept[end])))
+    for position in walk_backwards(run.groups, work, state, evaluate_again):
+        if position in boundaries:
+            errors.append(float(distance(state, kept[position])))
             if not math.isfinite(errors[-1]):
                 return (math.nan,) * (len(kept) - len(errors) + 1) + tuple(reversed(errors[:-1]))
     work.finish()
     return tuple(reversed(errors))
-
-
-def _undone(groups: tuple[Group, ...]) -> Iterator[tuple[Group, int]]:
-    """The groups from the last on, each with the number of couplings that are left when it is undone."""
-    starts = [0, *(group.end for group in groups[:-1])]
-    return zip(reversed(groups), reversed(starts), strict=True)
-
-
-def _do(run: Run, work: Arithmetic, group: Group, state: list[Tensor], tensors: tuple[Tensor, ...]) -> None:
-    eps = None
-    if group.coupling is not None and group.calls_network:
-        eps = run.evaluate(work.source(state, group.coupling), group.coupling, tensors)
-    work.apply(group, state, eps)
-
-
-def _undo(
-    run: Run, work: Arithmetic, group: Group, state: list[Tensor], tensors: tuple[Tensor, ...], graph: bool
-) -> None:
-    work.undo_mixing(group, state)
-    eps = None
-    if group.coupling is not None and group.calls_network:
-        source = work.source(state, group.coupling).detach()
-        with torch.set_grad_enabled(graph):
-            eps = run.evaluate(source.requires_grad_(graph), group.coupling, tensors).detach()
-    work.undo_coupling(group, state, eps)

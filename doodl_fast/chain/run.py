@@ -1,90 +1,117 @@
-"""One run of a program, forwards, and its vector-Jacobian product, backwards.
+"""One run of a program, forwards, and its vector-Jacobian product (VJP), backwards.
 
 One coupling `target <- a target + c source + b f(source)` has the VJP
 `g_source += c g_target + b J_f(source)^T g_target; g_target <- a g_target`, and its inverse needs f at the same source.
 So one evaluation with a graph serves both: its value undoes the coupling, its graph gives the VJP (for reversible
 networks at large: Gomez et al., arXiv 1707.04585; for diffusion latents: DOODL, Wallace et al., arXiv 2303.13703).
 
-How x and y are held, and how a coupling is done and undone on them, is an `Arithmetic`'s business; cotangents are
-always floating point.
+An `Arithmetic` says how x and y are held, and how a coupling is done and undone on them. Cotangents are always floating
+point. `walk.py` has the loops over the program, `pull.py` the evaluations with a graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import arithmetic
 from .arithmetic import Arithmetic, Eps, Group
-from .checks import Trust, Watch, distance
+from .checks import Trust, Watch, cotangent_rounding, distance, explain_first_evaluation
 from .evaluator import Evaluator, raw_output
 from .program import Coupling, Program, num_values, step_boundaries
-
-Memory = str | int
-
-
-class NetworkGraph(NamedTuple):
-    """One evaluation of f with its graph: from `leaf`, and from `wanted` of the evaluator's own tensors, to `eps`."""
-
-    leaf: Tensor
-    wanted: list[Tensor]
-    eps: Eps
+from .pull import Graphs, NetworkPull
+from .repeatability import Fingerprints, mismatch, tolerance
+from .transforms import refuse_transforms
+from .walk import walk_backwards, walk_forwards, walk_plainly
 
 
-Graphs = dict[int, NetworkGraph]
-"""By the end of the group that the evaluation belongs to."""
+@dataclass
+class Kept:
+    """What a forward run keeps for its gradient.
+
+    Attributes:
+        tensors: The sources of all evaluations, or the stored states one after another.
+        fingerprints: By the end of its group, one number of each output that the backward pass compares with its own.
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+    fingerprints: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that one run and its gradient share. It holds no latents: those go through autograd's own storage."""
+class ProgramRun:
+    """Everything that one run and its gradient share. It holds no latents: those go through autograd's own storage.
+
+    Attributes:
+        evaluator: The function f in the couplings.
+        program: The couplings.
+        groups: The same, in the passes that the fused operators do.
+        stores: Whether the forward run keeps what a gradient needs.
+        anchors: Positions in the program whose states are stored. None: the sources of all evaluations are.
+        latents_dtype: The dtype of the caller's latents.
+        state_dtype: The dtype of the cotangents, of what the evaluator is given, and of a floating-point state.
+        new_arithmetic: Makes the arithmetic of one pass over the program.
+        autocast: The caller's autocast, which the backward pass enters again.
+        network_dtype: The dtype that the network computes in.
+        trust: What the chain remembers of its runs' checks.
+        graph_ends: Ends of the groups whose whole network graph the forward run keeps, so that the gradient does not
+            evaluate them again.
+        fallback: Asked when a backward pass is out of memory. Returns the run to go on with, which has the same states
+            and no graphs, or None.
+    """
 
     evaluator: Evaluator
     program: Program
     groups: tuple[Group, ...]
     stores: bool
     anchors: frozenset[int] | None
-    """Positions in the program whose state is stored; None: the sources of all evaluations instead."""
     latents_dtype: torch.dtype
     state_dtype: torch.dtype
-    """Of the cotangents, of what the evaluator is given, and of a floating-point state."""
     new_arithmetic: Callable[[], Arithmetic]
-    """Makes the arithmetic of one pass over the program."""
     autocast: dict[str, Any] | None
     network_dtype: torch.dtype
     trust: Trust
     graph_ends: frozenset[int] = frozenset()
-    """Ends of the groups whose whole network graph a forward run keeps, so that its gradient evaluates them no more."""
-    fallback: Callable[[Run], Run | None] = lambda run: None
-    """Asked when a backward pass is out of memory: the run to go on with, of the same states but without graphs."""
+    fallback: Callable[[ProgramRun], ProgramRun | None] = lambda run: None
 
     @classmethod
     def create(
         cls,
         evaluator: Evaluator,
         program: Program,
-        memory: Memory,
+        states: str | int,
         x: Tensor,
         state_dtype: torch.dtype,
         new_arithmetic: Callable[[], Arithmetic],
         store: bool,
         trust: Trust,
         graphs: int = 0,
-    ) -> Run:
-        """x: the latents, or a tensor of their device and dtype. store: whether a gradient will be asked for.
+    ) -> ProgramRun:
+        """Makes a run.
 
-        graphs: of how many of the last evaluations the whole graph is kept; none where VJPs are another evaluator's.
+        Args:
+            evaluator: The function f in the couplings.
+            program: The couplings.
+            states: What is stored: "checkpoint" for the source of every evaluation, "reversible" for the final state,
+                an int k for the state every k steps.
+            x: The latents, or a tensor of their device and dtype.
+            state_dtype: See the attribute.
+            new_arithmetic: See the attribute.
+            store: Whether a gradient will be asked for.
+            trust: See the attribute.
+            graphs: Of how many of the last evaluations the whole graph is kept. None are kept where VJPs are taken of
+                another evaluator.
         """
         anchors = None
-        if memory == "reversible":
+        if states == "reversible":
             anchors = frozenset({len(program)})
-        elif isinstance(memory, int):
-            anchors = step_boundaries(program, memory)
+        elif isinstance(states, int):
+            anchors = step_boundaries(program, states)
         autocast = _autocast_settings(x.device.type)
         network_dtype = evaluator.compute_dtype(x.dtype)
         if autocast and autocast["enabled"]:
@@ -118,8 +145,8 @@ class Run:
         """Whether the network computes in fp16 or bf16, so that its cotangents must be scaled."""
         return self.network_dtype in (torch.float16, torch.bfloat16)
 
-    def for_vjp(self) -> Run:
-        """This run with what the evaluator has its VJPs taken of, most often itself."""
+    def for_vjp(self) -> ProgramRun:
+        """This run with the evaluator that VJPs are taken of, which most often is the same."""
         other = self.evaluator.for_vjp()
         if other is None:
             return self
@@ -128,25 +155,28 @@ class Run:
         return replace(self, evaluator=other, network_dtype=dtype, autocast=autocast)
 
     def calling(self) -> contextlib.AbstractContextManager[Any]:
-        """What a backward pass calls the network under: the autocast of the forward run."""
+        """The context in which a backward pass calls the network: the autocast of the forward run."""
         return torch.autocast(**self.autocast) if self.autocast else contextlib.nullcontext()
 
     def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps:
-        """f at a source, as the ops take it."""
+        """f at a source, as the fused operators take it."""
         eps = Eps(*raw_output(self.evaluator, source, coupling.tag, tensors, self.latents_dtype))
-        _check_value(eps, source)
+        _check_shape(eps, source)
+        refuse_transforms("the network's output", eps.value)
         return eps
 
     def plain_forward(self, state: list[Tensor], tensors: Sequence[Tensor]) -> None:
-        """Runs the program on `state` in plain differentiable torch: no ops, no peephole, nothing kept. The oracle."""
+        """Runs the program on `state` in plain differentiable torch, and keeps nothing of its own: the oracle."""
         watch = Watch(self.program, "forward", self.network_dtype)
-        for coupling in self.program:
-            value = None
+
+        def evaluate(coupling: Coupling, source: Tensor) -> Tensor:
+            with explain_first_evaluation(self.evaluator, source, watch.started):
+                value = self.evaluator(source, coupling.tag, tensors, self.latents_dtype)
+            _check_shape(Eps(value), source)
+            return value
+
+        for coupling in walk_plainly(self.program, state, evaluate):
             if coupling.calls_network:
-                value = self.evaluator(state[coupling.source], coupling.tag, tensors, self.latents_dtype)
-                _check_value(Eps(value), state[coupling.source])
-            state[coupling.target] = _plain(coupling, state[coupling.target], state[coupling.source], value)
-            if value is not None:
                 watch.note(state[coupling.target], coupling)
         watch.read()
         watch.check()
@@ -158,55 +188,82 @@ class Run:
         tensors: Sequence[Tensor],
         wanted: Sequence[bool] = (),
         graphs: Graphs | None = None,
-    ) -> list[Tensor]:
-        """Runs the program on `state`, in place of its entries; returns what the gradient will need.
+    ) -> Kept:
+        """Runs the program on `state`, whose entries are replaced.
 
-        graphs: is given the network graphs to keep, with respect to the wanted tensors as well.
+        Args:
+            work: The arithmetic that the state is held in.
+            state: The state at the start.
+            tensors: What the evaluator is given in place of its own tensors.
+            wanted: Which of the tensors want gradients.
+            graphs: Is given the network graphs to keep.
         """
-        kept: list[Tensor] = []
+        kept = Kept()
         watch = Watch(self.program, "forward", self.network_dtype)
-        for group in self.groups:
-            eps = None
-            if group.coupling is not None and group.calls_network:
-                source = work.source(state, group.coupling)
-                if self.anchors is None and self.stores:
-                    kept.append(source)
+        fingerprints = Fingerprints(self.state_dtype)
+
+        def evaluate(group: Group, source: Tensor) -> Eps:
+            assert group.coupling is not None
+            if self.anchors is None and self.stores:
+                kept.tensors.append(source)
+            with explain_first_evaluation(self.evaluator, source, watch.started):
                 if graphs is not None and group.end in self.graph_ends:
                     graph = graphs[group.end] = NetworkPull(self, tensors, wanted).evaluate(source, group.coupling)
-                    eps = graph.eps.detach()
-                else:
-                    eps = self.evaluate(source, group.coupling, tensors)
-            work.apply(group, state, eps)
+                    return graph.eps.detach()
+                eps = self.evaluate(source, group.coupling, tensors)
+            if self.anchors is None and self.stores:
+                kept.fingerprints[group.end] = fingerprints.of(eps.value)
+            return eps
+
+        for group, eps in walk_forwards(self.groups, work, state, evaluate):
             if eps is not None:
                 watch.note(state[group.target], group.coupling)
             if self.stores and self.anchors is not None and group.end in self.anchors:
-                kept += state
+                kept.tensors += state
         watch.read()
         watch.check()
         return kept
 
     def gradient(
         self,
-        kept: list[Tensor],
+        kept: Kept,
         start: Sequence[Tensor],
         tensors: Sequence[Tensor],
         wanted: Sequence[bool],
         cotangents: Sequence[Tensor],
         graphs: Graphs,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Cotangents of the run's start and of the wanted tensors; consumes `kept` and `graphs`.
+        """The cotangents of the run's start and of the wanted tensors. Consumes `kept` and `graphs`.
 
-        start: the latents that the run began with, where couplings are undone. If undoing them does not lead back to
-        it, the gradient is that of a second run, from checkpoints.
+        If undoing the couplings does not lead back to the start, the gradient is that of a second run, from
+        checkpoints.
+
+        Args:
+            kept: What the forward run returned.
+            start: The latents that the run began with, where couplings are undone; else empty.
+            tensors: The evaluator's tensors, as the forward run had them.
+            wanted: Which of them want gradients.
+            cotangents: Those of the run's result, one for each latent.
+            graphs: The network graphs that the forward run kept.
         """
         pull = NetworkPull(self, tensors, wanted)
         pulled = [cotangent.to(self.state_dtype) for cotangent in cotangents]
         for cotangent in pulled:
             pull.watch.note(cotangent, None)
         work = self.new_arithmetic()
-        drifts = self.backward(work, kept, start, pulled, pull, graphs)
-        drift = pull.watch.read(*([torch.stack(drifts).amax()] if drifts else []))
-        if drift and not self.trust.bears(drift[0], work.exact, self.half or self.state_dtype == torch.float32):
+        pairs: list[tuple[Tensor, Tensor]] = []
+        drifts = self.backward(work, kept, start, pulled, pull, graphs, pairs)
+        found: dict[str, Tensor] = {}
+        if drifts:
+            found["drift"] = torch.stack(drifts).amax()
+        if pairs:
+            found["mismatch"] = mismatch(pairs)
+        if self.latents_dtype == torch.float16:
+            found["rounding"] = cotangent_rounding(cotangents)
+        # Everything is read on the host at once, so a pass synchronises once.
+        numbers = dict(zip(found, pull.watch.read(*found.values()), strict=True))
+        half = self.half or self.state_dtype == torch.float32
+        if "drift" in numbers and not self.trust.within_tolerance(numbers["drift"], work.exact, half):
             again = replace(self, anchors=None, groups=arithmetic.group(self.program), graph_ends=frozenset())
             work = again.new_arithmetic()
             with again.calling():
@@ -215,108 +272,65 @@ class Run:
             return again.gradient(kept, (), tensors, wanted, cotangents, {})
         work.finish()
         pull.watch.check()
+        if "mismatch" in numbers:
+            self.trust.note_mismatch(numbers["mismatch"], tolerance(self.network_dtype, pull.run is not self))
+        if "rounding" in numbers:
+            self.trust.note_rounding(numbers["rounding"])
         return pulled, pull.sums
 
     def backward(
         self,
         work: Arithmetic,
-        kept: list[Tensor],
+        kept: Kept,
         start: Sequence[Tensor],
         cotangents: list[Tensor],
         pull: NetworkPull,
         graphs: Graphs,
+        pairs: list[tuple[Tensor, Tensor]],
     ) -> list[Tensor]:
-        """Replaces the cotangents of the run's result by those of its start; consumes `kept` and `graphs`.
+        """Replaces the cotangents of the run's result by those of its start. Consumes `kept` and `graphs`.
 
-        Returns how far the undone states are from the stored ones, of which the start is the last.
+        Args:
+            pairs: Is given the numbers of each output, those of the forward run and those of this pass.
+
+        Returns:
+            How far the undone states are from the stored ones, the last of which is the start.
         """
-        state: list[Tensor] = []
-        drifts: list[Tensor] = []
-        for group in reversed(self.groups):
-            if self.anchors is not None and group.end in self.anchors:
-                width = len(cotangents) * work.tensors_per_value
-                stored = kept[-width:]
-                del kept[-width:]
-                if state:
-                    drifts.append(distance(state, stored))
-                state = stored
-            if state:
-                work.undo_mixing(group, state)
-            eps = None
-            if group.coupling is not None and group.calls_network:
-                source = work.source(state, group.coupling) if state else kept.pop()
-                eps = pull(source, group, cotangents, bool(state), graphs.pop(group.end, None))
-            else:
+        fingerprints = Fingerprints(self.state_dtype)
+        width = len(cotangents) * work.tensors_per_value
+        undoes = self.anchors is not None and bool(self.groups)
+        state = take_last(kept.tensors, width) if undoes else []
+
+        def visit(group: Group, source: Tensor | None) -> Eps | None:
+            if not group.calls_network:
                 arithmetic.transpose(group, cotangents, None, None)
-            if state:
-                work.undo_coupling(group, state, eps)
-        if state:
+                return None
+            source = kept.tensors.pop() if source is None else source
+            eps = pull(source, group, cotangents, undoes, graphs.pop(group.end, None))
+            if group.end in kept.fingerprints and pull.latest is not None:
+                pairs.append((kept.fingerprints[group.end], fingerprints.of(pull.latest)))
+            return eps
+
+        drifts: list[Tensor] = []
+        for position in walk_backwards(self.groups, work, state, visit):
+            if undoes and self.anchors is not None and position in self.anchors:
+                stored = take_last(kept.tensors, width)
+                drifts.append(distance(state, stored))
+                state[:] = stored
+        if undoes:
             drifts.append(distance(state, work.enter(*start)))
         return drifts
 
 
-class NetworkPull:
-    """Evaluates f once with a graph: gives its value and pulls a cotangent back through it.
-
-    An evaluator whose VJPs are taken of another one is evaluated a second time where its value is wanted.
-
-    Gradients of the evaluator's own tensors add up in `sums`, in the state's dtype.
-    """
-
-    def __init__(self, run: Run, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
-        self.value, self.run = run, run.for_vjp()
-        self.watch = Watch(run.program, "VJP", self.run.network_dtype)
-        self.tensors = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
-        self.wanted = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
-        self.sums: list[Tensor | None] = [None] * len(self.wanted)
-
-    def __call__(
-        self, source: Tensor, group: Group, cotangents: list[Tensor], undoing: bool, graph: NetworkGraph | None = None
-    ) -> Eps | None:
-        """Takes the cotangents back through a whole group; f at the source of its coupling if that is to be undone.
-
-        graph: of an evaluation at that source, which is not repeated then.
-        """
-        assert group.coupling is not None
-        if self.value is self.run:
-            return self._pull(graph or self.evaluate(source, group.coupling), group, cotangents)
-        # up to the end of the VJP: a network that checkpoints its blocks calls them again in it
-        with self.run.evaluator.running():
-            self._pull(self.evaluate(source, group.coupling), group, cotangents)
-        if not undoing:
-            return None
-        with self.value.calling():
-            return self.value.evaluate(source, group.coupling, self.tensors).detach()
-
-    def evaluate(self, source: Tensor, coupling: Coupling) -> NetworkGraph:
-        with torch.enable_grad(), self.run.calling():
-            leaf = source.detach().requires_grad_()
-            return NetworkGraph(leaf, self.wanted, self.run.evaluate(leaf, coupling, self.tensors))
-
-    def _pull(self, graph: NetworkGraph, group: Group, cotangents: list[Tensor]) -> Eps:
-        run, coupling, eps = self.run, group.coupling, graph.eps
-        assert coupling is not None
-        if not eps.value.requires_grad:  # f is constant
-            arithmetic.transpose(group, cotangents, None, None)
-            return eps
-        power = arithmetic.network_power(group, cotangents) if run.half else None
-        scale = None if power is None else power.reciprocal()
-        cotangent = arithmetic.transpose(group, cotangents, eps, scale)
-        inputs = [graph.leaf, *graph.wanted]
-        pulled, *others = torch.autograd.grad(eps.value, inputs, cotangent, allow_unused=True)
-        for index, gradient in enumerate(others):
-            if gradient is not None:
-                gradient = _unscale(gradient.to(run.state_dtype), power)
-                total = self.sums[index]
-                self.watch.note(gradient, coupling)
-                self.sums[index] = gradient if total is None else total + gradient
-        if pulled is not None:
-            cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
-            self.watch.note(cotangents[coupling.source], coupling)
-        return eps.detach()
+def take_last(tensors: list[Tensor], count: int) -> list[Tensor]:
+    """Removes the last `count` tensors from a list and returns them."""
+    taken = tensors[-count:]
+    del tensors[-count:]
+    return taken
 
 
-def _check_value(eps: Eps, source: Tensor) -> None:
+def _check_shape(eps: Eps, source: Tensor) -> None:
+    """Raises ValueError if a network's output does not have the shape that its input asks for."""
     batch = source.shape[0] * (1 if eps.g is None else 2)
     if eps.value.shape != (batch, *source.shape[1:]):
         raise ValueError(
@@ -324,24 +338,8 @@ def _check_value(eps: Eps, source: Tensor) -> None:
         )
 
 
-def _plain(coupling: Coupling, target: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
-    """`a target + c source + b value` in the state's dtype. In the order of `ops.coupling`, and each operation on its
-    own (torch.add with alpha would contract two roundings into one on some devices): all modes give the same bits."""
-    if coupling.a != 1:
-        target = target * coupling.a
-    if coupling.c:
-        target = target + source * coupling.c
-    if value is not None:
-        target = target + value * coupling.b
-    return target
-
-
-def _unscale(gradient: Tensor, power: Tensor | None) -> Tensor:
-    return gradient if power is None else gradient * power
-
-
 def _autocast_settings(device_type: str) -> dict[str, Any] | None:
-    """The caller's autocast, to be entered again when the backward pass evaluates."""
+    """The autocast that the caller is in, as arguments of `torch.autocast`; None on devices that have none."""
     if not torch.amp.is_autocast_available(device_type):
         return None
     return {

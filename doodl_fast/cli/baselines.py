@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..chain.run import _plain
+from ..chain.program import Coupling, Program
+from ..chain.walk import walk_plainly
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedule import Schedule
 from ..solvers.edict import EDICT
@@ -86,14 +87,15 @@ class _PerStep:
             state = checkpoint(self._step, tuple(couplings), x.dtype, *state, use_reentrant=False)
         return state[0].to(x.dtype), state[1].to(x.dtype)
 
-    def _step(self, couplings: Sequence[Any], dtype: torch.dtype, *state: Tensor) -> Pair:
+    def _step(self, couplings: Program, dtype: torch.dtype, *state: Tensor) -> Pair:
         values = list(state)
+
+        def evaluate(coupling: Coupling, source: Tensor) -> Tensor:
+            return self.chain.evaluator(source, coupling.tag, None, dtype)
+
         with self.chain.evaluator.running():
-            for coupling in couplings:
-                value = None
-                if coupling.calls_network:
-                    value = self.chain.evaluator(values[coupling.source], coupling.tag, None, dtype)
-                values[coupling.target] = _plain(coupling, values[coupling.target], values[coupling.source], value)
+            for _ in walk_plainly(couplings, values, evaluate):
+                pass
         return values[0], values[1]
 
 

@@ -16,7 +16,9 @@ from ..chain.checks import Trust
 from ..chain.evaluator import Evaluator
 from ..chain.factory import NO_FLOAT64
 from ..chain.program import Program, invert
-from ..chain.run import NetworkPull, Run
+from ..chain.pull import NetworkPull
+from ..chain.run import ProgramRun
+from ..chain.walk import walk_backwards
 from ..diffusion.networks import HALF_DTYPES
 from .noise import LayerNoise
 from .reversible import Gradients, Values
@@ -62,7 +64,7 @@ class Step:
             pair, _ = self._through(run, outputs[2], self.evaluator.tensors())
         return (*outputs[:2], pair, *outputs[3:])
 
-    def _new_run(self, pair: Tensor, keep: bool) -> Run:
+    def _new_run(self, pair: Tensor, keep: bool) -> ProgramRun:
         state_dtype = torch.promote_types(torch.float32, self.dtype)
         if self.rebuilds and not keep:
             state_dtype = wide_dtype(pair)
@@ -70,14 +72,14 @@ class Step:
         if self.rounded:
             new = functools.partial(Rounded, self.dtype, state_dtype, self.alphas)
         like = pair.new_empty(0, dtype=self.dtype)
-        return Run.create(self.evaluator, self.program, "checkpoint", like, state_dtype, new, keep, Trust())
+        return ProgramRun.create(self.evaluator, self.program, "checkpoint", like, state_dtype, new, keep, Trust())
 
-    def _through(self, run: Run, pair: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _through(self, run: ProgramRun, pair: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The pair after the run, in the dtype of its state, and the sources of its couplings if they are stored."""
         x, y = pair.chunk(2)
         state = [half.to(run.state_dtype, copy=True) for half in (x, x if self.single else y)]
         with run.evaluator.running():
-            sources = run.forward(run.new_arithmetic(), state, tensors)
+            sources = run.forward(run.new_arithmetic(), state, tensors).tensors
         return torch.cat([state[0], state[0]] if self.single else state), sources
 
     def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
@@ -100,7 +102,7 @@ class Step:
 
     def _back(
         self,
-        run: Run,
+        run: ProgramRun,
         sources: list[Tensor],
         state: list[Tensor] | None,
         tensors: Sequence[Tensor],
@@ -114,12 +116,12 @@ class Step:
             pull = NetworkPull(run, tensors, self._wanted(needs))
             for half in pulled:
                 pull.watch.note(half, None)
-            for passed in reversed(run.groups):
-                assert passed.coupling is not None
-                source = sources.pop() if state is None else work.source(state, passed.coupling)
-                eps = pull(source, passed, pulled, undoing=state is not None)
-                if state is not None:
-                    work.undo_coupling(passed, state, eps)
+
+            def visit(passed: Group, source: Tensor | None) -> Eps | None:
+                return pull(sources.pop() if source is None else source, passed, pulled, undoing=state is not None)
+
+            for _ in walk_backwards(run.groups, work, state or [], visit):
+                pass
         pull.watch.read()
         pull.watch.check()
         return self._leave(pulled), pull.sums

@@ -83,11 +83,11 @@ def without_weight_grad(*networks: nn.Module) -> Iterator[None]:
     weights = [p for network in networks for p in network.parameters() if p.requires_grad and p.is_leaf]
     try:
         for weight in weights:
-            weight.requires_grad_(False)
+            weight.requires_grad = False  # The method requires_grad_ is refused under torch.func's transforms.
         yield
     finally:
         for weight in weights:
-            weight.requires_grad_(True)
+            weight.requires_grad = True
 
 
 def as_tensor(output: Any, argument: str) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..factory import RunFactory
 from ..latents import check_latents
 from ..program import count_network_calls, is_invertible, step_boundaries
-from ..run import NetworkPull, Run
+from ..pull import NetworkPull
+from ..run import ProgramRun
 from .plan import ANCHOR_STEPS, Plan, Sizes, Workload, format_bytes, free_bytes
 from .tracker import OverLimit, Tracker, meter
 
@@ -74,7 +75,7 @@ class Case:
     plan: Plan | None = None
     reserve: int = -1
 
-    def new_run(self, plan: Plan) -> Run:
+    def new_run(self, plan: Plan) -> ProgramRun:
         """A run that keeps what a plan says."""
         options = {"states": plan.states, "graphs": plan.graphs, "blocks": plan.blocks}
         return self.runs.new_run(self.x, self.inverse, stores=True, **options)  # type: ignore[arg-type]
@@ -155,7 +156,7 @@ class Planner:
             self._cases.pop(next(iter(self._cases)), None)
         return case
 
-    def _new_case(self, run: Run, x: Tensor, inverse: bool) -> Case:
+    def _new_case(self, run: ProgramRun, x: Tensor, inverse: bool) -> Case:
         x = x.detach().new_zeros(()).expand(x.shape)
         budget = free_bytes(x.device) if self.budget is None else self.budget
         limited, unlimited = (Measured(self._runs, x, inverse, limit) for limit in (budget, None))
@@ -187,7 +188,7 @@ class Planner:
         return after
 
 
-def workload(run: Run, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Workload:
+def workload(run: ProgramRun, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Workload:
     """The workload of a gradient of `run` with respect to latents like x."""
     work = run.new_arithmetic()
     latents = [x.detach()] * run.num_latents
@@ -207,7 +208,7 @@ def workload(run: Run, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Work
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def probe(run: Run, x: Tensor, limit: int | None = None) -> Sizes | None:
+def probe(run: ProgramRun, x: Tensor, limit: int | None = None) -> Sizes | None:
     """Measures one evaluation of a run's network at latents x, and one VJP of it.
 
     Returns None if that ran out of memory, or would have taken more than `limit` bytes.
@@ -244,7 +245,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def without_graphs(run: Run, smaller: Run) -> Run:
+def without_graphs(run: ProgramRun, smaller: ProgramRun) -> ProgramRun:
     """A run whose backward pass is half done, to be finished with a smaller run's evaluator and without kept graphs.
 
     The states that it stored stay.

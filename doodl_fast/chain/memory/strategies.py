@@ -19,14 +19,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..autograd import ChainFunction
+from ..autograd import run_as_node
 from ..factory import RunFactory
-from ..run import Run
+from ..run import ProgramRun
 from .plan import AUTO, parse_bytes
 from .planner import Planner, without_graphs
 
 Latents = tuple[Tensor, ...]
-_apply: Callable[..., Latents] = ChainFunction.apply  # This is untyped in torch.
 
 
 class MemoryStrategy(ABC):
@@ -39,6 +38,7 @@ class MemoryStrategy(ABC):
         supports_vjp_dtype: Whether it can take the network's VJPs in another dtype than its values, as
             `Denoiser(vjp_dtype=...)` asks for.
         supports_inverse: Whether `chain.inverse` can be differentiated.
+        supports_transforms: Whether it works under torch.func's transforms, torch.vmap and forward-mode AD.
         undoes_couplings: Whether the backward pass may undo couplings instead of reading what was stored. Then the
             network must give the same bits when it is called again (see `Chain`'s drift_tolerance).
         needs_invertible: Whether it cannot do without undoing couplings.
@@ -47,6 +47,7 @@ class MemoryStrategy(ABC):
     supports_exact_arithmetic: ClassVar[bool] = True
     supports_vjp_dtype: ClassVar[bool] = True
     supports_inverse: ClassVar[bool] = True
+    supports_transforms: ClassVar[bool] = False
     undoes_couplings: ClassVar[bool] = False
     needs_invertible: ClassVar[bool] = False
 
@@ -113,7 +114,7 @@ class Checkpoint(MemoryStrategy):
     def run(
         self, runs: RunFactory, latents: Latents, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
     ) -> Latents:
-        return _apply(runs.new_run(latents[0], inverse, stores=True), *latents, *tensors)
+        return run_as_node(runs.new_run(latents[0], inverse, stores=True), latents, tensors)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Reversible(MemoryStrategy):
         self, runs: RunFactory, latents: Latents, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
     ) -> Latents:
         states = "reversible" if self.every is None else self.every
-        return _apply(runs.new_run(latents[0], inverse, stores=True, states=states), *latents, *tensors)
+        return run_as_node(runs.new_run(latents[0], inverse, stores=True, states=states), latents, tensors)
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class Naive(MemoryStrategy):
 
     supports_exact_arithmetic: ClassVar[bool] = False
     supports_vjp_dtype: ClassVar[bool] = False
+    supports_transforms: ClassVar[bool] = True
 
     def check(
         self,
@@ -224,13 +226,13 @@ class Auto(MemoryStrategy):
         case = planner.case(latents[0], inverse)
         plan = planner.choose(case)
 
-        def fallback(run: Run) -> Run | None:
+        def fallback(run: ProgramRun) -> ProgramRun | None:
             smaller = planner.shrink(case)
             return None if smaller is None else without_graphs(run, case.new_run(smaller))
 
         while True:
             try:
-                return _apply(replace(case.new_run(plan), fallback=fallback), *latents, *tensors)
+                return run_as_node(replace(case.new_run(plan), fallback=fallback), latents, tensors)
             except torch.OutOfMemoryError as error:
                 failure = error.with_traceback(None)  # The traceback holds the tensors that the failed run made.
             smaller = planner.shrink(case)
