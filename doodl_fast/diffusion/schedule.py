@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .scheduler_check import (
+    OWN_TIMESTEPS,
+    is_from_diffusers,
+    is_kind,
+    left_out,
+    refuse_what_would_be_wrong,
+    setting,
+)
+
+__all__ = ["PREDICTION_TYPES", "Schedule", "noise_levels", "setting"]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+ZERO_IN_DIFFUSERS = 2.0**-24
+"""What some schedulers put in the place of a cumulative alpha of 0, by which their updates would divide."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The steps of a deterministic sampler from noise to image, in denoising order (timesteps fall).
 
-    timesteps: n ints, what the network is given.
-    alphas_cumprod: n floats in (0, 1), the cumulative alpha at each timestep.
-    alphas_cumprod_prev: n floats in (0, 1], the one each step leads to.
-    prediction_type: "epsilon", "v_prediction" or "sample".
+    Args:
+        timesteps: n ints, which the network is given.
+        alphas_cumprod: n floats, the cumulative alpha at each timestep: in (0, 1), or 0 at the first one (zero terminal
+            signal-to-noise, arXiv 2305.08891) for a network that predicts v or the sample.
+        alphas_cumprod_prev: n floats in (0, 1], the cumulative alpha that each step leads to.
+        prediction_type: What the network returns: "epsilon", "v_prediction" or "sample".
 
-    Raises ValueError when the lengths differ, there is no step, a number is out of range or the prediction type is
-    unknown.
+    Raises:
+        ValueError: The lengths differ, there is no step, a number is out of range, or the prediction type is unknown.
     """
 
     timesteps: tuple[int, ...]
@@ -43,12 +58,14 @@ class Schedule:
         if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.timesteps):
             raise ValueError(f"timesteps: expected ints of at least 0, got {self.timesteps}")
         for t, alpha, alpha_prev in zip(self.timesteps, self.alphas_cumprod, self.alphas_cumprod_prev, strict=True):
-            if alpha == 0:
+            is_blind = alpha == 0 and t == self.timesteps[0]
+            if is_blind and self.prediction_type == "epsilon":
                 raise ValueError(
-                    f"alphas_cumprod is 0 at timestep {t} (zero terminal signal-to-noise): that step cannot be undone. "
-                    "Use rescale_betas_zero_snr=False, or timestep_spacing='leading', which leaves that timestep out"
+                    f"alphas_cumprod is 0 at timestep {t} (zero terminal signal-to-noise): a network that predicts "
+                    "epsilon says nothing of the picture there. Use a network that predicts v or the sample, "
+                    "rescale_betas_zero_snr=False, or timestep_spacing='leading', which leaves that timestep out"
                 )
-            if not (0 < alpha < 1 and 0 < alpha_prev <= 1):
+            if not ((is_blind or 0 < alpha < 1) and 0 < alpha_prev <= 1):
                 raise ValueError(f"cumulative alphas at timestep {t} must lie in (0, 1), got {alpha} and {alpha_prev}")
 
     def __len__(self) -> int:
@@ -60,37 +77,62 @@ class Schedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, num_inference_steps: int) -> Schedule:
-        """The DDIM schedule (arXiv 2010.02502) over the noise levels of any discrete diffusers scheduler.
+        """Reads the noise levels of a diffusers scheduler, between which the chain steps as DDIM does.
 
-        scheduler: a diffusers scheduler with `alphas_cumprod` (DDIM, PNDM, Euler, DPM-Solver, ...; what it adds to DDIM
-        is not used), or any object with `alphas_cumprod`, `set_timesteps(n)` and `timesteps`. It is never changed.
-        num_inference_steps: int from 1 to the scheduler's number of training timesteps.
+        DDIM: Song et al., arXiv 2010.02502. Alphas are read at full precision. Each step leads exactly to the next
+        one's noise level, and the last one to the scheduler's `final_alpha_cumprod`. LCM and TCD keep their own
+        timesteps; all other schedulers get those of DDIM with their `timestep_spacing`.
 
-        Alphas are read at full precision. Each step leads exactly to the next one's noise level, the last one to the
-        scheduler's `final_alpha_cumprod`. For "leading" spacing that is what diffusers' own DDIM does; for the other
-        spacings diffusers steps by a constant stride, which misses the next timestep by rounding. `clip_sample` and
-        `thresholding` are
-        not applied: they cannot be undone.
+        Args:
+            scheduler: A diffusers scheduler with `alphas_cumprod` (DDIM, PNDM, Euler, DPM-Solver, LCM, ...), or any
+                object with `alphas_cumprod`, `set_timesteps(n)` and `timesteps`. It is never changed.
+            num_inference_steps: From 1 to the scheduler's number of training timesteps.
 
-        Raises TypeError for an object that is not a scheduler, ValueError for a schedule that cannot be used.
+        Returns:
+            The schedule.
+
+        Raises:
+            TypeError: `scheduler` is no scheduler with discrete noise levels.
+            ValueError: The schedule cannot be used, or the scheduler does what would make the pictures wrong: it clips
+                or thresholds its predictions, has continuous timesteps, or runs the other way.
+
+        Warns:
+            RuntimeWarning: Names what the scheduler does and the chain leaves out, such as added noise, higher-order
+                steps, or its own spacing of timesteps.
         """
-        alphas = noise_levels(scheduler)
-        steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", len(alphas))))
-        timesteps = _timesteps(scheduler, steps, len(alphas))
+        levels = noise_levels(scheduler)
+        refuse_what_would_be_wrong(scheduler)
+        steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", len(levels))))
+        timesteps = _timesteps(scheduler, steps, len(levels))
         for t in timesteps:
-            if not 0 <= t < len(alphas):
-                raise ValueError(f"timestep {t} is not one of the scheduler's {len(alphas)}; use fewer inference steps")
-        at_steps = tuple(alphas[t] for t in timesteps)
-        return cls(
+            if not 0 <= t < len(levels):
+                raise ValueError(f"timestep {t} is not one of the scheduler's {len(levels)}; use fewer inference steps")
+        at_steps = tuple(levels[t] for t in timesteps)
+        # TCD's last step leads to timestep 0 (arXiv 2402.19159).
+        last = levels[0] if is_kind(scheduler, ["TCDScheduler"]) else _final_alpha(scheduler, levels)
+        schedule = cls(
             timesteps=timesteps,
             alphas_cumprod=at_steps,
-            alphas_cumprod_prev=(*at_steps[1:], _final_alpha(scheduler, alphas)),
+            alphas_cumprod_prev=(*at_steps[1:], last),
             prediction_type=str(setting(scheduler, "prediction_type", "epsilon")),
         )
+        missing = left_out(scheduler, steps, timesteps, levels, last) if is_from_diffusers(scheduler) else []
+        if missing:
+            warnings.warn(
+                f"{type(scheduler).__name__}: not part of the chain: {'; '.join(missing)}. Its noise levels are "
+                "sampled by DDIM",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return schedule
 
 
 def noise_levels(scheduler: Any) -> list[float]:
-    """All cumulative alphas of a scheduler, in float64. Raises TypeError for what has none."""
+    """Returns all cumulative alphas of a scheduler, in float64.
+
+    Raises:
+        TypeError: The scheduler has none.
+    """
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         name = type(scheduler).__name__
@@ -101,17 +143,13 @@ def noise_levels(scheduler: Any) -> list[float]:
             )
         raise TypeError(f"scheduler: expected a diffusers scheduler (pipe.scheduler, for instance), got {name}")
     values: list[float] = torch.as_tensor(alphas).detach().to("cpu", torch.float64).reshape(-1).tolist()
+    if setting(scheduler, "rescale_betas_zero_snr", False) and values[-1] == ZERO_IN_DIFFUSERS:
+        values[-1] = 0.0
     return values
 
 
-def setting(scheduler: Any, key: str, default: Any) -> Any:
-    """A setting of the scheduler, whose `config` may be a dict, a diffusers FrozenDict or a plain object."""
-    config = getattr(scheduler, "config", None)
-    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-    return default if value is None else value
-
-
 def _num_steps(value: Any, limit: int) -> int:
+    """Returns the number of inference steps as an int. Raises TypeError or ValueError for anything else."""
     try:
         steps = operator.index(value)
     except TypeError:
@@ -124,9 +162,9 @@ def _num_steps(value: Any, limit: int) -> int:
 
 
 def _timesteps(scheduler: Any, steps: int, limit: int) -> tuple[int, ...]:
-    """Timesteps in denoising order, taken from a copy so that the caller's scheduler keeps its own."""
+    """Returns the timesteps in denoising order, taken from a copy so that the caller's scheduler keeps its own."""
     raw: list[float]
-    if any(base.__module__.startswith("diffusers.") for base in type(scheduler).__mro__):
+    if is_from_diffusers(scheduler) and not is_kind(scheduler, OWN_TIMESTEPS):
         from diffusers import DDIMScheduler
 
         # Only what places the timesteps: DDIMScheduler need not know a foreign scheduler's beta schedule.
@@ -152,7 +190,7 @@ def _timesteps(scheduler: Any, steps: int, limit: int) -> tuple[int, ...]:
 
 
 def _final_alpha(scheduler: Any, alphas: Sequence[float]) -> float:
-    """Where the last step leads: the scheduler's own answer if it has one, else DDIM's rule on its config."""
+    """Returns the cumulative alpha of the picture: the scheduler's own if it has one, else by DDIM's rule."""
     final = getattr(scheduler, "final_alpha_cumprod", None)
     if final is not None:
         return float(final)

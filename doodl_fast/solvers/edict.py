@@ -15,17 +15,24 @@ from .base import DiffusionChain
 
 
 def edict_program(schedule: Schedule, mix_weight: float = 0.93, first_step: int = 0) -> Program:
-    """The couplings of EDICT from noise to image, in the order of the DOODL code (arXiv 2303.13703).
+    """Builds the couplings of EDICT from noise to image, in the order of the DOODL code (arXiv 2303.13703).
 
-    Step i with `A = sqrt(abar_prev / abar_t)` and `B = sqrt(1 - abar_prev) - A sqrt(1 - abar_t)`: for even i
-    `x <- A x + B eps(y)`, then `y <- A y + B eps(x)`; for odd i y first. After every step, the last one included, the
-    mixing `x <- p x + (1 - p) y`, `y <- p y + (1 - p) x` with p = mix_weight. i counts from first_step, for a schedule
-    that is the end of a longer one.
+    Let `A = sqrt(abar_prev / abar_t)` and `B = sqrt(1 - abar_prev) - A sqrt(1 - abar_t)` in step i. For even i it is
+    `x <- A x + B eps(y)`, then `y <- A y + B eps(x)`; for odd i y comes first. After every step, the last one included,
+    comes the mixing `x <- p x + (1 - p) y`, `y <- p y + (1 - p) x` with p = mix_weight. Networks that predict v or the
+    sample need no other program: eps is linear in their output and in the point of evaluation, so the difference goes
+    into the coefficients. See `ddim_coefficients`, also for zero terminal signal-to-noise.
 
-    Tags are timesteps, targets 0 = x and 1 = y. Networks that predict v or the sample need no other engine: eps is
-    linear in their output and in the point of evaluation, so the difference goes into the coefficients.
+    Args:
+        schedule: The noise levels and timesteps.
+        mix_weight: p in (0, 1].
+        first_step: The number i of the schedule's first step, for a schedule that is the end of a longer one.
 
-    Raises ValueError unless 0 < mix_weight <= 1 (undoing the mixing divides by p).
+    Returns:
+        The couplings. Their tags are timesteps, their targets 0 for x and 1 for y.
+
+    Raises:
+        ValueError: `mix_weight` is not in (0, 1]; undoing the mixing divides by it.
     """
     if isinstance(mix_weight, bool) or not isinstance(mix_weight, Real) or not 0 < mix_weight <= 1:
         raise ValueError(f"mix_weight: expected a number in (0, 1], got {mix_weight!r}; EDICT and DOODL use 0.93")
@@ -41,12 +48,30 @@ def edict_program(schedule: Schedule, mix_weight: float = 0.93, first_step: int 
 
 
 def ddim_coefficients(alpha: float, alpha_prev: float, prediction_type: str) -> tuple[float, float, float]:
-    """`(a, c, b)` of one DDIM update (arXiv 2010.02502): `target <- a target + c source + b network(source)`.
+    """Returns the coefficients of one DDIM update, `target <- a target + c source + b network(source)`.
 
-    alpha, alpha_prev: cumulative alpha before and after the step. With v-prediction (arXiv 2202.00512)
-    `eps = sqrt(alpha) v + sqrt(1 - alpha) source`; with sample prediction `eps = (source - sqrt(alpha) x0) / sqrt(1 -
-    alpha)`.
+    DDIM: arXiv 2010.02502. With v-prediction (arXiv 2202.00512) `eps = sqrt(alpha) v + sqrt(1 - alpha) source`; with
+    sample prediction `eps = (source - sqrt(alpha) x0) / sqrt(1 - alpha)`.
+
+    At alpha = 0 (zero terminal signal-to-noise, arXiv 2305.08891) the target is nothing but noise. It is its own eps,
+    the network gives x0 alone (`-v`, or the sample), and the update is `sqrt(1 - alpha_prev) target + sqrt(alpha_prev)
+    x0(source)`: DDIM's where target and source are equal, and invertible.
+
+    Args:
+        alpha: The cumulative alpha before the step.
+        alpha_prev: The cumulative alpha after the step.
+        prediction_type: What the network returns: "epsilon", "v_prediction" or "sample".
+
+    Returns:
+        The coefficients (a, c, b).
+
+    Raises:
+        ValueError: The prediction type is unknown, or "epsilon" with alpha = 0, where eps does not give x0.
     """
+    if alpha == 0 and prediction_type in ("v_prediction", "sample"):
+        return math.sqrt(1 - alpha_prev), 0.0, math.sqrt(alpha_prev) * (-1 if prediction_type == "v_prediction" else 1)
+    if alpha == 0:
+        raise ValueError(f"alpha: expected more than 0 with prediction_type={prediction_type!r}, got 0")
     a = math.sqrt(alpha_prev / alpha)
     per_eps = math.sqrt(1 - alpha_prev) - a * math.sqrt(1 - alpha)
     if prediction_type == "epsilon":
