@@ -126,7 +126,8 @@ def _reads(scheduler: Any, key: str) -> bool:
     """Whether the scheduler's class has the setting, if it is of diffusers. Of others every setting counts."""
     if not is_from_diffusers(scheduler):
         return True
-    return any(key in inspect.signature(base.__init__).parameters for base in type(scheduler).__mro__[:-1])
+    constructors = [vars(base)["__init__"] for base in type(scheduler).__mro__[:-1] if "__init__" in vars(base)]
+    return any(key in inspect.signature(constructor).parameters for constructor in constructors)
 
 
 def _shown(timesteps: Any) -> str:

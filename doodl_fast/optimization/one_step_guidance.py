@@ -50,6 +50,11 @@ class OneStepGuidance(Evaluator):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        if 0 in schedule.alphas_cumprod:
+            raise ValueError(
+                f"schedule: expected a signal at every timestep, got alphas_cumprod of 0 at {schedule.timesteps[0]}, "
+                "where the noise prediction that this guidance shifts says nothing of the picture"
+            )
         self.denoiser, self.schedule, self.decode, self.loss, self.scale = denoiser, schedule, decode, loss, scale
         self._alphas = dict(zip(schedule.timesteps, schedule.alphas_cumprod, strict=True))
 

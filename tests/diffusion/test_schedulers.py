@@ -186,7 +186,7 @@ def test_the_deterministic_steps_of_tcd_are_its_own(steps: int, prediction_type:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("EulerAncestralDiscreteScheduler", {}, "EulerAncestralDiscreteScheduler: not part of the chain: its ancestral"),
+        ("EulerAncestralDiscreteScheduler", {}, "DiscreteScheduler: not part of the chain: its ancestral noise"),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas; its own timesteps"),
         ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}, "use_exponential_sigmas"),
         ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "its multistep updates; use_lu_lambdas"),
