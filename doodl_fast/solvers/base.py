@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class DiffusionChain(Chain):
     Raises:
         TypeError: `denoiser` is no `Denoiser`, or `schedule` no `Schedule`.
     """
+
+    num_starts: ClassVar[int] = 2
+    """How many latents a chain starts from, and `optimize` changes."""
+    num_pictures: ClassVar[int] = 2
+    """How many of the latents that a chain returns are pictures to be scored, from the first one on."""
 
     def __init__(
         self,
