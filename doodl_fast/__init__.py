@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from .ops import backend
     from .optimization.loop import Result, StepInfo, optimize
     from .optimization.update import UpdateSettings
+    from .solvers.bdia import BDIA
+    from .solvers.ddim import DDIM
     from .solvers.edict import EDICT
+    from .solvers.obelm import OBELM
 
 __all__ = [
+    "BDIA",
+    "DDIM",
     "EDICT",
+    "OBELM",
     "Auto",
     "Chain",
     "Checkpoint",
@@ -57,7 +63,10 @@ _HOMES = {
     "Checkpoint": "chain.memory.strategies",
     "Decoder": "diffusion.pipeline",
     "Denoiser": "diffusion.denoiser",
+    "BDIA": "solvers.bdia",
+    "DDIM": "solvers.ddim",
     "EDICT": "solvers.edict",
+    "OBELM": "solvers.obelm",
     "LatticeState": "chain.exact.state",
     "Naive": "chain.memory.strategies",
     "Result": "optimization.loop",

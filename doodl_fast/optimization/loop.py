@@ -55,10 +55,12 @@ def optimize(
     latents, differentiates the loss back to the noise latents and updates these by clipped momentum SGD.
 
     Args:
-        chain: ``x0, y0 = chain(x, y)``, differentiable, for instance a `doodl_fast.EDICT`. If it has memory="auto", its
-            budget is for the whole gradient: decoder and loss are measured once beforehand, and where their
-            ``leaner()`` offers a version that needs less memory, that version may replace them, also when memory runs
-            out later (torch.OutOfMemoryError). `doodl_fast.Decoder` and the CLIP guides have that method.
+        chain: ``x0, y0 = chain(x, y)``, differentiable, for instance a `doodl_fast.EDICT`; or a solver that starts from
+            one latent, such as `doodl_fast.DDIM`. Then its one picture is scored, and the noise moves as a pair of
+            equal latents would. If the chain has memory="auto", its budget is for the whole gradient: decoder and loss
+            are measured once beforehand, and where their ``leaner()`` offers a version that needs less memory, that
+            version may replace them, also when memory runs out later (torch.OutOfMemoryError). `doodl_fast.Decoder` and
+            the CLIP guides have that method.
         latents: Noise, (B, C, ...) floating point. One tensor starts x and y equal; a pair gives (x, y).
         decode: Final latents (B, C, ...) -> images, differentiable. A `doodl_fast.Decoder` gets the final latents in
             float32 or float64 and casts to the dtype of its VAE; any other function gets them in the dtype of
@@ -117,7 +119,8 @@ def optimize(
         functions = None if home is None else fingerprint(chain, decode, loss)
         decoded = decoder_dtype(decode, x.dtype, update.latents[0].dtype)
         decode, loss = low_memory.fit_to_budget(chain, decode, loss, update.latents[0], decoded)
-        objective = Objective(chain, decode, loss, x.dtype, 1 if first_image_only else 2)
+        pictures = 1 if first_image_only else getattr(chain, "num_pictures", 2)
+        objective = Objective(chain, decode, loss, x.dtype, pictures)
         plain = {**settings.as_dict(), "first_image_only": first_image_only, "start": _hash(x, y)}
         run = Progress(update, plain, functions)
         if resume and home is not None:

@@ -43,6 +43,14 @@ class Objective:
     members: int
     _first: bool = field(default=True, repr=False)
 
+    @property
+    def starts(self) -> int:
+        """How many latents the chain starts from: 2, unless the chain says that it has one.
+
+        A chain of one latent gets x. Its gradient stands for y's too, so x and y stay equal.
+        """
+        return getattr(self.chain, "num_starts", 2)
+
     def gradient(self, latents: list[Tensor], step: int) -> Gradient:
         """Losses, images, and gradients with respect to the latents.
 
@@ -83,7 +91,7 @@ class Objective:
     @torch.enable_grad()
     def _gradient(self, latents: list[Tensor], step: int) -> Gradient:
         # the chain gives its gradients in its inputs' dtype
-        start = [wide(z.detach()).requires_grad_() for z in latents]
+        start = [wide(z.detach()).requires_grad_() for z in latents[: self.starts]]
         ends = self.chain(*start)
         values, images, cotangents = [], [], []
         for end in ends[: self.members]:
@@ -105,13 +113,13 @@ class Objective:
                 f"gradient: NaN or Inf at optimisation step {step}; a `Chain` names its own, so look at the loss and "
                 "the decoder: try float32 for them, or a lower grad_scale"
             )
-        return losses, tuple(images), gradients
+        return losses, tuple(images), gradients if len(gradients) == 2 else [gradients[0], gradients[0]]
 
     @torch.no_grad()
     def value(self, latents: Pair) -> Scores:
         """Losses and images of the noise latents (x, y), without gradients."""
         values, images = [], []
-        for end in self.chain(*(wide(z) for z in latents))[: self.members]:
+        for end in self.chain(*(wide(z) for z in latents[: self.starts]))[: self.members]:
             image, value = self._score(end.to(decoder_dtype(self.decode, self.dtype, end.dtype)))
             values.append(value)
             images.append(image)

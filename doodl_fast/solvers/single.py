@@ -15,7 +15,7 @@ class SingleLatentChain(DiffusionChain):
     Its program has two latents that take turns, and the one that the last coupling changed is the picture. A solver
     that looks back two steps returns the latents of both last steps, because inverting it needs both.
 
-    `num_starts` and `num_pictures` tell `optimize` that there is one latent to optimise and one picture to score.
+    `optimize` changes the noise alone and scores the picture alone (see `num_starts` and `num_pictures`).
     """
 
     num_starts = 1

@@ -8,6 +8,7 @@ from conftest import Counting, TinyNet, conditions, golden_denoiser, latents, pu
 
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.schedule import Schedule
+from doodl_fast.optimization.loop import optimize
 from doodl_fast.solvers.bdia import BDIA, bdia_program
 from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.obelm import OBELM
@@ -106,3 +107,35 @@ def test_ddim_cannot_be_inverted():
 def test_bad_gamma(gamma):
     with pytest.raises(ValueError, match=r"gamma: expected a number in \(0, 1\], got .*; 1.0 is the paper's choice"):
         bdia_program(Schedule.from_scheduler(sd_scheduler(), 4), gamma)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_optimize_takes_chains_of_one_latent(name):
+    """One plain step of gradient descent, against autograd and an update by hand."""
+    chain, x = chain_of(name), latents(1, 3, 4, dtype=torch.float32, grad=True)[0]
+
+    def loss(images):
+        return (images - 1).square().mean()
+
+    value = loss(chain(x)[0])
+    (gradient,) = torch.autograd.grad(value, x)
+    seen = []
+    result = optimize(
+        chain,
+        x.detach(),
+        lambda z: z,
+        loss,
+        1,
+        grad_scale=0.1,
+        momentum=0.0,
+        clip_grad_value=None,
+        renormalize_latents=False,
+        perturbation_scale=0.0,
+        progress=False,
+        callback_on_step_end=seen.append,
+    )
+    assert result.losses == [pytest.approx(float(value), rel=1e-6)]
+    assert len(seen[0].images) == len(result.images) == 1
+    # The loop halves the gradient, as it minimises the mean of a pair's losses.
+    torch.testing.assert_close(result.latents[0], x.detach() - 0.05 * gradient)
+    assert torch.equal(*result.latents)
