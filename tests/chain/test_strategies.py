@@ -12,10 +12,24 @@ from conftest import TinyNet, conditions, golden_denoiser, latents, pull, sd_sch
 
 import doodl_fast
 from doodl_fast import Auto, Checkpoint, Naive, Reversible
+from doodl_fast.chain.chain import Chain
+from doodl_fast.chain.evaluator import Evaluator
 from doodl_fast.chain.memory.strategies import MemoryStrategy, strategy_of
+from doodl_fast.chain.program import Coupling
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.solvers.edict import EDICT
+
+
+class Decay(Evaluator):
+    """f(x) = -x, with a count of its calls."""
+
+    calls = 0
+
+    def __call__(self, x, t, tensors=None, latents_dtype=None):
+        self.calls += 1
+        return -x
+
 
 PAIRS = [
     ("checkpoint", Checkpoint()),
@@ -166,3 +180,21 @@ def test_what_a_chain_was_made_with_is_read_only(name):
     with pytest.raises(AttributeError, match=name):
         setattr(chain, name, torch.float16)
     assert getattr(chain, name) is before and chain.denoiser is chain.evaluator
+
+
+def pickled(chain: Chain) -> Chain:
+    return pickle.loads(pickle.dumps(chain))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copied_chain_plans_with_its_own_evaluator(copied):
+    chain = Chain(Decay(), [Coupling(k % 2, b=0.1, step=k, tag=k) for k in range(4)], memory="auto")
+    x, y = latents(1, 3, 4, grad=True)
+    expected = pull(chain(x, y), [x, y])
+    other = copied(chain)
+    assert other.memory == "auto" and other.plan == chain.plan and other.evaluator is not chain.evaluator
+    before, other.evaluator.calls = chain.evaluator.calls, 0
+    assert all(torch.equal(a, b) for a, b in zip(pull(other(x, y), [x, y]), expected, strict=True))
+    assert other.evaluator.calls == 4  # whole graphs are kept, and what was measured is remembered
+    other.make_plan(latents(2, 3, 4)[0])
+    assert other.evaluator.calls == 4 + 2 and chain.evaluator.calls == before
