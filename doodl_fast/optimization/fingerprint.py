@@ -33,7 +33,7 @@ def fingerprint(chain: Any, decode: Callable[..., Any], loss: Callable[..., Any]
     """Identifies the functions of a run.
 
     Weights and buffers are read once, to sum the bits of each tensor as integers: an exact number that depends on
-    every value, whatever the order of summation and the device. On a CPU that takes about a second for 2 GB. Other
+    every value, whatever the order of summation and the device. That takes about 0.1 s for 1 GB on one core. Other
     tensors, as those that encode a prompt, are recomputed when a run is resumed, on another machine perhaps, so some
     of their values are kept and compared with a tolerance.
 
@@ -152,13 +152,21 @@ def _exact(tensors: list[tuple[str, Tensor]]) -> list[str]:
 
 
 def _bit_sum(tensor: Tensor) -> Tensor | None:
-    """The sum of a tensor's elements read as integers, modulo 2^64; None where the elements cannot be read."""
+    """The sum of a tensor's memory read as integers, modulo 2^64; None where the memory cannot be read.
+
+    The integers have 64 bits if they fit evenly, which is four times as fast for float16 as integers of its size.
+    """
     if tensor.is_meta or tensor.layout != torch.strided:
         return None
     try:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        return real.detach().view(INTEGERS[real.element_size()]).sum(dtype=torch.int64)
-    except (RuntimeError, NotImplementedError, KeyError):  # quantised and other packed formats
+        flat = real.detach().contiguous().flatten()
+        size = flat.element_size()
+        width = next(n for n in sorted(INTEGERS, reverse=True) if n >= size and flat.numel() * size % n == 0)
+        if flat.storage_offset() * size % width:
+            flat = flat.clone()
+        return flat.view(INTEGERS[width]).sum(dtype=torch.int64)
+    except (RuntimeError, NotImplementedError, StopIteration):  # quantised and other packed formats
         return None
 
 

@@ -14,7 +14,7 @@ from ..diffusion.pipeline import Decoder
 from . import low_memory
 from .checkpoint import random_state, restore_random_state
 from .ignored_leaves import warn_of_ignored_leaves
-from .result import Pair
+from .result import Pair, as_images
 
 Gradient = tuple[tuple[float, ...], tuple[Tensor, ...], list[Tensor]]
 Scores = tuple[tuple[float, ...], tuple[Tensor, ...]]
@@ -113,7 +113,7 @@ class Objective:
                 f"gradient: NaN or Inf at optimisation step {step}; a `Chain` names its own, so look at the loss and "
                 "the decoder: try float32 for them, or a lower grad_scale"
             )
-        return losses, tuple(images), gradients if len(gradients) == 2 else [gradients[0], gradients[0]]
+        return losses, as_images(images), gradients if len(gradients) == 2 else [gradients[0], gradients[0]]
 
     @torch.no_grad()
     def value(self, latents: Pair) -> Scores:
@@ -123,7 +123,7 @@ class Objective:
             image, value = self._score(end.to(decoder_dtype(self.decode, self.dtype, end.dtype)))
             values.append(value)
             images.append(image)
-        return _finite_losses(values), tuple(images)
+        return _finite_losses(values), as_images(images)
 
     def _score(self, end: Tensor) -> tuple[Tensor, Tensor]:
         """The image and the 0-dim loss of final latents; what decoder and loss return is checked."""

@@ -21,20 +21,27 @@ from ..chain.evaluator import Evaluator
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedule import Schedule
 from ..solvers.edict import EDICT
+from .objective import cotangent_of, decoder_dtype, wide
 
 
 class OneStepGuidance(Evaluator):
-    """A denoiser, `eps(x, t)`, that is pulled towards a lower loss; an evaluator for `Chain`, without gradients.
+    """A denoiser that is pulled towards a lower loss, for use as a chain's evaluator. It is not differentiable.
 
-    At every call x0 is predicted from x by the unconditional network alone; the picture that is scored is decoded from
-    `s x0 + (1 - s) x` with `s = sqrt(1 - abar_t)`, and `scale * s * d loss / d x` is added to the guided eps. What the
-    schedule says the network predicts (eps, v or the sample) is shifted accordingly.
+    At every call x0 is predicted from x by the unconditional network alone. The picture that is scored is decoded from
+    `s x0 + (1 - s) x` with `s = sqrt(1 - alphas_cumprod[t])`, and `scale * s * d loss / d x` is added to the guided
+    eps. If the network predicts v or the sample instead of eps, its output is shifted by the equivalent amount.
 
-    denoiser: the sampler's own. schedule: the noise levels. decode: latents -> images. loss: images -> 0-dim tensor, a
-    mean over pictures (its gradient is multiplied by B, so that a picture's guidance does not depend on its company).
-    scale: how strongly.
+    Args:
+        denoiser: The denoiser of the sampler.
+        schedule: The noise levels.
+        decode: Latents (B, C, h, w) -> images, differentiable.
+        loss: Images -> 0-dim tensor, a mean over pictures. Its gradient is multiplied by B, so that the guidance of a
+            picture does not depend on the others in its batch.
+        scale: The strength of the guidance.
 
-    Raises TypeError or ValueError, naming the argument; RuntimeError where a gradient through it is asked for.
+    Raises:
+        TypeError: `denoiser` or `schedule` has the wrong type.
+        ValueError: `scale` is not a finite number, or `schedule` has a timestep without signal.
     """
 
     def __init__(
@@ -61,7 +68,21 @@ class OneStepGuidance(Evaluator):
     def __call__(
         self, x: Tensor, t: Any, tensors: Sequence[Tensor] | None = None, latents_dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The guided network output of x's shape (B, C, h, w) and dtype at timestep t, one of the schedule's."""
+        """The guided output of the network.
+
+        Args:
+            x: Noisy latents, (B, C, h, w).
+            t: A timestep of the schedule.
+            tensors: Not used.
+            latents_dtype: See `Denoiser`.
+
+        Returns:
+            A tensor of x's shape and dtype.
+
+        Raises:
+            RuntimeError: x requires grad and gradients are enabled.
+            ValueError: t is not a timestep of the schedule.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 "OneStepGuidance: expected torch.no_grad(), got latents that require grad; its steps are not "
@@ -81,24 +102,32 @@ class OneStepGuidance(Evaluator):
         return output + shift.to(output)
 
     def gradient(self, x: Tensor, t: Any, latents_dtype: torch.dtype | None = None) -> Tensor:
-        """B d loss / d x of shape (B, C, h, w), in x's dtype, through the one-step prediction."""
+        """B times the gradient of the loss with respect to x, through the one-step prediction.
+
+        Args:
+            x: Noisy latents, (B, C, h, w).
+            t: A timestep of the schedule.
+            latents_dtype: See `Denoiser`.
+
+        Returns:
+            A tensor of x's shape and dtype.
+        """
         alpha = self._alphas[int(t)]
         noise_level = math.sqrt(1 - alpha)
         with torch.enable_grad(), self.denoiser.running():
             leaf = x.detach().clone().requires_grad_()
             output = self._unconditional(x.shape[0])(leaf, t, None, latents_dtype)
             sample = noise_level * self._clean(leaf, output, alpha) + (1 - noise_level) * leaf
-            picked = sample.detach().requires_grad_()
-            value = self.loss(self.decode(picked))
-            (cotangent,) = torch.autograd.grad(value, picked)
-            # the network may run in fp16, where a mean's gradient would vanish
-            wide = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
-            power = power_of_two(wide).to(cotangent.dtype)
-            (pulled,) = torch.autograd.grad(sample, leaf, cotangent / power)
-        return pulled * power * x.shape[0]
+            picked = sample.detach().to(decoder_dtype(self.decode, sample.dtype, wide(sample).dtype)).requires_grad_()
+            image = self.decode(picked)
+            cotangent = cotangent_of(self.loss(image), picked, image.numel())
+            # The network may run in fp16, where the gradient of a mean would vanish.
+            power = power_of_two(cotangent)
+            (pulled,) = torch.autograd.grad(sample, leaf, (cotangent / power).to(sample.dtype))
+        return (wide(pulled) * power * x.shape[0]).to(x.dtype)
 
     def _clean(self, x: Tensor, output: Tensor, alpha: float) -> Tensor:
-        """x0 as predicted from the network's output."""
+        """x0 as predicted from the network's output at the noise level `alpha`, a value of alphas_cumprod."""
         signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
         prediction = self.schedule.prediction_type
         if prediction == "v_prediction":
@@ -106,7 +135,7 @@ class OneStepGuidance(Evaluator):
         return output if prediction == "sample" else (x - noise * output) / signal
 
     def _unconditional(self, batch: int) -> Denoiser:
-        """The denoiser with its unconditional conditions alone (its conditional ones, if it has no others)."""
+        """The denoiser with its unconditional conditions alone, or with its conditional ones if it has no others."""
         own = self.denoiser
         if own.uncond is None:
             return own
@@ -138,9 +167,17 @@ def one_step(
     loss: Callable[[Tensor], Tensor],
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The final latents (x, y), each (B, C, h, w), of one run of the chain under `OneStepGuidance`.
+    """Runs a chain once under `OneStepGuidance`.
 
-    latents: noise, one tensor or a pair (x, y). The rest as there.
+    Args:
+        chain: Its denoiser is guided.
+        latents: Noise, (B, C, h, w), or a pair (x, y) of it.
+        decode: Latents -> images, differentiable.
+        loss: Images -> 0-dim tensor.
+        scale: The strength of the guidance.
+
+    Returns:
+        The final latents (x, y), each (B, C, h, w).
     """
     x, y = (latents, latents) if isinstance(latents, Tensor) else latents
     guided = OneStepGuidance(chain.denoiser, chain.schedule, decode, loss, scale)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from ..diffusion.images import ImageTensor
 
 Pair = tuple[Tensor, Tensor]
 
@@ -17,7 +20,8 @@ class StepInfo:
         step: Number of the optimisation step, counted from 0.
         loss: Mean of the losses of the decoded images.
         latents: The noise latents (x, y) that were decoded, each (B, C, ...).
-        images: The decoded images, detached: those of x and of y, or those of x alone with ``first_image_only``.
+        images: The decoded images, detached: those of x and of y, or those of x alone with ``first_image_only``. Images
+            of shape (B, 3, H, W) are `ImageTensor`s, which have a method `save`.
     """
 
     step: int
@@ -33,6 +37,7 @@ class Result:
     Attributes:
         latents: The final noise latents (x, y), each (B, C, ...), in float32 or float64.
         images: The images that they decode to: those of x and of y, or those of x alone with ``first_image_only``.
+            Images of shape (B, 3, H, W) are `ImageTensor`s, which have a method `save`.
         losses: The mean loss of every step, each taken before the step's update.
         pair_losses: For every step the loss of each decoded image.
         final_loss: The mean loss of the final latents.
@@ -41,6 +46,9 @@ class Result:
         best_loss: The lowest loss.
         best_latents: The latents (x, y) with the lowest loss.
         best_images: The images that they decode to.
+
+    Example:
+        >>> optimize(chain, noise, decoder, loss).images[0].save("dog.png")
 
     If a callback ended the run, then no update followed the last entry of ``losses``: the final latents, images and
     loss are those that the callback saw.
@@ -55,3 +63,8 @@ class Result:
     best_loss: float
     best_latents: Pair
     best_images: tuple[Tensor, ...]
+
+
+def as_images(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, those of the shape (B, 3, H, W) of pictures as `ImageTensor`s."""
+    return tuple(ImageTensor(t) if t.ndim == 4 and t.shape[1] == 3 and t.is_floating_point() else t for t in tensors)

@@ -16,6 +16,7 @@ from torch import Tensor
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.pipeline import Decoder
 from doodl_fast.diffusion.schedule import Schedule
+from doodl_fast.optimization import OneStepGuidance
 from doodl_fast.optimization.objective import Objective
 from doodl_fast.solvers.edict import EDICT
 
@@ -109,3 +110,17 @@ def test_zero_and_infinite_gradients_stay_what_they_are() -> None:
     objective.loss = lambda z: (z.float() - z.float().detach()).sum().clamp(min=0).sqrt()
     with pytest.raises(FloatingPointError, match="gradient: NaN or Inf at optimisation step 7"):
         objective.gradient([x, x], 7)
+
+
+def test_guidance_through_one_step_in_float16() -> None:
+    """The gradient with respect to float16 latents, against that in float64 through the same networks."""
+    vae = golden_vae_copy(torch.float64)
+    vae.load_state_dict(golden_vae(HALF).state_dict())
+
+    def gradient(dtype: torch.dtype, decode: Decoder, scale: float) -> Tensor:
+        guided = OneStepGuidance(denoiser(dtype), schedule(), decode, lambda images: scale * loss(images))
+        return guided.gradient(start().to(dtype), schedule().timesteps[1])
+
+    exact = gradient(torch.float64, Decoder(vae), 1.0)
+    for scale in (1e4, 1e2):  # at lower ones the result itself, which has x's dtype, is below float16's range
+        assert relative(gradient(HALF, Decoder(golden_vae(HALF)), scale).double() / scale, exact) < 2e-2
