@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain.evaluator import Evaluator
+from .guided import join_pairs
 from .networks import (
     FLOAT_DTYPES,
     HALF_DTYPES,
@@ -41,7 +42,8 @@ class Denoiser(Evaluator):
     guidance_scale: g in `eps_u + g (eps_c - eps_u)` (classifier-free guidance, arXiv 2207.12598), both from one call on
         a batch of 2B, [uncond; cond]. With g = 1 or without uncond: one call on a batch of B, with cond alone.
     unet_kwargs: passed on; tensors may be nested in dicts, lists and tuples. Under guidance a leading dimension of B is
-        used for both halves, 1 is expanded, 2B is taken as [uncond; cond], 2 as one of each (B wins over 2). Without
+        used for both halves, 1 is expanded, 2B is taken as [uncond; cond], 2 as one of each (B wins over 2; a `Guided`
+        pair has no such ambiguity). Without
         guidance: 1 or B, and when uncond was given also 2B or 2, whose second half is used. 0-dim tensors and other
         values pass through.
 
@@ -255,8 +257,11 @@ class Denoiser(Evaluator):
         elif self._cond is not None:
             cond = _expand(conditions["cond"], batch, dtype, "cond")
         fit = _for_both if self.guided else _for_cond if self._uncond is not None else _expand
+        pairs_joined = join_pairs(
+            conditions["kwargs"], self.guided, lambda leaf, name: _expand(leaf, batch, dtype, name)
+        )
         kwargs = _map_tensors(
-            conditions["kwargs"],
+            pairs_joined,
             lambda leaf, name: fit(leaf, batch, dtype, name) if leaf.ndim else _cast(leaf, dtype),
         )
         eps = as_tensor(self._call(network_x, self._timestep(t, x.device), cond, kwargs), "unet")

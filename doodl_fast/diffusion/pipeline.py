@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder, vae_scale_factor
+from .guided import Guided
 from .images import to_pil
 from .latent_space import default_size, latent_space
 from .networks import check_source, loading
 
-__all__ = ["Decoder", "encode_prompt", "initial_latents", "load_pipeline", "to_pil", "vae_scale_factor"]
+__all__ = [
+    "Decoder",
+    "encode_conditions",
+    "encode_prompt",
+    "initial_latents",
+    "load_pipeline",
+    "to_pil",
+    "vae_scale_factor",
+]
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -84,16 +93,52 @@ def load_pipeline(
 
 def encode_prompt(
     pipeline: Any,
-    prompt: str | list[str] | None,
+    prompt: str | list[str],
     negative_prompt: str | list[str] = "",
     *,
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Encodes prompts with a pipeline's own text encoders, for `Denoiser(pipeline.unet, cond, uncond, **unet_kwargs)`.
+
+    Args:
+        pipeline: A diffusers pipeline of the Stable Diffusion family.
+        prompt: One prompt or a list of N prompts.
+        negative_prompt: One text for all prompts, or one for each. With "" SDXL has embeddings of zeros.
+        height: Height of the picture in pixels, of which SDXL is told. None is the pipeline's own.
+        width: Width of the picture in pixels.
+        batch: B of the latents, for SDXL's conditions. One prompt serves any.
+
+    Returns:
+        cond, uncond and unet_kwargs. cond and uncond are (N, tokens, features). unet_kwargs is empty for Stable
+        Diffusion 1 and 2. For SDXL (arXiv 2307.01952) it has `added_cond_kwargs` with text_embeds (2B, features) and
+        time_ids (2B, 6), the unconditional half first.
+
+    Raises:
+        TypeError: A prompt is no text.
+    """
+    cond, uncond, unet_kwargs = encode_conditions(pipeline, prompt, negative_prompt, height=height, width=width)
+    assert uncond is not None
+    if unet_kwargs:
+        added = unet_kwargs["added_cond_kwargs"]
+        rows = max(batch, len(cond))
+        pooled = torch.cat([half.expand(rows, -1) for half in added["text_embeds"]])
+        unet_kwargs = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": added["time_ids"].repeat(2 * rows, 1)}}
+    return cond, uncond, unet_kwargs
+
+
+def encode_conditions(
+    pipeline: Any,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] = "",
+    *,
+    height: int | None = None,
+    width: int | None = None,
     guided: bool = True,
     **encoding: Any,
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Encodes prompts with a pipeline's own text encoders, for `Denoiser(pipeline.unet, cond, uncond, **unet_kwargs)`.
+    """Encodes prompts into conditions that serve a batch of any size.
 
     Args:
         pipeline: A diffusers pipeline of the Stable Diffusion family.
@@ -101,16 +146,14 @@ def encode_prompt(
         negative_prompt: One text for all prompts, or one for each. With "" SDXL has embeddings of zeros.
         height: Height of the picture in pixels, of which SDXL is told. None is the pipeline's own.
         width: Width of the picture in pixels.
-        batch: B of the latents, for SDXL's conditions; one prompt serves any.
         guided: Whether the negative prompt is encoded too.
         **encoding: Further arguments of the pipeline's `encode_prompt`: prompt_embeds, negative_prompt_embeds,
             clip_skip, lora_scale; for SDXL also pooled_prompt_embeds, prompt_2 and the like. Embeddings that are given
             are used as they are, so that gradients reach them.
 
     Returns:
-        cond, uncond and unet_kwargs. cond and uncond are (N, tokens, features), uncond None unless `guided`.
-        unet_kwargs is empty for Stable Diffusion 1 and 2. For SDXL (arXiv 2307.01952) it has `added_cond_kwargs` with
-        text_embeds (2B, features) and time_ids (2B, 6), the unconditional half first (B rows unless `guided`).
+        As `encode_prompt`, but that uncond is None unless `guided`, text_embeds is a `Guided` pair of (N, features)
+        (the conditional tensor alone unless `guided`), and time_ids is (1, 6).
 
     Raises:
         TypeError: A prompt is no text.
@@ -152,11 +195,10 @@ def encode_prompt(
     )
     if not pools:
         return cond, uncond, {}
-    halves = [pools[1], pools[0]] if guided else [pools[0]]
-    pooled = torch.cat([half.expand(max(batch, count), -1) for half in halves])
+    pooled: Tensor | Guided = Guided(pools[1], pools[0]) if guided else pools[0]
     height, width = default_size(pipeline, height, width)
     sizes = [height, width, 0, 0, height, width]  # original size, top left corner of the crop, target size
-    time_ids = torch.tensor([sizes] * len(pooled), device=device, dtype=cond.dtype)
+    time_ids = torch.tensor([sizes], device=device, dtype=cond.dtype)
     return cond, uncond if guided else None, {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
 

@@ -16,7 +16,7 @@ import torch
 from .decoder import Decoder
 from .denoiser import Denoiser
 from .latent_space import LatentSpace, latent_space
-from .pipeline import encode_prompt
+from .pipeline import encode_conditions
 
 # Components that `from_pipeline` uses, or whose absence changes no picture.
 KNOWN_COMPONENTS = (
@@ -134,7 +134,7 @@ def pipeline_denoiser(
             stacklevel=4,
         )
     space = latent_space(pipe, height, width)
-    cond, uncond, conditions = encode_prompt(
+    cond, uncond, conditions = encode_conditions(
         pipe, prompt, negative_prompt, height=space.height, width=space.width, guided=guided, **encoding
     )
     added = {**conditions.get("added_cond_kwargs", {}), **(extra.pop("added_cond_kwargs", None) or {})}

@@ -19,6 +19,7 @@ from ..chain.arithmetic import power_of_two
 from ..chain.chain import Chain
 from ..chain.evaluator import Evaluator
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.guided import unconditional
 from ..diffusion.schedule import Schedule
 from ..solvers.edict import EDICT
 from .objective import cotangent_of, decoder_dtype, wide
@@ -144,7 +145,7 @@ class OneStepGuidance(Evaluator):
             paired = leaf.ndim and leaf.shape[0] not in (1, batch) and leaf.shape[0] in (2, 2 * batch)
             return leaf[: leaf.shape[0] // 2] if paired else leaf
 
-        return Denoiser(own.unet, own.uncond, **tree_map_only(Tensor, first_half, own.unet_kwargs))
+        return Denoiser(own.unet, own.uncond, **tree_map_only(Tensor, first_half, unconditional(own.unet_kwargs)))
 
     # What the chain's engine asks for
 

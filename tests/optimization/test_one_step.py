@@ -25,6 +25,7 @@ from torch import Tensor
 
 from doodl_fast.chain.chain import Chain
 from doodl_fast.diffusion.denoiser import Denoiser
+from doodl_fast.diffusion.guided import Guided
 from doodl_fast.diffusion.pipeline import Decoder, to_pil
 from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.guidance import Symmetry
@@ -157,3 +158,19 @@ def test_errors() -> None:
         OneStepGuidance(chain.denoiser, chain.schedule, decode, loss, math.nan)
     with pytest.raises(ValueError, match="t: expected one of the schedule's timesteps, got 3"):
         OneStepGuidance(chain.denoiser, chain.schedule, decode, loss)(latents(1, 3, 4, 4)[0], 3)
+
+
+def test_pairs_of_conditions_have_their_unconditional_half() -> None:
+    """The one-step prediction is unconditional, as that of two rows is."""
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, cond: Tensor, shift: Tensor) -> Tensor:
+        seen.append(shift)
+        return x
+
+    cond = torch.zeros(1, 2, 3)
+    schedule = Schedule.from_scheduler(sd_scheduler(), 4)
+    denoiser = Denoiser(network, cond, cond, 3.0, shift=Guided(torch.zeros(1, 1), torch.ones(1, 1)))
+    guide = OneStepGuidance(denoiser, schedule, lambda z: z, lambda image: image.square().sum())
+    guide.gradient(torch.randn(2, 3, 4, 4), schedule.timesteps[0])
+    assert [leaf.tolist() for leaf in seen] == [[[0.0], [0.0]]]
