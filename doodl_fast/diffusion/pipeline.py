@@ -27,6 +27,12 @@ __all__ = [
     "vae_scale_factor",
 ]
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# Components that a chain uses, or whose absence changes no picture.
+KNOWN_COMPONENTS = (
+    *COMPONENTS,
+    *("text_encoder_2", "tokenizer_2", "safety_checker", "feature_extractor", "image_encoder"),
+)
+VIDEO_UNETS = ("UNetMotionModel", "UNet3DConditionModel", "UNetSpatioTemporalConditionModel", "I2VGenXLUNet")
 PIPELINE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -52,8 +58,9 @@ def load_pipeline(
 
     Raises:
         ValueError: There is no such folder, it holds no diffusers pipeline, the hub does not have it or cannot be
-            reached, the pipeline lacks a UNet, VAE, text encoder, tokenizer or scheduler, or its UNet takes more than
-            latents (inpainting, for instance).
+            reached, the pipeline lacks a UNet, VAE, text encoder, tokenizer or scheduler, it has a component that would
+            be ignored (a ControlNet, for instance), it makes videos, or its UNet takes more than latents (inpainting,
+            for instance).
     """
     from diffusers import DiffusionPipeline
 
@@ -68,6 +75,7 @@ def load_pipeline(
             f"model: expected a pipeline with {', '.join(COMPONENTS)}, got {index.get('_class_name')} in {source!r} "
             f"without {', '.join(missing)}; use a Stable-Diffusion-style model"
         )
+    _refuse_ignored(index, source)
     is_xl = "text_encoder_2" in index
     dtypes = {"vae": torch.float32, "default": dtype} if is_xl and dtype == torch.float16 else {"default": dtype}
     options: dict[str, Any] = {"use_safetensors": True, "dtype": dtypes}
@@ -89,6 +97,20 @@ def load_pipeline(
         if network.dtype != wanted:  # also where a version of diffusers does not know `dtype` yet
             network.to(wanted)
     return pipeline
+
+
+def _refuse_ignored(index: dict[str, Any], source: str) -> None:
+    """Refuses a pipeline of which a component would be ignored, by its model_index.json, before anything is loaded."""
+    kind = index.get("_class_name")
+    parts = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and any(value)}
+    ignored = sorted(name for name in parts if name not in KNOWN_COMPONENTS and not name.startswith("_"))
+    if parts["unet"][-1] in VIDEO_UNETS or "motion_adapter" in ignored:
+        raise ValueError(f"model: {kind} in {source!r} makes videos, which is not supported; use a text-to-image model")
+    if ignored:
+        raise ValueError(
+            f"model: {kind} in {source!r} has {', '.join(ignored)}, which would be ignored; use a folder of the model "
+            "without it"
+        )
 
 
 def encode_prompt(

@@ -16,18 +16,12 @@ import torch
 from .decoder import Decoder
 from .denoiser import Denoiser
 from .latent_space import LatentSpace, latent_space
-from .pipeline import encode_conditions
+from .pipeline import KNOWN_COMPONENTS, VIDEO_UNETS, encode_conditions
 
-# Components that `from_pipeline` uses, or whose absence changes no picture.
-KNOWN_COMPONENTS = (
-    *("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-    *("safety_checker", "feature_extractor", "image_encoder"),
-)
 # Text-to-image from noise is the same for these, whatever else they can start from.
 KNOWN_CLASSES = frozenset(
     f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Img2Img", "Inpaint")
 ) | {"LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"}
-VIDEO_UNETS = ("UNetMotionModel", "UNet3DConditionModel", "UNetSpatioTemporalConditionModel", "I2VGenXLUNet")
 BY_HAND = "make the chain by hand with Denoiser(network, cond, uncond, ...), which takes any network"
 
 

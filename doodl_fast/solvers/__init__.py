@@ -1,4 +1,4 @@
-"""Solvers: a noise schedule in, a list of couplings out. One file a solver, no tensors."""
+"""Solvers, one file for each: they turn a noise schedule into a list of couplings. See `DiffusionChain` in base.py."""
 
 from __future__ import annotations
 

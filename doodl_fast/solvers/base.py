@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -15,6 +16,7 @@ from ..chain.program import Coupling
 from ..diffusion.decoder import Decoder
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.latent_space import LatentSpace
+from ..diffusion.pipeline import load_pipeline
 from ..diffusion.schedule import Schedule
 from ..diffusion.stable_diffusion import check_pipeline, pipeline_denoiser
 
@@ -117,6 +119,39 @@ class DiffusionChain(Chain):
         chain = cls(denoiser, schedule, memory=memory, **solver)
         chain._space, chain._decoder = space, decoder
         return chain
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        prompt: str | list[str] | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Loads a diffusers pipeline and makes its chain.
+
+        Args:
+            model: A local folder with model_index.json, or a hub id such as `org/name`. Only safetensors are read.
+            prompt: One prompt, or a list of B prompts for a batch of B latents.
+            device: Where the networks are put.
+            dtype: Of all networks. An SDXL VAE that overflows in fp16 stays in float32.
+            variant: Of the weight files, "fp16" for instance.
+            **options: Further arguments of `from_pipeline`.
+
+        Returns:
+            A chain with `noise` and `decode`.
+
+        Raises:
+            TypeError: As `from_pipeline`.
+            ValueError: The model cannot be loaded, or as `from_pipeline`.
+
+        Example:
+            >>> chain = EDICT.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", "a dog", device="cuda")
+        """
+        return cls.from_pipeline(load_pipeline(model, device, dtype, variant), prompt, **options)
 
     @property
     def denoiser(self) -> Denoiser:

@@ -111,6 +111,29 @@ def test_an_inpainting_unet_is_refused(folder: Path, tmp_path: Path) -> None:
         load_pipeline(copy)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"controlnet": ["diffusers", "ControlNetModel"], "_class_name": "StableDiffusionControlNetPipeline"},
+            r"model: StableDiffusionControlNetPipeline in .* has controlnet, which would be ignored",
+        ),
+        (
+            {"motion_adapter": ["diffusers", "MotionAdapter"], "_class_name": "AnimateDiffPipeline"},
+            r"model: AnimateDiffPipeline in .* makes videos",
+        ),
+        ({"unet": ["diffusers", "UNet3DConditionModel"]}, "makes videos, which is not supported"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **changes}))
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(tmp_path)
+
+
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_pickles_are_never_read(folder: Path, tmp_path: Path, component: str) -> None:
     copy = copied(folder, tmp_path)

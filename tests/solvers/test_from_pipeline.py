@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -104,6 +105,14 @@ def test_several_prompts_are_a_batch(pipe: Any) -> None:
     assert relative(chain(x)[0][1:], single(x[1:])[0]) < 1e-5
     with pytest.raises(ValueError, match="batch: expected 2, one for each prompt of the chain, got 3"):
         chain.noise(batch=3)
+
+
+def test_a_saved_pipeline_is_loaded(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    chain = EDICT.from_pretrained(tmp_path, "a dog", num_inference_steps=2, mix_weight=0.8, dtype=torch.bfloat16)
+    assert chain.denoiser.unet.dtype == torch.bfloat16 and chain.mix_weight == 0.8
+    with pytest.raises(ValueError, match=r"model: the folder .* does not exist"):
+        EDICT.from_pretrained(tmp_path / "none", "a dog")
 
 
 # Noise and decoder
