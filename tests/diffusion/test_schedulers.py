@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -16,6 +17,7 @@ from conftest import relative, sd_scheduler
 from torch import Tensor
 
 from doodl_fast.diffusion.schedule import Schedule
+from doodl_fast.diffusion.scheduler_check import LEFT_OUT, REFUSED, SAME_UPDATE, SPACINGS
 from doodl_fast.solvers.edict import ddim_coefficients
 
 NAMES = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
@@ -232,3 +234,9 @@ def test_a_subclass_is_known_by_its_base() -> None:
 
 def test_stable_diffusions_own_schedule_is_silent() -> None:
     assert check(sd_scheduler()) == "same" and check(sd_scheduler(steps_offset=1), 50) == "same"
+
+
+def test_the_docs_name_every_scheduler() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
+    for name in (*LEFT_OUT, *SAME_UPDATE, *REFUSED, *SPACINGS):
+        assert f"`{name}`" in text, name
