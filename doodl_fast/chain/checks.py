@@ -121,8 +121,13 @@ _SHAPE = re.compile(r"\b(sizes?|shapes?|dim(ension)?s?|dimensional|channels|valu
 
 
 @contextlib.contextmanager
-def explain_first_evaluation(evaluator: Evaluator, source: Tensor, started: bool) -> Iterator[None]:
+def explain_first_evaluation(evaluator: Evaluator, source: Tensor, started: bool = False) -> Iterator[None]:
     """Turns an error about shapes that a network raises at its first evaluation into one that names the latents.
+
+    Args:
+        evaluator: The network.
+        source: The latents, in the dtype of the chain's state.
+        started: Whether the run has evaluated the network before, so that errors pass unchanged.
 
     Raises:
         ValueError: With the latents' shape, the network's name and what it said.

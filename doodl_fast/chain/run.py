@@ -25,7 +25,7 @@ from .checks import Trust, Watch, cotangent_rounding, distance, explain_first_ev
 from .evaluator import Evaluator, raw_output
 from .program import Coupling, Program, num_values, step_boundaries
 from .pull import Graphs, NetworkPull
-from .repeatability import Fingerprints, mismatch, tolerance
+from .repeatability import Fingerprints, tolerance
 from .transforms import refuse_transforms
 from .walk import walk_backwards, walk_forwards, walk_plainly
 
@@ -36,7 +36,7 @@ class Kept:
 
     Attributes:
         tensors: The sources of all evaluations, or the stored states one after another.
-        fingerprints: By the end of its group, one number of each output that the backward pass compares with its own.
+        fingerprints: By the end of its group, the numbers of each output that the backward pass compares with its own.
     """
 
     tensors: list[Tensor] = field(default_factory=list)
@@ -251,13 +251,14 @@ class ProgramRun:
         for cotangent in pulled:
             pull.watch.note(cotangent, None)
         work = self.new_arithmetic()
-        pairs: list[tuple[Tensor, Tensor]] = []
-        drifts = self.backward(work, kept, start, pulled, pull, graphs, pairs)
+        fingerprints = Fingerprints(self.state_dtype)
+        drifts = self.backward(work, kept, start, pulled, pull, graphs, fingerprints)
         found: dict[str, Tensor] = {}
         if drifts:
             found["drift"] = torch.stack(drifts).amax()
-        if pairs:
-            found["mismatch"] = mismatch(pairs)
+        mismatch = fingerprints.mismatch()
+        if mismatch is not None:
+            found["mismatch"] = mismatch
         if self.latents_dtype == torch.float16:
             found["rounding"] = cotangent_rounding(cotangents)
         # Everything is read on the host at once, so a pass synchronises once.
@@ -286,17 +287,16 @@ class ProgramRun:
         cotangents: list[Tensor],
         pull: NetworkPull,
         graphs: Graphs,
-        pairs: list[tuple[Tensor, Tensor]],
+        fingerprints: Fingerprints,
     ) -> list[Tensor]:
         """Replaces the cotangents of the run's result by those of its start. Consumes `kept` and `graphs`.
 
         Args:
-            pairs: Is given the numbers of each output, those of the forward run and those of this pass.
+            fingerprints: Is given each output of this pass to compare with that of the forward run.
 
         Returns:
             How far the undone states are from the stored ones, the last of which is the start.
         """
-        fingerprints = Fingerprints(self.state_dtype)
         width = len(cotangents) * work.tensors_per_value
         undoes = self.anchors is not None and bool(self.groups)
         state = take_last(kept.tensors, width) if undoes else []
@@ -308,7 +308,7 @@ class ProgramRun:
             source = kept.tensors.pop() if source is None else source
             eps = pull(source, group, cotangents, undoes, graphs.pop(group.end, None))
             if group.end in kept.fingerprints and pull.latest is not None:
-                pairs.append((kept.fingerprints[group.end], fingerprints.of(pull.latest)))
+                fingerprints.compare(kept.fingerprints[group.end], pull.latest)
             return eps
 
         drifts: list[Tensor] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .evaluator import Evaluator
 
@@ -55,9 +55,9 @@ def _version(tensor: Tensor) -> int | None:
 def trained_subset(weights: Sequence[tuple[str, Tensor]]) -> list[str]:
     """The names of the weights that require grad, if others do not, as with a LoRA. None are named if all do: a module
     is made that way, so it says nothing of what its user expects."""
-    floating = [(name, tensor) for name, tensor in weights if tensor.is_floating_point()]
-    named = [name for name, tensor in floating if tensor.requires_grad]
-    return named if len(named) < len(floating) else []
+    named = [name for name, tensor in weights if tensor.requires_grad]
+    others = any(isinstance(z, nn.Parameter) and z.is_floating_point() and not z.requires_grad for _, z in weights)
+    return named if others else []
 
 
 def listed(names: Sequence[str]) -> str:

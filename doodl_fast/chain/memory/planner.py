@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..checks import explain_first_evaluation
 from ..factory import RunFactory
 from ..latents import check_latents
 from ..program import count_network_calls, is_invertible, step_boundaries
@@ -220,7 +221,7 @@ def probe(run: ProgramRun, x: Tensor, limit: int | None = None) -> Sizes | None:
         with run.evaluator.running(), Tracker(x.device.type, limit=limit):
             tensors = run.evaluator.tensors()
             source = x.detach().to(run.state_dtype, copy=True)
-            with meter(x.device) as value:
+            with meter(x.device) as value, explain_first_evaluation(run.evaluator, source):
                 run.evaluate(source, group.coupling, tensors)
             pull = NetworkPull(run, [t.clone() for t in tensors], [t.requires_grad for t in tensors])
             graph, held = None, 0
