@@ -206,7 +206,7 @@ class Auto(MemoryStrategy):
 
     Raises:
         TypeError: `budget` is neither None, an int nor a string.
-        ValueError: `budget` is a string that is no size, or less than 1 byte.
+        ValueError: `budget` is a string that is no size, or is below 1 byte or above 1 EiB.
     """
 
     budget: int | str | None = None
