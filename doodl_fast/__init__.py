@@ -1,17 +1,4 @@
-"""doodl_fast: exact, memory-lean gradients through whole diffusion chains, for DOODL (arXiv 2303.13703).
-
-Most programs need few of these names:
-
-- `EDICT`, `DDIM`, `BDIA` and `OBELM` are the solvers. `EDICT.from_pipeline(pipe, prompt)` makes a chain of a diffusers
-  pipeline, with `chain.noise(seed=0)` and `chain.decode(latents)`.
-- `optimize(chain, latents, decode, loss)` optimises the starting noise. `guidance` has losses, and any function of
-  images is one.
-- `Checkpoint`, `Reversible`, `Naive` and `Auto` say what a chain keeps for its gradient.
-- `Denoiser`, `Schedule`, `Decoder` and `encode_prompt` are the parts of a chain that is made by hand.
-- `profile` and `check_reversibility` look into a chain. `shapes` is a small pipeline that comes with the package.
-
-Submodules and names are loaded when they are first used, so `import doodl_fast` needs nothing beyond torch.
-"""
+"""doodl_fast: exact, memory-lean gradients through whole diffusion chains, for DOODL (arXiv 2303.13703)."""
 
 from __future__ import annotations
 
@@ -31,12 +18,10 @@ if TYPE_CHECKING:
     from .chain.memory.profiling import profile
     from .chain.memory.strategies import Auto, Checkpoint, Naive, Reversible
     from .chain.reversibility import Reversibility, check_reversibility
-    from .diffusion.decoder import Decoder
     from .diffusion.denoiser import Denoiser
-    from .diffusion.guided import Guided
-    from .diffusion.images import ImageTensor
-    from .diffusion.pipeline import encode_prompt
+    from .diffusion.pipeline import Decoder, encode_prompt
     from .diffusion.schedule import Schedule
+    from .diffusion.tracing import SamplerSteps
     from .ops import backend
     from .optimization.loop import Result, StepInfo, optimize
     from .optimization.update import UpdateSettings
@@ -44,26 +29,30 @@ if TYPE_CHECKING:
     from .solvers.ddim import DDIM
     from .solvers.edict import EDICT
     from .solvers.obelm import OBELM
+    from .solvers.sampler import LCM, DPMSolver, Sampler, UniPC
 
 __all__ = [
     "BDIA",
     "DDIM",
     "EDICT",
+    "LCM",
     "OBELM",
     "Auto",
     "Chain",
     "Checkpoint",
+    "DPMSolver",
     "Decoder",
     "Denoiser",
-    "Guided",
-    "ImageTensor",
     "LatticeState",
     "Naive",
     "Result",
     "Reversibility",
     "Reversible",
+    "Sampler",
+    "SamplerSteps",
     "Schedule",
     "StepInfo",
+    "UniPC",
     "UpdateSettings",
     "backend",
     "check_reversibility",
@@ -79,14 +68,17 @@ _HOMES = {
     "Auto": "chain.memory.strategies",
     "Chain": "chain.chain",
     "Checkpoint": "chain.memory.strategies",
-    "Decoder": "diffusion.decoder",
+    "Decoder": "diffusion.pipeline",
     "Denoiser": "diffusion.denoiser",
     "BDIA": "solvers.bdia",
     "DDIM": "solvers.ddim",
     "EDICT": "solvers.edict",
-    "Guided": "diffusion.guided",
-    "ImageTensor": "diffusion.images",
     "OBELM": "solvers.obelm",
+    "DPMSolver": "solvers.sampler",
+    "LCM": "solvers.sampler",
+    "Sampler": "solvers.sampler",
+    "SamplerSteps": "diffusion.tracing",
+    "UniPC": "solvers.sampler",
     "LatticeState": "chain.exact.state",
     "Naive": "chain.memory.strategies",
     "Result": "optimization.loop",
@@ -104,7 +96,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name when it is first used."""
+    # lazy, so that `import doodl_fast` costs nothing beyond torch
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)
@@ -114,5 +106,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Lists the public names, also those that are not loaded yet."""
     return sorted(__all__)

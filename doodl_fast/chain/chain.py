@@ -18,7 +18,7 @@ from .evaluator import Evaluator
 from .exact.round_trip import new_state, transport
 from .exact.state import LatticeState
 from .factory import ARITHMETICS, RunFactory
-from .latents import check_latents
+from .latents import check_all, check_latents
 from .memory.plan import AUTO, Plan, parse_bytes
 from .memory.planner import Planner
 from .memory.strategies import Auto, Memory, shown, strategy_of
@@ -238,8 +238,8 @@ class Chain:
             raise ValueError(
                 f"latents: expected {count} tensors, one for each of the program's values, got {len(latents)}"
             )
-        for other in latents[1:]:
-            check_latents(latents[0], other)
+        names = ["x", *(f"latents[{number}]" for number in range(1, count))]
+        check_all(dict(zip(names, latents, strict=True)))
         return self._run_checked(latents, inverse=False)
 
     def _run_checked(self, latents: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, ...]:

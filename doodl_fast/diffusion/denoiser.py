@@ -25,6 +25,7 @@ from .networks import (
     weights_cast,
     without_weight_grad,
 )
+from .timesteps import Timesteps
 
 _Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
 AUTO = "auto"
@@ -35,9 +36,9 @@ class Denoiser(Evaluator):
 
     unet: a diffusers UNet (anything whose forward takes `encoder_hidden_states`), called as
         `unet(x, t, encoder_hidden_states=cond, return_dict=False, **unet_kwargs)[0]`, or any callable
-        `(x, t, cond, **unet_kwargs) -> eps` (a tensor, a tuple, or an object with `.sample`). t is a 0-dim int64 tensor
-        on x's device. It must be deterministic; x reaches it in the dtype of its weights, or, for a callable that is
-        not a module, in the dtype of the caller's latents.
+        `(x, t, cond, **unet_kwargs) -> eps` (a tensor, a tuple, or an object with `.sample`). t is a 0-dim tensor
+        on x's device, int64, or float32 for a fraction. It must be deterministic; x reaches it in the dtype of its
+        weights, or, for a callable that is not a module, in the dtype of the caller's latents.
     cond, uncond: tensors whose leading dimension is 1 or the batch size B; cond may be None where none is needed.
     guidance_scale: g in `eps_u + g (eps_c - eps_u)` (classifier-free guidance, arXiv 2207.12598), both from one call on
         a batch of 2B, [uncond; cond]. With g = 1 or without uncond: one call on a batch of B, with cond alone.
@@ -105,7 +106,7 @@ class Denoiser(Evaluator):
         self._vjp_dtype: torch.dtype | str | None = vjp_dtype
         self._cast_to: torch.dtype | None = None
         self._checkpoints: bool = False
-        self._timetables: dict[torch.device, Tensor] = {}
+        self._timestep: Timesteps = Timesteps()
 
     @property
     def unet(self) -> Callable[..., Any]:
@@ -215,7 +216,7 @@ class Denoiser(Evaluator):
     def __call__(
         self,
         x: Tensor,
-        t: int | Tensor,
+        t: int | float | Tensor,
         tensors: Sequence[Tensor] | None = None,
         latents_dtype: torch.dtype | None = None,
     ) -> Tensor:
@@ -235,7 +236,7 @@ class Denoiser(Evaluator):
     def raw(
         self,
         x: Tensor,
-        t: int | Tensor,
+        t: int | float | Tensor,
         tensors: Sequence[Tensor] | None = None,
         latents_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, float | None]:
@@ -280,17 +281,6 @@ class Denoiser(Evaluator):
         if self.guided:
             tree["uncond"] = self._uncond
         return tree
-
-    def _timestep(self, t: int | Tensor, device: torch.device) -> Tensor:
-        """t as a 0-dim int64 tensor: a view of a table that stays on the device, so that a step costs no transfer."""
-        if isinstance(t, Tensor):
-            return t.to(device, torch.int64)
-        table = self._timetables.get(device)
-        if table is None or t >= len(table):
-            # A table made in inference mode could not be used in a later gradient.
-            with torch.inference_mode(False):
-                table = self._timetables[device] = torch.arange(max(1000, t + 1), device=device)
-        return table[t]
 
 
 def _module_of(network: Callable[..., Any]) -> nn.Module | None:

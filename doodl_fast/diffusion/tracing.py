@@ -7,16 +7,19 @@ coefficients: no formula of any sampler is repeated here.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Kind = Literal["latents", "output", "noise"]
+KINDS: tuple[Kind, ...] = ("latents", "output", "noise")
+LARGEST_ERROR = 1e-4
+"""Some schedulers compute in float32 and divide by small numbers."""
 
 
 class Term(NamedTuple):
@@ -27,7 +30,7 @@ class Term(NamedTuple):
         number: Of the step, or of the noise in the order of drawing.
     """
 
-    kind: Literal["latents", "output", "noise"]
+    kind: Kind
     number: int
 
 
@@ -46,91 +49,164 @@ class LinearStep:
     result: Mapping[Term, float]
 
 
-def trace_scheduler(scheduler: Any, num_inference_steps: int, **set_timesteps: Any) -> list[LinearStep]:
-    """The steps that a diffusers scheduler takes, in order.
+@dataclass(frozen=True)
+class SamplerSteps:
+    """Everything that a scheduler does to latents, as numbers.
 
-    Args:
-        scheduler: A diffusers scheduler. It is copied and never changed.
-        num_inference_steps: As in `scheduler.set_timesteps`.
-        **set_timesteps: Passed to `scheduler.set_timesteps`, `mu` of a flow scheduler for instance.
-
-    Returns:
-        One entry for each network call. Schedulers of higher order make several calls for one step.
-
-    Raises:
-        ValueError: A step is not linear (thresholding or clipping of the predicted picture), or the scheduler draws
-            noise in a way that cannot be followed.
+    Attributes:
+        name: The scheduler's class.
+        steps: One entry for each network call. Schedulers of higher order make several calls for one step.
+        initial_scale: What standard normal noise is multiplied by before the first step (`init_noise_sigma`).
     """
-    name = type(scheduler).__name__
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, **set_timesteps)
-    timesteps = list(scheduler.timesteps)
-    basis = _Basis(len(timesteps))
-    steps: list[LinearStep] = []
-    with torch.no_grad(), _noise_drawn_from(scheduler, basis):
-        for index, timestep in enumerate(timesteps):
-            latents, output = basis.vector(Term("latents", index)), basis.vector(Term("output", index))
-            scale = getattr(scheduler, "scale_model_input", None)
-            network_input = latents if scale is None else scale(latents, timestep)
-            result = scheduler.step(output, timestep, latents, return_dict=False)[0]
-            steps.append(
-                LinearStep(
-                    timestep=_number(timestep),
-                    input_scale=basis.read(network_input)[Term("latents", index)],
-                    result=basis.read(result),
-                )
+
+    name: str
+    steps: tuple[LinearStep, ...]
+    initial_scale: float
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        return f"SamplerSteps({self.name}, {len(self)} network calls, {self.num_draws} draws of noise)"
+
+    @property
+    def num_draws(self) -> int:
+        """How often the scheduler adds noise."""
+        return len({term for step in self.steps for term in step.result if term.kind == "noise"})
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        num_inference_steps: int,
+        step_options: Mapping[str, Any] | None = None,
+        **set_timesteps: Any,
+    ) -> SamplerSteps:
+        """Reads the steps of a diffusers scheduler off the scheduler itself.
+
+        Args:
+            scheduler: A diffusers scheduler. It is copied and never changed.
+            num_inference_steps: As in `scheduler.set_timesteps`.
+            step_options: More arguments of `scheduler.step`, `{"eta": 1.0}` for `DDIMScheduler` for instance.
+            **set_timesteps: More arguments of `scheduler.set_timesteps`, `mu` of a flow scheduler for instance.
+
+        Raises:
+            TypeError: It has no `set_timesteps` and `step`.
+            ValueError: A step is not linear, because the predicted picture is clipped or thresholded for instance, or
+                the scheduler needs more than the network's output, or its noise cannot be followed.
+        """
+        name = type(scheduler).__name__
+        if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
+            raise TypeError(f"scheduler: expected a diffusers scheduler (pipe.scheduler, for instance), got {name}")
+        fresh = copy.deepcopy(scheduler)
+        fresh.set_timesteps(num_inference_steps, **set_timesteps)
+        try:
+            steps = _trace(copy.deepcopy(fresh), step_options or {})
+            error = _distance_from_scheduler(fresh, steps, step_options or {})
+        except Exception as problem:  # A scheduler may fail in any way when it is given unit vectors.
+            raise ValueError(
+                f"scheduler: the steps of {name} cannot be read off ({type(problem).__name__}: {problem}); use "
+                "another scheduler, or a solver of doodl_fast such as DDIM"
+            ) from problem
+        if not error < LARGEST_ERROR:
+            raise ValueError(
+                f"scheduler: the steps of {name} are not linear in the network's output (off by {error:.2g}), so their "
+                "coefficients cannot be read off; switch off clip_sample and thresholding, or use another scheduler"
             )
-    if not basis.nothing_clipped:
-        raise ValueError(f"scheduler: the steps of {name} are not linear")
+        return cls(name, tuple(steps), float(getattr(scheduler, "init_noise_sigma", 1.0)))
+
+
+def _trace(scheduler: Any, options: Mapping[str, Any]) -> list[LinearStep]:
+    """Calls the `step` of a scheduler that has its timesteps with unit vectors."""
+    basis = _Basis(len(scheduler.timesteps))
+    steps: list[LinearStep] = []
+    with torch.no_grad(), _NoiseDrawnBy(basis.noise):
+        for number, timestep in enumerate(scheduler.timesteps):
+            own = Term("latents", number)
+            latents, output = basis.vector(own), basis.vector(Term("output", number))
+            seen = basis.read(_network_input(scheduler, latents, timestep))
+            result = scheduler.step(output, timestep, latents, return_dict=False, **options)[0]
+            steps.append(LinearStep(_number(timestep), seen[own], basis.read(result)))
     return steps
+
+
+def _distance_from_scheduler(scheduler: Any, steps: Sequence[LinearStep], options: Mapping[str, Any]) -> float:
+    """How far the steps are from the scheduler's own on random latents and outputs, relative to these."""
+    generator = torch.Generator().manual_seed(0)
+    values: dict[Term, Tensor] = {}
+
+    def draw() -> Tensor:
+        # Wide enough that a scheduler that clips at 1 does clip.
+        return torch.empty(1, 4, 2, 2, dtype=torch.float64).normal_(std=3, generator=generator)
+
+    def noise(dtype: torch.dtype | None) -> Tensor:
+        drawn = draw().to(dtype)
+        values[Term("noise", sum(term.kind == "noise" for term in values))] = drawn.double()
+        return drawn
+
+    worst, latents = 0.0, draw() * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    with torch.no_grad(), _NoiseDrawnBy(noise):
+        for number, (timestep, step) in enumerate(zip(scheduler.timesteps, steps, strict=True)):
+            output = values[Term("output", number)] = draw()
+            values[Term("latents", number)] = latents
+            _network_input(scheduler, latents, timestep)
+            result = scheduler.step(output, timestep, latents, return_dict=False, **options)[0].double()
+            expected = torch.stack([share * values[term] for term, share in step.result.items()])
+            scale = float(expected.abs().sum(0).max())
+            worst = max(worst, float((result - expected.sum(0)).abs().max()) / scale if scale else 0.0)
+            latents = result
+    return worst
+
+
+def _network_input(scheduler: Any, latents: Tensor, timestep: Any) -> Tensor:
+    """What the network is given: the latents, in schedulers that scale them, scaled."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    scaled: Tensor = latents if scale is None else scale(latents, timestep)
+    return scaled
 
 
 class _Basis:
     """Unit vectors that stand for the terms, as latents of shape (1, terms, 1, 1)."""
 
     def __init__(self, steps: int) -> None:
-        self._steps, self._drawn = steps, 0
-        self.nothing_clipped = True
-
-    def _position(self, term: Term) -> int:
-        return ("latents", "output", "noise").index(term.kind) * self._steps + term.number
+        # A scheduler draws noise at most twice in a step.
+        self._terms = [Term(kind, number) for kind in KINDS for number in range(2 * steps)]
+        self._positions = {term: position for position, term in enumerate(self._terms)}
+        self._drawn = 0
 
     def vector(self, term: Term, dtype: torch.dtype = torch.float64) -> Tensor:
-        vector = torch.zeros(1, 4 * self._steps, 1, 1, dtype=dtype)
-        vector[0, self._position(term)] = 1
+        """The unit vector of a term."""
+        vector = torch.zeros(1, len(self._terms), 1, 1, dtype=dtype)
+        vector[0, self._positions[term]] = 1
         return vector
 
     def noise(self, dtype: torch.dtype | None) -> Tensor:
+        """The unit vector of the next draw of noise."""
         self._drawn += 1
         return self.vector(Term("noise", self._drawn - 1), dtype or torch.float32)
 
     def read(self, value: Tensor) -> dict[Term, float]:
-        """The coefficients of a linear combination of the vectors."""
-        found: dict[Term, float] = {}
-        for position, coefficient in enumerate(value.flatten().double().tolist()):
-            if coefficient:
-                kinds: tuple[Literal["latents", "output", "noise"], ...] = ("latents", "output", "noise", "noise")
-                kind = kinds[position // self._steps]
-                index = position % self._steps + (self._steps if position >= 3 * self._steps else 0)
-                found[Term(kind, index)] = coefficient
-        return found
+        """The coefficients of a linear combination of the vectors, without those that are zero."""
+        if value.numel() != len(self._terms):
+            raise ValueError(f"its latents have the shape {tuple(value.shape)} instead of the input's")
+        coefficients = value.flatten().double().tolist()
+        return {term: share for term, share in zip(self._terms, coefficients, strict=True) if share}
 
 
-@contextlib.contextmanager
-def _noise_drawn_from(scheduler: Any, basis: _Basis) -> Iterator[None]:
-    """For its duration the scheduler's own draws of noise give the basis's vectors."""
+class _NoiseDrawnBy(TorchFunctionMode):
+    """Inside it, and in this thread alone, torch draws normal noise from a function of the dtype."""
 
-    def draw(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
-        return basis.noise(dtype)
+    def __init__(self, noise: Callable[[torch.dtype | None], Tensor]) -> None:
+        super().__init__()
+        self._noise = noise
 
-    with contextlib.ExitStack() as stack:
-        for cls in type(scheduler).__mro__:
-            module = sys.modules.get(cls.__module__)
-            if module is not None and "randn_tensor" in vars(module):
-                stack.enter_context(mock.patch.object(module, "randn_tensor", draw))
-        yield
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.randn, torch.randn_like):
+            return self._noise((kwargs or {}).get("dtype"))
+        return func(*args, **(kwargs or {}))
 
 
 def _number(timestep: Any) -> int | float:
+    """A timestep as an int where it is whole."""
     value = timestep.item() if isinstance(timestep, Tensor) else timestep
     return int(value) if float(value).is_integer() else float(value)

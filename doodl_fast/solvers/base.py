@@ -41,6 +41,8 @@ class DiffusionChain(Chain):
 
     num_starts: ClassVar[int] = 2
     """How many latents a chain starts from, and `optimize` changes."""
+    schedule_type: ClassVar[Any] = Schedule
+    """What the solver calls its schedule."""
     num_pictures: ClassVar[int] = 2
     """How many of the latents that a chain returns are pictures to be scored, from the first one on."""
 
@@ -48,16 +50,16 @@ class DiffusionChain(Chain):
         self,
         denoiser: Denoiser,
         schedule: Schedule,
-        make_program: Callable[[Schedule], Sequence[Coupling]],
+        make_program: Callable[[Any], Sequence[Coupling]],
         **options: Any,
     ) -> None:
         if not isinstance(denoiser, Denoiser):
             raise TypeError(
                 f"denoiser: expected a Denoiser, got {type(denoiser).__name__}; use Denoiser(unet, cond, uncond)"
             )
-        if not isinstance(schedule, Schedule):
-            got = type(schedule).__name__
-            raise TypeError(f"schedule: expected a Schedule, got {got}; use Schedule.from_scheduler(scheduler, steps)")
+        if not isinstance(schedule, self.schedule_type):
+            name, got = self.schedule_type.__name__, type(schedule).__name__
+            raise TypeError(f"schedule: expected a {name}, got {got}; use {name}.from_scheduler(scheduler, steps)")
         super().__init__(denoiser, make_program(schedule), **options)
         self._schedule = schedule
         self._space: LatentSpace | None = None
@@ -113,7 +115,7 @@ class DiffusionChain(Chain):
         check_pipeline(pipe)
         names = set(inspect.signature(cls.__init__).parameters) - {"self", "denoiser", "schedule", "memory"}
         solver = {name: options.pop(name) for name in sorted(names & options.keys())}
-        schedule = Schedule.from_scheduler(pipe.scheduler, num_inference_steps)
+        schedule = cls.read_scheduler(pipe.scheduler, num_inference_steps)
         denoiser, space, decoder = pipeline_denoiser(
             pipe, prompt, negative_prompt, guidance_scale, height, width, options
         )
@@ -153,6 +155,11 @@ class DiffusionChain(Chain):
             >>> chain = EDICT.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", "a dog", device="cuda")
         """
         return cls.from_pipeline(load_pipeline(model, device, dtype, variant), prompt, **options)
+
+    @classmethod
+    def read_scheduler(cls, scheduler: Any, num_inference_steps: int) -> Any:
+        """Reads what `from_pipeline` gives this solver as its schedule off a diffusers scheduler."""
+        return cls.schedule_type.from_scheduler(scheduler, num_inference_steps)
 
     @property
     def denoiser(self) -> Denoiser:

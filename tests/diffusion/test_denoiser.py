@@ -314,3 +314,29 @@ def test_repr_and_read_only():
     assert repr(denoiser) == "Denoiser(TinyNet, guidance_scale=7.5)"
     with pytest.raises(AttributeError):
         denoiser.guidance_scale = 3.0
+
+
+@pytest.mark.parametrize(
+    ("t", "expected"),
+    [
+        (957, torch.tensor(957)),
+        (957.0, torch.tensor(957)),
+        (957.4, torch.tensor(957.4)),
+        (torch.tensor(957.4), torch.tensor(957.4)),
+        (torch.tensor(957.4, dtype=torch.float64), torch.tensor(957.4)),
+        (torch.tensor([957]), torch.tensor(957)),
+        (1200, torch.tensor(1200)),
+    ],
+)
+def test_timesteps_reach_the_network_uncut(t, expected):
+    seen = []
+    denoiser = Denoiser(lambda x, t, cond: seen.append(t) or x, None)
+    for _ in range(2):
+        denoiser(torch.zeros(1, 3), t)
+    for got in seen:
+        assert got.dtype == expected.dtype and got.shape == () and torch.equal(got, expected)
+
+
+def test_one_timestep_for_the_whole_batch():
+    with pytest.raises(ValueError, match=r"t: expected one timestep for the whole batch, got a tensor of shape \(2,\)"):
+        Denoiser(lambda x, t, cond: x, None)(torch.zeros(2, 3), torch.tensor([1, 2]))
