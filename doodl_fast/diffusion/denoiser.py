@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain.evaluator import Evaluator
+from .calling import NetworkCall, module_of
 from .guided import join_pairs
 from .networks import (
     FLOAT_DTYPES,
@@ -27,7 +26,6 @@ from .networks import (
 )
 from .timesteps import Timesteps
 
-_Call = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], Any]
 AUTO = "auto"
 
 
@@ -95,8 +93,8 @@ class Denoiser(Evaluator):
         self._uncond: Tensor | None = uncond
         self._guidance_scale: float = float(guidance_scale)
         self._unet_kwargs: dict[str, Any] = unet_kwargs
-        self._module: nn.Module | None = _module_of(unet)
-        self._call: _Call = _calling_convention(torch.compile(unet) if compile else unet, self._module)
+        self._module: nn.Module | None = module_of(unet)
+        self._call: NetworkCall = NetworkCall(unet, compile)
         if vjp_dtype not in (AUTO, None, torch.float32, torch.float64):
             raise ValueError(f'vjp_dtype: expected "auto", torch.float32, torch.float64 or None, got {vjp_dtype!r}')
         if isinstance(vjp_dtype, torch.dtype) and self._module is None:
@@ -281,42 +279,6 @@ class Denoiser(Evaluator):
         if self.guided:
             tree["uncond"] = self._uncond
         return tree
-
-
-def _module_of(network: Callable[..., Any]) -> nn.Module | None:
-    """The module behind a network: itself, compiled or wrapped for parallel use, a bound method's, a partial's."""
-    while True:
-        if isinstance(network, functools.partial):
-            network = network.func
-        elif isinstance(network, nn.Module):
-            inner = getattr(network, "_orig_mod", None)
-            if inner is None and isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-                inner = network.module
-            if not isinstance(inner, nn.Module):
-                return network
-            network = inner
-        else:
-            owner = getattr(network, "__self__", None)
-            return owner if isinstance(owner, nn.Module) else None
-
-
-def _calling_convention(network: Callable[..., Any], module: nn.Module | None) -> _Call:
-    """How to call the network: as a diffusers UNet or as `(x, t, cond)`. Read from the class, as hooks replace
-    instances' forward."""
-    target: Any = network
-    direct = isinstance(network, (nn.Module, functools.partial)) or getattr(network, "__name__", "") == "forward"
-    if module is not None and direct:
-        target = type(module).forward
-    try:
-        names = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # a builtin
-        return lambda x, t, cond, kwargs: network(x, t, cond, **kwargs)
-    if "encoder_hidden_states" not in names:
-        return lambda x, t, cond, kwargs: network(x, t, cond, **kwargs)
-    tail = {"return_dict": False} if "return_dict" in names else {}
-    if "timestep" in names:  # by name: diffusers' transformers take it third
-        return lambda x, t, cond, kwargs: network(x, timestep=t, encoder_hidden_states=cond, **tail, **kwargs)
-    return lambda x, t, cond, kwargs: network(x, t, encoder_hidden_states=cond, **tail, **kwargs)
 
 
 def _refuse_stochastic(network: nn.Module) -> None:
