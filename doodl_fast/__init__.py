@@ -1,4 +1,18 @@
-"""doodl_fast: exact, memory-lean gradients through whole diffusion chains, for DOODL (arXiv 2303.13703)."""
+"""doodl_fast: exact, memory-lean gradients through whole diffusion chains, for DOODL (arXiv 2303.13703).
+
+Most programs need few of these names:
+
+- `EDICT`, `DDIM`, `BDIA`, `OBELM` and `Sampler` (the pipeline's own scheduler) are the solvers.
+  `EDICT.from_pipeline(pipe, prompt)` makes a chain of a diffusers pipeline, with `chain.noise(seed=0)` and
+  `chain.decode(latents)`.
+- `optimize(chain, latents, decode, loss)` optimises the starting noise. `guidance` has losses, and any function of
+  images is one.
+- `Checkpoint`, `Reversible`, `Naive` and `Auto` say what a chain keeps for its gradient.
+- `Denoiser`, `Schedule`, `Decoder` and `encode_prompt` are the parts of a chain that is made by hand.
+- `profile` and `check_reversibility` look into a chain. `shapes` is a small pipeline that comes with the package.
+
+Submodules and names are loaded when they are first used, so `import doodl_fast` needs nothing beyond torch.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +32,11 @@ if TYPE_CHECKING:
     from .chain.memory.profiling import profile
     from .chain.memory.strategies import Auto, Checkpoint, Naive, Reversible
     from .chain.reversibility import Reversibility, check_reversibility
+    from .diffusion.decoder import Decoder
     from .diffusion.denoiser import Denoiser
-    from .diffusion.pipeline import Decoder, encode_prompt
+    from .diffusion.guided import Guided
+    from .diffusion.images import ImageTensor
+    from .diffusion.pipeline import encode_prompt
     from .diffusion.schedule import Schedule
     from .diffusion.tracing import SamplerSteps
     from .ops import backend
@@ -43,6 +60,8 @@ __all__ = [
     "DPMSolver",
     "Decoder",
     "Denoiser",
+    "Guided",
+    "ImageTensor",
     "LatticeState",
     "Naive",
     "Result",
@@ -68,11 +87,13 @@ _HOMES = {
     "Auto": "chain.memory.strategies",
     "Chain": "chain.chain",
     "Checkpoint": "chain.memory.strategies",
-    "Decoder": "diffusion.pipeline",
+    "Decoder": "diffusion.decoder",
     "Denoiser": "diffusion.denoiser",
     "BDIA": "solvers.bdia",
     "DDIM": "solvers.ddim",
     "EDICT": "solvers.edict",
+    "Guided": "diffusion.guided",
+    "ImageTensor": "diffusion.images",
     "OBELM": "solvers.obelm",
     "DPMSolver": "solvers.sampler",
     "LCM": "solvers.sampler",
@@ -96,7 +117,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # lazy, so that `import doodl_fast` costs nothing beyond torch
+    """Loads a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)
@@ -106,4 +127,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Lists the public names, also those that are not loaded yet."""
     return sorted(__all__)

@@ -65,3 +65,32 @@ def test_old_names_work_and_say_what_is_new(old):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", doodl_fast.__all__)
+def test_every_public_name_is_there_with_a_docstring(name):
+    value = getattr(doodl_fast, name)
+    assert value.__doc__ and name in dir(doodl_fast)
+
+
+def test_the_names_of_the_first_version_are_still_there():
+    names = (
+        "EDICT Chain Decoder Denoiser LatticeState Result Reversibility Schedule StepInfo UpdateSettings backend "
+        "check_reversibility encode_prompt guidance ops optimize profile shapes"
+    )
+    assert set(names.split()) <= set(doodl_fast.__all__)
+    with pytest.raises(AttributeError, match="module 'doodl_fast' has no attribute 'nothing'"):
+        doodl_fast.nothing  # noqa: B018
+
+
+def test_importing_the_package_loads_no_library_beyond_torch():
+    code = (
+        "import sys, doodl_fast\n"
+        "loaded = {'diffusers', 'transformers', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "doodl_fast.EDICT, doodl_fast.Auto, doodl_fast.ImageTensor, doodl_fast.optimize\n"
+        "loaded = {'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

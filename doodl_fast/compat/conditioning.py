@@ -116,12 +116,12 @@ class ChainGuidance(OneStepGuidance):
         return self.pair_gradient([x, x], t).sum(0) * x.shape[0]
 
     def pair_gradient(self, pair: list[Tensor], t: Any) -> Tensor:
-        """d loss / d pair, stacked: (2, B, C, h, w). pair: two latents (B, C, h, w) at timestep t."""
+        """d loss / d pair, stacked: (2, B, C, h, w), in their dtype. pair: two latents (B, C, h, w) at timestep t."""
         start = self.schedule.timesteps.index(int(t))
         chain = self.sampler.chain(self.sampler.program(start))
         objective = Objective(chain, self.decode, self.loss, pair[0].dtype, members=2)
         _, _, gradients = objective.gradient(pair, start)
-        return 0.5 * torch.stack(gradients)
+        return (0.5 * torch.stack(gradients)).to(pair[0].dtype)
 
 
 def get_generic_cond_fn(

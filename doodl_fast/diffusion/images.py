@@ -39,7 +39,8 @@ INTEGER_RANGES = (2**8 - 1, 2**16 - 1, 2**31 - 1)
 class ImageTensor(Tensor):
     """Images (B, 3, H, W) in [-1, 1] that can be saved and shown.
 
-    It is a tensor like any other; the result of any torch operation on it is a plain `torch.Tensor`.
+    It is a tensor like any other; the result of any torch operation on it is a plain `torch.Tensor`. Functions that
+    `torch.compile` has compiled take plain tensors alone: give them `images.as_subclass(torch.Tensor)`.
 
     Args:
         images: A floating-point tensor (B, 3, H, W). The new tensor shares its memory and its autograd graph.

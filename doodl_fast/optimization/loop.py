@@ -110,6 +110,8 @@ def optimize(
         grad_scale, momentum, nesterov, clip_grad_value, tied_latents, renormalize_latents, perturbation_scale
     )
     x, y = as_pair(latents)
+    # A generator of the caller's own may be in any state, so only a seed can be compared.
+    noise_seed = seed if generator is None else None
     generator = generator or torch.Generator().manual_seed(seed)
     update = LatentUpdate(x, y, settings, generator, optimizer)
     home = _home(folder, resume)
@@ -121,7 +123,7 @@ def optimize(
         decode, loss = low_memory.fit_to_budget(chain, decode, loss, update.latents[0], decoded)
         pictures = 1 if first_image_only else getattr(chain, "num_pictures", 2)
         objective = Objective(chain, decode, loss, x.dtype, pictures)
-        plain = {**settings.as_dict(), "first_image_only": first_image_only, "start": _hash(x, y)}
+        plain = {**settings.as_dict(), "first_image_only": first_image_only, "seed": noise_seed, "start": _hash(x, y)}
         run = Progress(update, plain, functions)
         if resume and home is not None:
             run.load(home)

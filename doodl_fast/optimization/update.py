@@ -22,6 +22,9 @@ LARGEST = torch.finfo(torch.float32).max
 LARGEST_DEVIATION = 1e37
 """The largest standard deviation whose noise is finite in float32: normal numbers beyond 30 deviations do not occur."""
 
+IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
+"""Options of ``torch.optim`` that choose how an update is computed and not what it is."""
+
 
 @dataclass(frozen=True)
 class UpdateSettings:
@@ -125,6 +128,8 @@ class LatentUpdate:
         self.momenta = [torch.zeros_like(z) for z in self.latents]
         self.parameters = [z.clone().requires_grad_() for z in self.latents[: 1 if settings.tied_latents else 2]]
         self.optimizer = None if optimizer is None else _made_by(optimizer, self.parameters)
+        # As the optimizer was made, for a schedule may change the learning rate later.
+        self.optimizer_options = None if self.optimizer is None else _options(self.optimizer)
 
     def _tie(self) -> None:
         """Replaces both latents by their mean."""
@@ -228,10 +233,11 @@ class LatentUpdate:
             "start_norms": self.start_norms,
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "optimizer_options": self.optimizer_options,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continues from what `state` returned. Raises ValueError if only one of the two runs has an optimizer."""
+        """Continues from what `state` returned. Raises ValueError if the other run had another optimizer."""
         device = self.latents[0].device
         for name in ("latents", "momenta", "start_norms"):
             setattr(self, name, [z.to(device) for z in state[name]])
@@ -239,7 +245,15 @@ class LatentUpdate:
         if (self.optimizer is None) != (state["optimizer"] is None):
             expected = "no optimizer" if state["optimizer"] is None else "an optimizer"
             raise ValueError(f"resume: the saved run used {expected}; pass the same optimizer= as it did")
-        if self.optimizer is not None:
+        if self.optimizer is not None and self.optimizer_options is not None:
+            stored = state["optimizer_options"]
+            for name, ours in self.optimizer_options.items():
+                # Versions of PyTorch have different options.
+                if name in stored and ours != stored[name]:
+                    raise ValueError(
+                        f"resume: the saved run's optimizer had {name}={stored[name]!r}, got {ours!r}; pass the same "
+                        "optimizer= as it did"
+                    )
             self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -267,6 +281,16 @@ def _made_by(factory: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
             "a closure to evaluate the loss several times; use torch.optim.Adam or SGD, for instance"
         )
     return optimizer
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's class and the plain options of its first group of parameters, tuples as lists."""
+    options: dict[str, Any] = {"class": type(optimizer).__qualname__}
+    for name, value in optimizer.param_groups[0].items():
+        value = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+        if isinstance(value, (bool, int, float, str, tuple)) and name not in IMPLEMENTATIONS:
+            options[name] = list(value) if isinstance(value, tuple) else value
+    return options
 
 
 def _check_norms(start_norms: list[Tensor], tied: bool) -> None:

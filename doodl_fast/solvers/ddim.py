@@ -60,7 +60,7 @@ class DDIM(DiffusionChain):
     Example:
         >>> chain = DDIM.from_pipeline(pipe, "a dog", num_inference_steps=20)
         >>> (x0,) = chain(chain.noise(seed=0))
-        >>> chain.decode(x0).save("dog.png")
+        >>> ImageTensor(chain.decode(x0)).save("dog.png")
     """
 
     num_starts = 1

@@ -29,7 +29,7 @@ from doodl_fast.solvers.edict import EDICT
 
 
 def fix(chain: EDICT, graphs: int, states: str | int = "checkpoint", blocks: bool = False) -> EDICT:
-    """A chain with a plan of ours."""
+    """Gives a chain a plan that the test chose."""
     plan = Plan(graphs, states, blocks, 0, 0, chain.num_network_calls, len(chain.schedule))
     chain.planner.choose = lambda *case: plan
     return chain
@@ -71,7 +71,7 @@ def test_kept_graphs_are_not_evaluated_again(graphs, inverse):
     assert net.calls == [(2, True)] * (6 - kept)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     net.calls.clear()
-    again = pull(outputs, [x, y, cond])  # the graphs are gone
+    again = pull(outputs, [x, y, cond])  # The first backward pass has freed the graphs.
     assert net.calls == [(2, True)] * 6
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
@@ -83,7 +83,7 @@ def test_graphs_go_with_every_way_of_storing_states(states, arithmetic):
     expected = pull(tiny_chain(5, states, arithmetic=arithmetic)(x, y), [x, y])
     chain = fix(tiny_chain(5, "auto", arithmetic=arithmetic), 3, states)
     for got, want in zip(pull(chain(x, y), [x, y]), expected, strict=True):
-        # a kept graph is of the very state, not of the undone one
+        # A kept graph was made at the true state, not at the undone one.
         assert torch.equal(got, want) if arithmetic == "exact" else relative(got, want) < 1e-12
     assert (chain.drift or 0) < 1e-12
 
@@ -116,7 +116,7 @@ def test_graphs_of_a_half_network_and_no_graphs_with_vjp_dtype():
 
 
 def test_graphs_are_freed_one_by_one():
-    """After the backward pass has used them, and with the outputs when it never comes."""
+    """A graph is freed when the backward pass has used it, or with the outputs if there is no backward pass."""
     x = latents(1, 4, 8, 8, dtype=torch.float32)[0]
     chain = auto()
     chain(x.clone().requires_grad_())
@@ -160,7 +160,7 @@ def test_predictions_hold_and_gradients_are_the_same(arithmetic):
     needed = int(str(smallest).split("at least ")[1].split()[0])
     assert "the smallest possible for latents of shape (1, 4, 16, 16)" in str(smallest) and budget < needed
     gradient, peak = measured(auto(needed, arithmetic=arithmetic), x)
-    assert torch.equal(gradient, expected) and peak <= 1.05 * needed  # a probe stops at the operator that is too much
+    assert torch.equal(gradient, expected) and peak <= 1.05 * needed  # The measurement stops where it is too much.
     with pytest.raises(ValueError, match="memory_budget: expected at least"):
         measured(auto(needed - 1, arithmetic=arithmetic), x)
 
@@ -201,7 +201,7 @@ def test_one_probing_call_for_latents_of_a_kind():
     chain = tiny_chain(3, "auto", network=net)
     x, y = latents(1, 3, 4, grad=True)
     chain(x.detach(), y.detach())
-    assert net.calls == [(2, False)] * 4 and chain.plan is None  # without gradient nothing is planned
+    assert net.calls == [(2, False)] * 4 and chain.plan is None  # There is no gradient to plan.
     for calls in (2, 0):
         net.calls.clear()
         pull(chain(x, y), [x, y])
@@ -232,7 +232,7 @@ def test_looking_at_a_plan_changes_nothing():
     chain = auto(budget)
     told = chain.make_plan(x, budget // 2)
     assert chain.plan == told and chain.planner.reserve == budget // 2
-    assert chain.make_plan(x) == told  # as the next gradient will be, and not as if nothing else were taken
+    assert chain.make_plan(x) == told  # This is the next gradient's plan, with the reserve.
     other = latents(2, 4, 16, 16, dtype=torch.float32)[0]
     assert chain.make_plan(other) != told and chain.smallest_plan(other).blocks
     assert chain.plan == told and chain.planner.reserve == budget // 2
@@ -245,21 +245,21 @@ def test_only_the_latest_kinds_of_latents_are_remembered():
     chain = tiny_chain(2, "auto", network=net)
     for size in range(1, 41):
         chain.make_plan(latents(1, 3, size)[0])
-        chain.make_plan(latents(1, 3, 1)[0])  # always among the latest
+        chain.make_plan(latents(1, 3, 1)[0])  # This one is always among the latest.
     assert len(chain.planner._cases) == MOST_CASES < 40
     net.calls.clear()
     chain.make_plan(latents(1, 3, 1)[0])
     chain.make_plan(latents(1, 3, 40)[0])
     assert not net.calls
     chain.make_plan(latents(1, 3, 2)[0])
-    assert net.calls  # measured again
+    assert net.calls  # It had been dropped, and is measured again.
 
 
 # Running out of memory
 
 
 class Hungry(TinyNet):
-    """Runs out of memory at its n-th call with a graph, counted from `fill`, as often as it is told."""
+    """Raises OutOfMemoryError after a number of calls with a graph, and as many times, as `fill` says."""
 
     left, times = 0, 0
 
@@ -356,7 +356,7 @@ def test_refusals():
 
 
 def held(steps: int, **options) -> tuple[int, list[int]]:
-    """Bytes between forward and backward pass, and at each evaluation of the forward run."""
+    """The bytes held between the forward run and the backward pass, and at each evaluation of the forward run."""
     seen: list[int] = []
     denoiser = golden_denoiser(torch.float32)
 
@@ -383,7 +383,7 @@ def test_exact_reversal_holds_the_same_at_any_length():
     short, _ = held(5, arithmetic="exact", memory="reversible")
     long, during = held(25, arithmetic="exact", memory="reversible")
     assert short == long
-    # from the third on: before, the caller's start is still the state
+    # Before the third evaluation a part of the state is still the caller's start.
     assert len(during) == 48 and len(set(during[2:])) <= 2 and max(during[2:]) == max(during[2:6])
 
 

@@ -7,6 +7,8 @@ images go through long chains with p near 1; with 0.93 long chains start from no
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from conftest import (
@@ -107,7 +109,7 @@ def test_other_predictions_and_widths(prediction_type, arithmetic):
 
 
 def test_any_program():
-    """Couplings with a, b, c all at once, negative and above one, several calls a step, steps of no call at all."""
+    """Its couplings have a, b and c at once, negative ones and ones above 1; steps have several calls or none."""
     program = [
         Coupling(0, -0.7, 0.4, 0.9, step=0, tag=3),
         Coupling(0, 1.0, 0.0, -0.5, step=0, tag=4),
@@ -163,7 +165,7 @@ def test_error_is_below_that_of_fp32_arithmetic(steps):
     """
     denoiser = golden_denoiser(torch.float64)
     schedule = Schedule.from_scheduler(sd_scheduler(), steps)
-    pair = golden("chain")["pair"].float().double().split(1)  # numbers that fp32 has
+    pair = golden("chain")["pair"].float().double().split(1)  # These are numbers that fp32 has.
     with torch.no_grad():
         truth = torch.cat(EDICT(denoiser, schedule)(*pair))
         narrow = torch.cat(EDICT(denoiser, schedule, state_dtype=torch.float32)(*(half.float() for half in pair)))
@@ -175,7 +177,7 @@ def test_error_is_below_that_of_fp32_arithmetic(steps):
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize(("arithmetic", "tolerance"), [("exact", 1e-5), ("exact64", 1e-9)])
 def test_gradient_against_float64(arithmetic, tolerance, inverse):
-    """Each coupling is off by up to a unit (2e-7, 1.5e-11), and so, relatively, is the gradient of a smooth network."""
+    """A coupling is off by up to a unit (2e-7, 1.5e-11); so, relatively, is the gradient through a smooth network."""
     results = {}
     for name in ("float", arithmetic):
         chain = exact_chain(20, dtype=torch.float64, arithmetic=name)
@@ -185,7 +187,10 @@ def test_gradient_against_float64(arithmetic, tolerance, inverse):
 
 
 def test_other_mix_weights_go_to_the_nearest_decimal():
-    chain = exact_chain(5, mix_weight=0.930041, dtype=torch.float64)
+    with pytest.warns(
+        RuntimeWarning, match=r"uses a=0\.93 and c=0\.07 in place of a=0\.930041 and c=0\.069959 at step 0"
+    ):
+        chain = exact_chain(5, mix_weight=0.930041, dtype=torch.float64)
     mixing = [coupling for coupling in chain.program if not coupling.calls_network]
     assert {(k.by, k.over, k.a) for k in mixing} == {(93, 100, 0.93)}
     represented = Chain(
@@ -195,18 +200,20 @@ def test_other_mix_weights_go_to_the_nearest_decimal():
     for got, want in zip(
         (*chain(x, y), *pull(chain(x, y), [x, y])), (*represented(x, y), *pull(represented(x, y), [x, y])), strict=True
     ):
-        assert relative(got, want) < 2e-6  # 0.930041 itself would be 4e-5 off
+        assert relative(got, want) < 2e-6  # The chain of 0.930041 itself is 4e-5 off.
 
 
 @pytest.mark.parametrize("weight", [2 / 3, 1 / 3, 0.9, 0.93, 0.99996])
 def test_a_rounded_mixing_is_that_of_the_rounded_weight(weight):
     """Against the float64 chain with the decimal of four digits, whose mixing leaves two equal latents as they are."""
     used = round(weight, 4)
-    chain = exact_chain(50, mix_weight=weight, dtype=torch.float64, arithmetic="exact64")
+    said = rf"arithmetic: exact arithmetic has mixing factors of 4 decimals, so it uses a={used:g} and c="
+    with contextlib.nullcontext() if used == weight else pytest.warns(RuntimeWarning, match=said):
+        chain = exact_chain(50, mix_weight=weight, dtype=torch.float64, arithmetic="exact64")
     assert {k.a + k.c for k in chain.program if not k.calls_network} == {1.0}
     truth = exact_chain(50, mix_weight=used, dtype=torch.float64, arithmetic="float")
     mixing = [[(k.a, k.c) for k in c.program if not k.calls_network] for c in (chain, truth)]
-    assert set(mixing[0]) - {(1.0, 0.0)} == set(mixing[1])  # a program in floats has no couplings that do nothing
+    assert set(mixing[0]) - {(1.0, 0.0)} == set(mixing[1])  # A float program leaves out what does nothing.
     x, y = latents(1, 3, 4, grad=True)
     for got, want in zip(
         (*chain(x, y), *pull(chain(x, y), [x, y])), (*truth(x, y), *pull(truth(x, y), [x, y])), strict=True
@@ -257,7 +264,7 @@ def test_number_of_network_calls(memory, inverse):
 
 
 def held(steps: int) -> tuple[int, int]:
-    """Bytes and tensors that autograd holds between forward and backward."""
+    """How many bytes and how many tensors autograd holds between the forward run and the backward pass."""
     chain = exact_chain(steps, "reversible", dtype=torch.float16)
     x, y = latents(1, 3, 8, 8, dtype=torch.float32, grad=True)
     sizes: list[int] = []
@@ -268,8 +275,8 @@ def held(steps: int) -> tuple[int, int]:
 
 
 def test_memory_does_not_grow_with_the_number_of_steps():
-    state = 2 * 3 * 64 * 4 * (1 + 4)  # two latents of int32, each with four words
-    start = 2 * 3 * 64 * 4  # what the undone start is compared with
+    state = 2 * 3 * 64 * 4 * (1 + 4)  # Two latents of int32, each with four words.
+    start = 2 * 3 * 64 * 4  # The undone start is compared with it.
     conditions = 2 * 5 * 4 * 2
     assert held(10) == held(1000) == (state + start + conditions, 4 + 2 + 2)
 

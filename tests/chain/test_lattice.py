@@ -105,12 +105,12 @@ def test_naive_is_refused():
 
 
 def test_words_of_a_buffer():
-    """124 bits serve 1000 steps at p = 0.93 in both directions; what needs more gets more, and stays exact."""
+    """Four words serve 1000 steps at p = 0.93 in both directions. What needs more gets more, and stays exact."""
     program = exact_chain(1000).program
     assert words_needed(program) == words_needed(invert(program)) == 4
-    # a bound on a buffer grows by log2(100 / 93) bits a step from at most log2(1400)
+    # A bound on a buffer grows by log2(100 / 93) bits a step from at most log2(1400).
     assert words_needed(program, (2**150, 0)) == -(-round(150 + 104.7 + 0.5) // 31)
-    steep = exact_chain(60, mix_weight=0.1)  # 3.3 bits a step
+    steep = exact_chain(60, mix_weight=0.1)  # Its buffers grow by 3.3 bits a step.
     assert words_needed(steep.program) == 7
     x, y = latents(1, 3, 4)
     start = steep.state(x, y)

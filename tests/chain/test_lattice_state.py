@@ -44,7 +44,7 @@ def test_latents_come_back_in_their_dtype(dtype):
             exact_chain(3, arithmetic=arithmetic).state(x, y, end="image").latents(), (x, y), strict=True
         ):
             assert got.dtype == want.dtype and got.data_ptr() != want.data_ptr()
-            # half a unit of the lattice, and for narrow dtypes nothing at all
+            # The error is at most half a unit of the lattice, and for narrow dtypes there is none.
             assert (got.double() - want.double()).abs().max() <= (2.0**-23 if arithmetic == "exact" else 2.0**-37)
             assert dtype in ("fp32", "fp64") or torch.equal(got, want)
 
@@ -212,7 +212,7 @@ def test_a_changed_tensor_or_field_does_not_match_the_checksum(state, tmp_path):
             with pytest.raises(ValueError, match="damaged LatticeState: its checksum does not match its content"):
                 LatticeState.load(path)
     save_file(tensors, path, {name: text for name, text in metadata.items() if name != "checksum"})
-    assert LatticeState.load(path).equals(state)  # as version 0.2 wrote it
+    assert LatticeState.load(path).equals(state)  # Version 0.2 wrote no checksum.
 
 
 ODD_METADATA = [
@@ -239,7 +239,7 @@ def test_odd_metadata(state, tmp_path, changes):
     state.save(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    metadata.pop("checksum")  # so that nothing else gives the change away
+    metadata.pop("checksum")  # Otherwise the checksum alone would give every change away.
     changed = {name: text for name, text in {**metadata, **changes}.items() if text is not None}
     save_file(load_file(path), path, changed)
     assert outcome(path, path.read_bytes(), state) == "refused"
@@ -252,7 +252,7 @@ ODD_SHAPES = [[], [24], [0], [2**63], [2**31, 2**31, 0], [-1], [2.5], ["2"], Non
     "dtype", ["I32", "I64", "I8", "U16", "U64", "BOOL", "BF16", "F64", "F8_E4M3", "F4", "C64", "x", 3]
 )
 def test_odd_tensors(state, tmp_path, dtype):
-    """Headers written by hand: any dtype and any shape for any tensor, over the same bytes."""
+    """The headers are written by hand: any dtype and any shape for any tensor, over the same bytes."""
     path = tmp_path / "state.safetensors"
     state.save(path)
     content = path.read_bytes()
@@ -277,7 +277,7 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_states_that_were_saved_before_are_of_the_same_lattice(state):
-    """Recorded with version 0.2."""
+    """The fingerprint was recorded with version 0.2."""
     recorded = "9007df89f8abdbfb476e7e96b709d0e5c2744bc6b3512488c33ba4ecf460e273 torch.float64"
     assert state.fingerprint == recorded
 

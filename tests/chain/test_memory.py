@@ -28,7 +28,7 @@ def workload(blocks: Sizes | None = BLOCKS, states=("checkpoint", 10), **changes
         ("500MB", 500 * 10**6),
         ("1.5KiB", 1536),
         ("2TB", 2 * 10**12),
-        ("0.1GB", 10**8),  # and not a byte less for the rounding of 0.1
+        ("0.1GB", 10**8),  # The rounding of 0.1 to a float costs no byte.
         ("1048576TiB", 2**60),
         (2**60, 2**60),
     ],
@@ -89,7 +89,7 @@ def test_the_free_memory_of_this_machine():
 
 
 def test_plans_from_the_largest_budget_to_the_smallest():
-    """The fastest that fits: all graphs, some, none, then blocks; each within its budget and faster than the next."""
+    """Each plan is within its budget and faster than the next: with all graphs, some, none, then with blocks."""
     load = workload()
     everything = load.fastest(10**6)
     assert (everything.graphs, everything.states, everything.blocks, everything.recomputed) == (40, "checkpoint", 0, 0)
@@ -105,16 +105,16 @@ def test_plans_from_the_largest_budget_to_the_smallest():
 
 
 def test_what_a_plan_takes():
-    """40 sources of 1 byte; 4 of them, or two states of 2, at work; the last graph kept is pulled back where it is."""
+    """Here 40 sources take 1 byte each, and a state takes 2. A kept graph is pulled back without a copy."""
     load = workload()
     peaks = [load.plan(graphs, "checkpoint", False).peak for graphs in (0, 1, 2, 40)]
     assert peaks == [44 + n for n in (130, 130, 230, 39 * 100 + 130)]
     assert load.plan(0, "checkpoint", True).peak == 44 + 50
-    assert load.plan(0, 10, False).peak == (2 + 1) * 2 + 8 + 130  # a state between, the start, the end
+    assert load.plan(0, 10, False).peak == (2 + 1) * 2 + 8 + 130  # The states are the start, the end and one between.
     assert load.plan(0, "reversible", False).peak == 2 * 2 + 8 + 130
     assert load.plan(2, "checkpoint", False, reserve=500).peak == 44 + 2 * 100 + 500
     big = workload(state=1000).plan(0, "checkpoint", False)
-    assert big.peak == 40 + 2 * 1000 + 30  # of the forward run
+    assert big.peak == 40 + 2 * 1000 + 30  # This is the peak of the forward run.
     recomputed = [load.plan(g, "checkpoint", blocks).recomputed for g, blocks in ((0, 0), (5, 0), (5, 1), (0, 1))]
     assert recomputed == [40, 35, 75, 80]
 
@@ -126,7 +126,7 @@ def test_a_reserve_costs_graphs():
 
 
 def test_the_next_smaller_plan():
-    """Half the graphs, and then ways that are at least a tenth smaller; at last the smallest, whatever it saves."""
+    """It has half the graphs. Then come plans that are a tenth smaller, and at last the smallest of all."""
     load, plan, seen = workload(), workload().plan(40, "checkpoint", False), []
     while plan is not None:
         seen.append((plan.graphs, plan.states, plan.blocks))

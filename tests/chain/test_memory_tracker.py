@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from doodl_fast.chain.memory import profiling
 from doodl_fast.chain.memory.tracker import OverLimit, Tracker
 
-KIB = 256  # float32 numbers
+KIB = 256  # So many float32 numbers take 1 KiB.
 
 
 def test_tensors_count_until_they_are_freed():
@@ -57,11 +57,11 @@ def test_a_storage_that_grows():
 
 
 def test_a_graph_and_its_backward_pass():
-    """exp keeps its result, a product both factors; the gradients of intermediate results come and go."""
+    """The exponential keeps its result and a product both factors. Gradients of intermediate results come and go."""
     x = torch.ones(KIB, requires_grad=True)
     with Tracker() as tracker:
         y = x.exp()
-        z = y * y.cos()  # the graph holds y, cos y; z is held by name
+        z = y * y.cos()  # The graph holds y and cos y, and a name holds z.
         assert tracker.held == 3 * 1024
         (gradient,) = torch.autograd.grad(z, x, torch.ones_like(z))
         del y, z
@@ -84,7 +84,7 @@ def test_checkpointing_holds_less_and_computes_again():
             held.append(tracker.held)
             y.backward(torch.ones(KIB))
             assert tracker.peak >= 10 * 1024
-    assert held == [10 * 1024, 1024]  # sin keeps its argument; the first is x itself, the last y
+    assert held == [10 * 1024, 1024]  # The sine keeps its argument. The first is x.
 
 
 def test_a_limit():

@@ -123,9 +123,10 @@ def test_a_transform_of_the_conditions(memory):
     x, _ = latents(1, 3, 2)
 
     def run(c: Tensor) -> Tensor:
-        return EDICT(Denoiser(net, c, uncond, 2.0), schedule, memory=memory)(x)[0].square().sum()
+        chain = EDICT(Denoiser(net, c, uncond, 2.0), Schedule.from_scheduler(sd_scheduler(), 3), memory=memory)
+        return chain(x)[0].square().sum()
 
-    net, schedule = TinyNet().double(), Schedule.from_scheduler(sd_scheduler(), 3)
+    net = TinyNet().double()
     if memory != "naive":
         with pytest.raises(RuntimeError, match=FUNC):
             torch.func.grad(run)(cond)

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import latents
+from test_low_memory import guide  # noqa: F401
 from test_optimize import optimize, problem, quiet_loss
+from tiny_pipeline import golden_vae_copy
 from torch import Tensor, nn
+
+from doodl_fast.diffusion.pipeline import Decoder
 
 
 def messages(**changes: Any) -> list[str]:
@@ -32,14 +37,14 @@ def test_a_regulariser_on_the_start_is_named_once() -> None:
 
 
 def test_weights_that_require_grad_are_named_and_frozen_ones_are_not() -> None:
-    guide = nn.Sequential(*[nn.Linear(5, 5) for _ in range(4)]).to(problem()["latents"].device)
+    network = nn.Sequential(*[nn.Linear(5, 5) for _ in range(4)]).to(problem()["latents"].device)
 
     def loss(images: Tensor) -> Tensor:
-        return guide(images).square().mean()
+        return network(images).square().mean()
 
     said = messages(loss=loss)
     assert len(said) == 1 and "8 tensor(s)" in said[0] and "Parameter" in said[0] and "and 5 more" in said[0]
-    guide.requires_grad_(False)
+    network.requires_grad_(False)
     assert messages(loss=loss) == []
 
 
@@ -56,3 +61,15 @@ def test_the_warning_is_a_runtime_warning() -> None:
     other = torch.ones((), requires_grad=True)
     with pytest.warns(RuntimeWarning, match="optimize neither changes nor differentiates"):
         optimize(loss=lambda images: quiet_loss(images) + other.to(images.device))
+
+
+def test_our_decoder_and_guides_freeze_their_weights(guide: Any) -> None:  # noqa: F811
+    """Although the caller's networks require grad, also with checkpointed blocks and with cutouts in chunks."""
+    vae = golden_vae_copy(torch.float32).requires_grad_(True)
+    guide.model.requires_grad_(True)
+    x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
+    decode: Any = Decoder(vae)
+    loss: Any = guide
+    while decode is not None and loss is not None:
+        assert messages(chain=lambda x, y: (x, y), latents=x, decode=decode, loss=loss) == []
+        decode, loss = decode.leaner(), loss.leaner()

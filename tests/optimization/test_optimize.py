@@ -271,6 +271,22 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
         optimize(resume=tmp_path, latents=problem(seed=1)["latents"])
     with pytest.raises(ValueError, match="the saved run used no optimizer"):
         optimize(resume=tmp_path, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    with pytest.raises(ValueError, match=r"resume: .* had seed=0, got 3"):
+        optimize(resume=tmp_path, seed=3)
     (tmp_path / runstate.INDEX).write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         optimize(resume=tmp_path)
+
+
+def test_resume_refuses_another_optimizer(tmp_path: Path) -> None:
+    """Loading the stored state into it would have replaced its settings."""
+    optimize(folder=tmp_path, num_optimization_steps=2, optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
+    for name, factory in {
+        "lr=0.05, got 0.1": lambda p: torch.optim.Adam(p, lr=0.1),
+        r"betas=\[0.9, 0.999\], got \[0.5, 0.999\]": lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.5, 0.999)),
+        "class='Adam', got 'SGD'": lambda p: torch.optim.SGD(p, lr=0.05),
+    }.items():
+        with pytest.raises(ValueError, match=f"resume: the saved run's optimizer had {name}"):
+            optimize(resume=tmp_path, optimizer=factory)
+    same = optimize(resume=tmp_path, optimizer=lambda p: torch.optim.Adam(p, lr=0.05, foreach=False))
+    assert len(same.losses) == 4

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -122,6 +123,8 @@ def to_lattice(program: Sequence[Coupling], arithmetic: str) -> Lattice:
         program: The couplings, in floating point.
         arithmetic: "exact" for integers of 32 bits, "exact64" for 64.
 
+    A mixing factor of more than four decimals is rounded, and a RuntimeWarning says so.
+
     Raises:
         ValueError: The lattice cannot represent the program: the `a` of a mixing is not positive, or is not, in four
             decimals, a fraction of integers up to 10000; or the scales differ so much that no precision is left. The
@@ -158,6 +161,7 @@ def to_lattice(program: Sequence[Coupling], arithmetic: str) -> Lattice:
                 source_unit=source * unit,
             )
         )
+    _warn_of_rounding(program, couplings)
     units = {end: (pair[0] * unit, pair[1] * unit) for end, pair in (("noise", scales[0]), ("image", scales[-1]))}
     return Lattice(tuple(couplings), width, fraction_bits, units, _fingerprint(couplings, width, units))
 
@@ -186,6 +190,20 @@ def _represented(coupling: Coupling, factor: float) -> tuple[float, float]:
     if coupling.b != 0 or coupling.c == 0 or factor == coupling.a:
         return coupling.a, coupling.c
     return factor, (coupling.a + coupling.c) - factor
+
+
+def _warn_of_rounding(program: Sequence[Coupling], couplings: Sequence[Coupling]) -> None:
+    """Says, if a mixing was rounded, what is used in its place."""
+    for given, used in zip(program, couplings, strict=True):
+        if given.a != used.a:
+            warnings.warn(
+                f"arithmetic: exact arithmetic has mixing factors of {DIGITS} decimals, so it uses a={used.a:.6g} and "
+                f"c={used.c:.6g} in place of a={given.a:.8g} and c={given.c:.8g} at step {given.step}, and likewise at "
+                f"the others; give a mix_weight of {DIGITS} decimals to choose it yourself",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _scales(program: Sequence[Coupling]) -> list[tuple[float, float]]:
