@@ -53,6 +53,10 @@ def _weights(before: Level, now: Level, after: Level, kind: str) -> tuple[float,
     if kind == "flow":
         h, wide = now.noise - after.noise, before.noise - now.noise
         scale_before = scale_now = scale = 1.0
+    elif before.signal == 0:
+        # From zero terminal signal-to-noise H is infinite, and the step does not read what came before.
+        h = now.noise / now.signal - after.noise / after.signal
+        return 0.0, after.signal / now.signal, -h * after.signal
     else:
         position = [level.noise / level.signal for level in (before, now, after)]
         h, wide = position[1] - position[2], position[0] - position[1]

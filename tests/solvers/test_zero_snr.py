@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyNet, latents, pull, relative, sd_scheduler, tiny_chain
+from torch import Tensor
 
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.optimization.one_step_guidance import OneStepGuidance
+from doodl_fast.solvers.bdia import BDIA
+from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT, ddim_coefficients, edict_program
+from doodl_fast.solvers.obelm import OBELM
 
 ZERO = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 PREDICTIONS = ["v_prediction", "sample"]
@@ -106,6 +110,30 @@ def test_a_single_step_to_the_picture_forgets_its_latent_and_is_not_undone(predi
     assert relative(found[1], expected[1]) < 1e-12 and not expected[0].any() and not found[0].any()
     with pytest.raises(ValueError, match="inverse: EDICT cannot be inverted, because it has a step that forgets"):
         chain(prediction_type, **one).inverse(x.detach(), y.detach())
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("solver", [DDIM, BDIA, OBELM])
+def test_the_other_solvers_start_there_too(solver: Any, prediction_type: str) -> None:
+    """The pictures come nearer to DDIM's of many steps, and gradients are naive autograd's."""
+    x, _ = latents(1, 3, 4, 4, grad=True)
+    denoiser = Denoiser(TinyNet().double(), None)
+
+    def picture(kind: Any, steps: int, memory: str = "checkpoint") -> Tensor:
+        return kind(denoiser, Schedule.from_scheduler(scheduler(prediction_type), steps), memory=memory)(x)[0]
+
+    (found,), (expected,) = (pull((picture(solver, 5, m),), [x]) for m in ("checkpoint", "naive"))
+    assert relative(found, expected) < 1e-10 and expected.norm() > 0
+    with torch.no_grad():
+        truth = picture(DDIM, 1000)
+        errors = [relative(picture(solver, steps), truth) for steps in (10, 100)]
+    assert errors[1] < 0.3 * errors[0]  # of first order at least
+
+
+def test_obelm_cannot_be_undone_from_there() -> None:
+    x, y = latents(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="inverse: OBELM cannot be inverted"):
+        OBELM(Denoiser(TinyNet().double(), None), Schedule.from_scheduler(scheduler("sample"), 4)).inverse(x, y)
 
 
 def test_epsilon_is_refused() -> None:
