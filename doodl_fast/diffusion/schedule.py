@@ -120,7 +120,7 @@ class Schedule:
         if missing:
             warnings.warn(
                 f"{type(scheduler).__name__}: not part of the chain: {'; '.join(missing)}. Its noise levels are "
-                "sampled by DDIM",
+                "sampled by DDIM; doodl_fast.Sampler runs a scheduler's own steps",
                 RuntimeWarning,
                 stacklevel=2,
             )
