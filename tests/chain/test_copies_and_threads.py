@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +128,14 @@ def test_a_backward_pass_has_the_backend_of_its_forward_run(name, monkeypatch):
     thread.start()
     thread.join()
     assert seen == [name] and registry.choice() == before and x.grad is not None
+
+
+def test_every_row_of_the_page_on_autograd_names_a_test():
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs/autograd.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20 and all("::test_" in row or row.endswith("| the same |") for row in rows)
+    file = ""
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)?::(test_\w+)`", text):
+        file = path or file
+        assert f"def {name}(" in (root / file).read_text(), (file, name)
