@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,9 @@ def test_the_example_runs_word_for_word(tmp_path: Path, monkeypatch: pytest.Monk
     with Image.open("dog.png") as picture:
         assert picture.size == (64, 64) and picture.mode == "RGB"
         assert picture.tobytes() == result.images[0].pil()[0].tobytes()
+
+
+def test_the_pages_that_readme_names_are_there() -> None:
+    links = re.findall(r"\]\(((?:docs/)[^)#]+)", README.read_text())
+    assert "docs/pipelines.md" in links
+    assert not [link for link in links if not (README.parent / link).is_file()]
