@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ class Schedule:
     """The steps of a deterministic sampler from noise to image, in denoising order (timesteps fall).
 
     Args:
-        timesteps: n ints, which the network is given.
+        timesteps: n numbers of at least 0, which the network is given. `from_scheduler` gives ints; a table that is
+            made by hand may hold fractions.
         alphas_cumprod: n floats, the cumulative alpha at each timestep: in (0, 1), or 0 at the first one (zero terminal
             signal-to-noise, arXiv 2305.08891) for a network that predicts v or the sample.
         alphas_cumprod_prev: n floats in (0, 1], the cumulative alpha that each step leads to.
@@ -41,7 +43,7 @@ class Schedule:
         ValueError: The lengths differ, there is no step, a number is out of range, or the prediction type is unknown.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[int | float, ...]
     alphas_cumprod: tuple[float, ...]
     alphas_cumprod_prev: tuple[float, ...]
     prediction_type: str = "epsilon"
@@ -55,8 +57,8 @@ class Schedule:
             )
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type: expected one of {PREDICTION_TYPES}, got {self.prediction_type!r}")
-        if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.timesteps):
-            raise ValueError(f"timesteps: expected ints of at least 0, got {self.timesteps}")
+        if any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 <= t < math.inf for t in self.timesteps):
+            raise ValueError(f"timesteps: expected floats or ints of at least 0, got {self.timesteps}")
         for t, alpha, alpha_prev in zip(self.timesteps, self.alphas_cumprod, self.alphas_cumprod_prev, strict=True):
             is_blind = alpha == 0 and t == self.timesteps[0]
             if is_blind and self.prediction_type == "epsilon":

@@ -13,9 +13,10 @@ import torch
 from conftest import golden, recorded_schedule, sd_scheduler
 
 from doodl_fast.chain.program import count_network_calls
+from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.solvers import edict_program
-from doodl_fast.solvers.edict import ddim_coefficients
+from doodl_fast.solvers.edict import EDICT, ddim_coefficients
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20, 25, 50])
@@ -210,6 +211,9 @@ def test_fractional_timesteps_are_refused():
         (((1,), (1.0,), (1.0,)), r"must lie in \(0, 1\)"),
         (((1,), (0.5,), (1.1,)), r"must lie in \(0, 1\)"),
         (((-1,), (0.5,), (1.0,)), "ints of at least 0"),
+        (((float("nan"),), (0.5,), (1.0,)), "floats or ints of at least 0"),
+        (((float("inf"),), (0.5,), (1.0,)), "floats or ints of at least 0"),
+        (((True,), (0.5,), (1.0,)), "floats or ints of at least 0"),
         (((1,), (float("nan"),), (1.0,)), r"must lie in \(0, 1\)"),
     ],
 )
@@ -222,3 +226,16 @@ def test_bad_tables(arguments, message):
 def test_bad_mix_weight(weight):
     with pytest.raises(ValueError, match=r"mix_weight: expected a number in \(0, 1\]"):
         edict_program(recorded_schedule("reference", 5), weight)
+
+
+def test_a_table_made_by_hand_may_hold_fractions():
+    """The network gets them as they are."""
+    seen = []
+
+    def network(x, t, cond):
+        seen.append(float(t))
+        return x
+
+    schedule = Schedule((957.5, 20.25), (0.1, 0.8), (0.8, 1.0))
+    EDICT(Denoiser(network, None), schedule)(torch.randn(1, 3, 2, 2))
+    assert seen == [957.5, 957.5, 20.25, 20.25]
