@@ -1,11 +1,11 @@
-# make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint and types.
-# make bench: ops against eager, compiled eager and a copy.
+# make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint, types, imports, sizes.
+# make coverage: tests, and the lines that none of them runs.   make bench: ops against eager, compiled eager and a copy.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check bench install clean
+.PHONY: demo test check coverage bench install clean
 
 demo: $(READY)
 	$(BIN)/doodl-fast demo --out demo
@@ -19,6 +19,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/check_sizes.py
+
+# Apart from `check`, which takes seconds. Processes that tests start are not measured.
+coverage: $(READY)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 bench: $(READY)
 	$(BIN)/python bench/ops.py

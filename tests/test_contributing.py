@@ -30,7 +30,9 @@ def test_there_are_three_recipes_each_with_a_test():
 
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_a_recipe_passes_its_own_tests(name, tmp_path):
-    shutil.copytree(ROOT / "doodl_fast", tmp_path / "doodl_fast", ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    shutil.copytree(
+        ROOT / "doodl_fast", tmp_path / "doodl_fast", ignore=shutil.ignore_patterns("weights", "__pycache__")
+    )
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     files = recipes()[name]
     for path, text in files.items():
