@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md: their files, written into a copy of the package, pass their own tests and the linter."""
+"""The recipes of CONTRIBUTING.md: their files, written into a copy of the package, pass their own tests."""
 
 from __future__ import annotations
 
