@@ -9,6 +9,7 @@ of fp32.
 from __future__ import annotations
 
 import os
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -100,31 +101,37 @@ def test_the_first_step_without_traversal() -> None:
 
 @pytest.mark.parametrize("case", EDITS)
 def test_recorded_editing_without_traversal(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the inverted pair on; and undoing the reference's inversion leads to two nearly equal latents.
+    """The run starts from the inverted pair; undoing the reference's inversion from there goes through its own states.
 
-    Recorded numbers are fp32, and this chain multiplies a difference by 1e4; in another order they differ by 70%.
+    The recorded numbers are fp32, and each undone step multiplies their rounding error, by 1e4 in the end. So the first
+    four undone steps are compared, each of which moves the latents by 12% or more.
     """
     result = run(case, tmp_path, monkeypatch)
     found = errors(case, result, tmp_path)
     assert found["loss"] < 2e-5 and found["image"] <= 1 and found["latents"] < 5e-4
     sampler, begin = recorded_sampler(), meta()[case]["options"].get("opt_t", 0)
-    with torch.no_grad():
-        x, y = sampler.chain(invert(sampler.inverse_program(begin, mixed=False)))(*inverted_source(case))
-        assert relative(x, y) < (0.03 if begin else 0.3)
-        first = torch.cat([x, y]).flatten()[::257]
-    assert relative(first, golden("gen")[f"{case}/chain_probe"][0]) < (0.02 if begin else 0.2)
+    pair, recorded = inverted_source(case), golden("gen")[f"{case}/chain_probe"][: 10 - begin].flip(0)
+    steps = groupby(invert(sampler.inverse_program(begin, mixed=False)), key=lambda coupling: coupling.step)
+    for (_, couplings), tolerance, probe in zip(steps, (1e-4, 1e-4, 1e-4, 1e-3), recorded, strict=False):
+        with torch.no_grad():
+            pair = sampler.chain(tuple(couplings))(*pair)
+        assert relative(torch.cat(pair).flatten()[::257], probe) < tolerance
 
 
 def test_recorded_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pair starts apart and is averaged by the first update, where the loss jumps. That pair's chain is unstable
-    (1e-6 at its start are 2e-2 at its end), so its losses agree to 1e-2 and its picture not to the level."""
+    """The latents of the pair differ until the first update averages them, and the loss jumps there.
+
+    The chain of a pair that differs is unstable: a change of 1e-6 at its start is one of 2e-2 at its end. So its losses
+    agree to 5e-3 (2.9e-3 is what was found), and its picture is not compared. The test after this one starts from the
+    recorded first update, where the chain is stable, and agrees to 2e-6.
+    """
     result = run("edit", tmp_path, monkeypatch, 2)
     losses = meta()["edit"]["losses"][:4]
-    assert np.allclose(result.losses[:2], losses[:2], rtol=1e-2)
-    assert np.allclose(result.losses[2:], losses[2:], rtol=5e-4)
+    assert np.allclose(result.losses[:2], losses[:2], rtol=5e-3)
+    assert np.allclose(result.losses[2:], losses[2:], rtol=2e-4)
     assert relative(*(z[:1] for z in Recorder.last.start)) > 0.5
     after = Recorder.last.steps[0][2]
-    assert relative(after[:1], golden("gen")["edit/step1/latent"]) < 1e-3
+    assert relative(after[:1], golden("gen")["edit/step1/latent"]) < 5e-4
     assert torch.equal(after[0], after[1])
     second = np.asarray(Image.open(tmp_path / "x_1.png"))[::16, ::16].astype(int)
     assert np.abs(second - golden("gen")["edit/image/x_1.png"].numpy().astype(int)).max() <= 1
