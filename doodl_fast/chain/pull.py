@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +12,26 @@ from torch import Tensor
 from . import arithmetic
 from .arithmetic import Eps, Group
 from .checks import Watch
-from .program import Coupling
+from .evaluator import Evaluator
+from .program import Coupling, Program
 
-if TYPE_CHECKING:
-    from .run import ProgramRun
+
+class NetworkRun(Protocol):
+    """What this module asks of a run of a program; `run.ProgramRun` has it, and imports this module."""
+
+    @property
+    def evaluator(self) -> Evaluator: ...
+    @property
+    def program(self) -> Program: ...
+    @property
+    def state_dtype(self) -> torch.dtype: ...
+    @property
+    def network_dtype(self) -> torch.dtype: ...
+    @property
+    def half(self) -> bool: ...
+    def for_vjp(self) -> NetworkRun: ...
+    def calling(self) -> AbstractContextManager[Any]: ...
+    def evaluate(self, source: Tensor, coupling: Coupling, tensors: Sequence[Tensor]) -> Eps: ...
 
 
 class NetworkGraph(NamedTuple):
@@ -44,7 +61,7 @@ class NetworkPull:
         latest: The output of the latest evaluation that this pass made itself; None if it came with a kept graph.
     """
 
-    def __init__(self, run: ProgramRun, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+    def __init__(self, run: NetworkRun, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
         self.value, self.run = run, run.for_vjp()
         self.watch = Watch(run.program, "VJP", self.run.network_dtype)
         self.tensors = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
