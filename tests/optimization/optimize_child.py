@@ -1,4 +1,4 @@
-"""A run that test_optimize.py kills and resumes: prints the exact result."""
+"""A run in a process of its own, which test_optimize.py kills and resumes. It prints the exact result."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""A process that may not take more than a plan predicts, plus a quarter, finishes; naive backpropagation does not."""
+"""A process limited to 1.25 times the memory that a plan predicts finishes; naive backpropagation in it does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaner decoders and guides give the same gradient, and optimisations with memory="auto" use and survive with them."""
+"""Versions of decoders and guides that need less memory give the same gradient, also with memory="auto"."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def run(made: EDICT, decode, loss, steps=2, **options):
 
 
 def test_an_optimisation_keeps_to_its_budget(guide):
-    """The plain decoder does not fit beside a graph, or not at all; every budget gives the same losses."""
+    """Every budget gives the same losses, also where the plain decoder does not fit beside a stored graph."""
     decode = Decoder(golden_vae())
     expected = run(chain("checkpoint"), decode, guide)
     x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
@@ -118,7 +118,7 @@ def test_a_budget_that_cannot_hold_the_decoder(guide):
 
 @pytest.mark.parametrize("where", ["decode", "loss"])
 def test_out_of_memory_beside_the_chain(where, guide):
-    """Nothing is lost: the same losses, with the same random cutouts."""
+    """The losses are the same, with the same random cutouts, after decoder or loss is replaced."""
     decode = Decoder(golden_vae())
     expected = run(chain("checkpoint"), decode, guide)
 

@@ -1,4 +1,4 @@
-"""The one-step baseline, against the reference's own run of it."""
+"""The one-step baseline against a recorded run of the reference."""
 
 from __future__ import annotations
 

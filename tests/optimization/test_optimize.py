@@ -1,4 +1,4 @@
-"""The optimisation loop's own behaviour: result, resuming, optimizers, memory, errors."""
+"""The optimisation loop: results, resuming, optimizers, memory, errors."""
 
 from __future__ import annotations
 
