@@ -58,28 +58,55 @@ def gen(
     memory: Memory = "checkpoint",
     progress: bool = True,
 ) -> GenResult:
-    """Generates or edits a picture under guidance, as the DOODL reference's `gen` (arXiv 2303.13703), and saves it.
+    """Generates or edits a picture under guidance as the DOODL reference's `gen` does (arXiv 2303.13703), and saves it.
 
-    cond_prompt, null_prompt, sd_guidance_scale: the text, the one to lead away from, classifier-free guidance.
-    model_guidance_type: "CLIP", "fgvc", "aesthetic" or "symmetry"; model_guidance_dict: what the loss of that type is
-        made from, see docs/gen.md. grad_scale: multiplies the loss; 0: no guidance. use_cutouts, num_cuts, cut_power:
-        whether the guide sees random cutouts, how many, how large.
-    latent_seed: of the noise (default: seed); seed: of cutouts and perturbation. steps, mix_weight: of the chain.
-    source_im: a picture (file or PIL) to edit in place of noise.
-    latent_traversal: optimise the latents, num_traversal_steps times; a picture is saved every save_interval steps and
-        at the last one. tied_latents, use_momentum, use_nesterov, renormalize_latents, optimize_first_edict_image_only,
-        perturb_grad_scale, clip_grad_val: how, see `doodl_fast.UpdateSettings`. opt_t: optimise the latents of the
-        opt_t-th timestep from the end.
-    latent_traversal=False: sample once, with gradients through the rest of the chain at every step, or through a
-        one-step prediction (one_step_baseline); single_variable: by DDIM instead of EDICT.
-    save_str: name in folder; with traversal ".png" becomes "_0.png", "_1.png", ... None or "" saves nothing.
+    PyTorch's and Python's global random generators are seeded.
 
-    pipeline: a loaded Stable-Diffusion-style pipeline; default: Stable Diffusion 1.4, loaded at the first call. Its
-        device and dtype are those of everything. quirks: see `Quirks`. size: of the picture's sides in pixels.
-    memory: of the chains, see `doodl_fast.EDICT`. progress: show bars.
+    Args:
+        cond_prompt: The prompt.
+        model_guidance_type: The loss: "CLIP", "fgvc", "aesthetic" or "symmetry".
+        model_guidance_dict: What the loss is made from; docs/gen.md lists the entries of each type.
+        save_str: The name of the picture's file in `folder`. With `latent_traversal`, ".png" becomes "_0.png", "_1.png"
+            and so on. None or "" saves nothing.
+        grad_scale: A factor of the loss; 0 switches guidance off.
+        sd_guidance_scale: The scale of classifier-free guidance.
+        use_cutouts: Whether the guide sees random cutouts of the picture.
+        num_cuts: The number of cutouts.
+        cut_power: The exponent of their random sizes.
+        latent_seed: The seed of the noise; `seed` by default.
+        seed: The seed of cutouts and perturbation.
+        steps: The number of sampling steps.
+        mix_weight: EDICT's mixing weight.
+        null_prompt: The negative prompt.
+        single_variable: Samples by DDIM with one latent in place of EDICT's two.
+        latent_traversal: Whether latents are optimised. If not, sampling is guided at each step by gradients.
+        num_traversal_steps: The number of optimisation steps.
+        save_interval: A picture is saved at each multiple of this number of steps, and at the last step.
+        one_step_baseline: Without `latent_traversal`, the gradient goes through a one-step prediction of the picture
+            instead of the rest of the chain.
+        tied_latents: See `doodl_fast.UpdateSettings`, as for the next six arguments.
+        use_momentum: Whether the momentum is 0.9 or 0.
+        use_nesterov: Whether the momentum is Nesterov's, which implies `use_momentum`.
+        renormalize_latents: Whether latents are scaled back to their starting norm.
+        optimize_first_edict_image_only: Whether only the picture of the first latent is scored.
+        opt_t: Optimises the latents of the opt_t-th timestep from the end.
+        perturb_grad_scale: The standard deviation of the noise that is added after each update.
+        clip_grad_val: The limit that each entry of the gradient is clipped to; None for no limit.
+        source_im: A picture (a file or a PIL picture) that is edited.
+        pipeline: A loaded pipeline of Stable Diffusion's kind, whose device and dtype are used. By default Stable
+            Diffusion 1.4 is loaded at the first call.
+        quirks: Which peculiarities of the reference are reproduced.
+        folder: The folder of the pictures.
+        size: The side of the picture in pixels.
+        memory: What the chains keep for their gradients, see `doodl_fast.EDICT`.
+        progress: Whether to show progress bars.
 
-    Seeds PyTorch's and Python's global generators. Returns a `GenResult`. Raises TypeError or ValueError, naming the
-    argument.
+    Returns:
+        The pictures, latents and losses.
+
+    Raises:
+        TypeError: An argument has the wrong type; the error names it.
+        ValueError: An argument is out of range, or two exclude each other; the error names them.
     """
     values = locals()
     if pipeline is None:
@@ -90,6 +117,7 @@ def gen(
 
 @torch.no_grad()
 def _run(o: Options) -> GenResult:
+    """Makes noise, loss and chain from the checked options, and runs the mode that they ask for."""
     pipeline = o.pipeline
     noise = None
     if o.source_im is None:
@@ -106,7 +134,7 @@ def _run(o: Options) -> GenResult:
 
 
 def _loss(o: Options) -> LossFn:
-    """The loss that the options name, times grad_scale."""
+    """Returns the loss that the options name, multiplied by `grad_scale`."""
     given, kind = o.model_guidance_dict, o.model_guidance_type
     if kind == "symmetry":
         return symmetry_loss_fn(given.get("symmetry_type", "horizontal"), o.grad_scale)

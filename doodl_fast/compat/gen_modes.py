@@ -39,11 +39,12 @@ LossFn = Callable[[Tensor], Tensor]
 class GenResult:
     """What `gen` made.
 
-    images: the pictures (1, 3, H, W) in [-1, 1] of the final latents, x's and, after an optimisation, y's as well.
-    latents: with traversal the optimised latents (x, y), each (1, C, h, w), else the final ones, which images shows.
-    losses: the value of every call of the loss that a gradient was taken of, in order, `grad_scale` included.
-    files: the pictures saved, in order.
-    optimization: with traversal and guidance, `doodl_fast.optimize`'s result, else None.
+    Attributes:
+        images: The pictures (1, 3, H, W) in [-1, 1] of the final latents: x's, and after an optimisation also y's.
+        latents: The optimised latents (x, y) with traversal, else the final ones; each of shape (1, C, h, w).
+        losses: The value of each call of the loss whose gradient was taken, in order, with `grad_scale`.
+        files: The saved pictures, in order.
+        optimization: The result of `doodl_fast.optimize` with traversal and guidance, else None.
     """
 
     images: tuple[Tensor, ...]
