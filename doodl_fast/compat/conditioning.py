@@ -37,10 +37,14 @@ def default_pipeline() -> Any:
 
 
 def pipeline_schedule(pipeline: Any, steps: int, quirks: Quirks) -> Schedule:
-    """The reference's timesteps over a pipeline's noise levels and prediction type.
+    """Returns the reference's timesteps with the noise levels and the prediction type of a pipeline.
 
-    Where those levels are Stable Diffusion's, as the reference takes for granted, they are its own
-    (`Quirks.float64_alphas`). Raises TypeError or ValueError for a scheduler without noise levels, or not of 1000.
+    Where the levels are Stable Diffusion's, which the reference takes for granted, its own copy of them is used
+    (`Quirks.float64_alphas`).
+
+    Raises:
+        TypeError: The pipeline's scheduler has no noise levels.
+        ValueError: The scheduler has another number of training timesteps than 1000.
     """
     scheduler = ReferenceScheduler(quirks)
     own = torch.tensor(noise_levels(pipeline.scheduler), dtype=torch.float64)

@@ -163,10 +163,17 @@ class SteppingLayer(NoiseLayer):
 
 
 class MixingLayer(ReversibleLayer):
-    """EDICT's mixing, `x <- p x + (1-p) y`, then `y <- p y + (1-p) x` (arXiv 2211.12446): `pair = mix(pair)`.
+    """EDICT's mixing, `x <- p x + (1 - p) y`, then `y <- p y + (1 - p) x` (arXiv 2211.12446): `pair = mix(pair)`.
 
-    mix_weight: p, 0 < p <= 1. input_x: (2, ...), or (2B, ...) = [x; y], floating. It needs nothing for its gradient.
-    Raises ValueError or TypeError, naming the argument.
+    Its input is a floating tensor of shape (2, ...), or (2B, ...) for [x; y]. Its gradient needs no stored tensor.
+
+    Args:
+        mix_weight: The weight p, with 0 < p <= 1.
+        quirks: Which peculiarities of the reference are reproduced.
+
+    Raises:
+        TypeError: The input is no floating tensor.
+        ValueError: `mix_weight` is out of range, or the input is no pair.
     """
 
     def __init__(self, mix_weight: float = 0.93, *, quirks: Quirks = DEFAULT) -> None:

@@ -19,26 +19,33 @@ Shape = Sequence[int]
 
 
 class InvertibleModuleWrapper(nn.Module):
-    """`fn` as one node of the graph: between forward and backward it holds its inputs or outputs, no activations.
-
-    fn: an object with `forward` and `inverse`, of any number and kind of inputs and outputs (tensors of any dtype,
-        other objects; a single output or a tuple). Outputs that it passes through are allowed; inputs beyond the number
-        of outputs, an index behind a pair for instance, are held and handed to `inverse` again.
-    keep_input, keep_input_inverse: whether calls, and calls of `inverse`, hold their inputs for the backward pass.
-        If not, `fn.inverse` rebuilds them: for a sequence of wrapped modules memory does not grow with its length, and
-        rounding errors add up. The layers of `compat.doodl` rebuild and differentiate with one evaluation, and hand
-        each other an fp64 state; with fp16 or bf16 latents they keep what they need in any case.
-    num_bwd_passes: how many backward passes may go through one call; what it holds is let go of after the last.
-    disable: plain autograd through `fn`.
-    preserve_rng_state: whether the random numbers of the forward call are drawn again wherever `fn` runs again.
-    weight_grads: whether gradients for fn's weights are computed. Off by default, as no DOODL code uses them and they
-        cost memory and time. Not for `compat.doodl`'s layers, whose weights are constants.
+    """Makes a module with an `inverse` one node of the graph, which holds its inputs or outputs and no activations.
 
     Inputs are never freed or changed. `.backward()` and `torch.autograd.grad` both work; a second derivative is an
-    error. Calls in the backward pass run under the autocast of the forward call.
-    Raises RuntimeError in the backward pass if rebuilt inputs do not lead to the outputs (for layers with a
-    `num_timesteps`, whose inverse counts steps backwards, the index is turned around first), if tensors were changed
-    in place since the call, or after more passes than num_bwd_passes.
+    error. The backward pass runs under the autocast of the forward call. The memory of such modules: Gomez et al.,
+    arXiv 1707.04585.
+
+    Args:
+        fn: An object with `forward` and `inverse`. Inputs and outputs may be tensors of any dtype or other objects, and
+            the output a tuple or a single object. Inputs beyond the number of outputs, such as an index behind a pair,
+            are held and handed to `inverse` again.
+        keep_input: Whether a call holds its inputs for the backward pass. If not, `fn.inverse` rebuilds them from the
+            outputs: memory then does not grow with the number of wrapped modules, but rounding errors add up. The
+            layers of `compat.doodl` hand each other a float64 state; with fp16 or bf16 latents they hold their inputs
+            in any case.
+        keep_input_inverse: The same for calls of `inverse`.
+        num_bwd_passes: How many backward passes may go through one call. After the last one nothing is held.
+        disable: Runs `fn` with plain autograd.
+        preserve_rng_state: Whether `fn`, when it runs again, draws the random numbers of its forward call.
+        weight_grads: Whether gradients of fn's weights are computed. They cost memory and time, and no DOODL code uses
+            them. The layers of `compat.doodl` refuse it, as they treat their weights as constants.
+
+    Raises:
+        TypeError: `fn` has no `forward` or no `inverse`.
+        ValueError: `num_bwd_passes` is no positive int, or `weight_grads` is set for a layer of `compat.doodl`.
+        RuntimeError: In the backward pass: rebuilt inputs do not lead to the outputs, a tensor was changed in place
+            since the call, or there were more passes than `num_bwd_passes`. For a module with `num_timesteps`, whose
+            inverse counts steps backwards, the index is turned around before this is decided.
     """
 
     def __init__(
