@@ -26,6 +26,7 @@ from .evaluator import Evaluator, raw_output
 from .program import Coupling, Program, num_values, step_boundaries
 from .pull import Graphs, NetworkPull
 from .repeatability import Fingerprints, tolerance
+from .scaling import scaled_call
 from .transforms import refuse_transforms
 from .walk import walk_backwards, walk_forwards, walk_plainly
 
@@ -170,8 +171,11 @@ class ProgramRun:
         watch = Watch(self.program, "forward", self.network_dtype)
 
         def evaluate(coupling: Coupling, source: Tensor) -> Tensor:
+            def network(x: Tensor, others: Sequence[Tensor]) -> Tensor:
+                return self.evaluator(x, coupling.tag, others, self.latents_dtype)
+
             with explain_first_evaluation(self.evaluator, source, watch.started):
-                value = self.evaluator(source, coupling.tag, tensors, self.latents_dtype)
+                value = scaled_call(network, source, tensors) if self.half else network(source, tensors)
             _check_shape(Eps(value), source)
             return value
 
