@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .transforms import is_wrapped
+
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,6 +55,8 @@ def check_all(latents: Mapping[str, Tensor]) -> None:
                 if what == "shape":
                     fix = "y=None starts from y = x" if name == "y" else f"use a tensor of {first}'s shape"
                 raise ValueError(f"{name}: expected {first}'s {what} {_plain(expected)}, got {_plain(got)}; {fix}")
+    if any(map(is_wrapped, latents.values())):  # Their values cannot be read.
+        return
     # All latents are checked in one synchronisation.
     finite = torch.stack([torch.isfinite(latent.detach()).all() for latent in latents.values()]).tolist()
     for name, good in zip(latents, finite, strict=True):
