@@ -123,10 +123,9 @@ def test_a_transform_of_the_conditions(memory):
     x, _ = latents(1, 3, 2)
 
     def run(c: Tensor) -> Tensor:
-        chain = EDICT(Denoiser(net, c, uncond, 2.0), Schedule.from_scheduler(sd_scheduler(), 3), memory=memory)
-        return chain(x)[0].square().sum()
+        return EDICT(Denoiser(net, c, uncond, 2.0), schedule, memory=memory)(x)[0].square().sum()
 
-    net = TinyNet().double()
+    net, schedule = TinyNet().double(), Schedule.from_scheduler(sd_scheduler(), 3)
     if memory != "naive":
         with pytest.raises(RuntimeError, match=FUNC):
             torch.func.grad(run)(cond)
