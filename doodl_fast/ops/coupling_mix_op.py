@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.registry import eager, select
-from .coupling_op import moved, new_eps, prepared_scale, store_eps
+from .backends.registry import backend, choice, eager, select
+from .coupling_op import eps_formula, moved, new_eps, prepared_scale, store_eps
 from .layout import (
     check_floating,
     check_operands,
@@ -39,10 +39,10 @@ from .layout import (
     check_same,
     compute_dtype,
     dense_format,
-    is_plain,
     store,
     vanishes,
 )
+from .transforms import cast, is_plain, is_transformed, needs_formula, refuse_tangents
 
 
 class Mixing(NamedTuple):
@@ -90,6 +90,10 @@ def coupling_mix(
         check_out(target, dict(zip(("out[0]", "out[1]"), out, strict=True)), (target, source, eps))
     if is_plain(target, source, eps, *outs):
         return _coupling_mix_forward(target, source, eps, *mixing, a, c, b, g, out=out)
+    if is_transformed(target, source, eps, *outs):
+        if out is not None:
+            raise ValueError("out: expected None under forward-mode differentiation and torch.func's transforms")
+        return _coupling_mix_formula(target, source, eps, mixing, (a, c, b), g)
     pair: Pair = torch.ops.doodl_fast.coupling_mix(target, source, eps, *mixing, a, c, b, g)
     return pair if out is None else (out[0].copy_(pair[0]), out[1].copy_(pair[1]))
 
@@ -122,6 +126,8 @@ def coupling_mix_vjp(
     """
     if is_plain(grad_target, grad_source, scale):
         return _coupling_mix_vjp_forward(grad_target, grad_source, *mixing, a, c, b, g, scale, eps_dtype)
+    if needs_formula(grad_target, grad_source, scale):
+        return _coupling_mix_vjp_formula(grad_target, grad_source, mixing, (a, c, b), g, scale, eps_dtype)
     outs = torch.ops.doodl_fast.coupling_mix_vjp(grad_target, grad_source, *mixing, a, c, b, g, scale, eps_dtype)
     return outs[0], outs[1], outs[2] if eps_dtype is not None else None
 
@@ -135,6 +141,7 @@ def _coupling_mix_forward(
     """numbers: those of the mixing, then a, c, b, g."""
     *others, b, g = numbers
     check_operands(target, source, eps, g)
+    refuse_tangents("coupling_mix", target, source, eps)
     layout = dense_format(target)
     if out is None:
         out = torch.empty_like(target, memory_format=layout), torch.empty_like(target, memory_format=layout)
@@ -158,6 +165,7 @@ def _coupling_mix_vjp_forward(
     *numbers, scale, eps_dtype = rest
     check_floating(grad_target=grad_target)
     check_same("grad_target", grad_target, grad_source=grad_source)
+    refuse_tangents("coupling_mix_vjp", grad_target, grad_source, scale)
     outs = _new_cotangents(grad_target, numbers[-1], eps_dtype)
     if grad_target.numel():
         layout = dense_format(grad_target)
@@ -190,6 +198,71 @@ def _plus(value: Tensor, other: Tensor, factor: float) -> Tensor:
     return value if vanishes(factor, value.dtype) else value + other * factor
 
 
+def _coupled_and_mixed(
+    target: Tensor,
+    source: Tensor,
+    eps: Tensor | None,
+    mixing: Mixing,
+    coefficients: tuple[float, float, float],
+    g: float | None,
+) -> Pair:
+    """Target and source after the coupling and the mixing, in the dtype of the arithmetic."""
+    dtype = compute_dtype(target.dtype, target.dtype if eps is None else eps.dtype)
+    source = source.to(dtype)
+    target = moved(target, source if coefficients[1] else None, eps, coefficients, g, dtype)
+    first, second = (target, source) if mixing.target_first else (source, target)
+    first = _plus(_times(first, mixing.a0), second, mixing.c0)
+    second = _plus(_times(second, mixing.a1), first, mixing.c1)
+    return (first, second) if mixing.target_first else (second, first)
+
+
+def _transposed(grad_target: Tensor, grad_source: Tensor, mixing: Mixing) -> Pair:
+    """The cotangents before the mixing, from those after it."""
+    first, second = (grad_target, grad_source) if mixing.target_first else (grad_source, grad_target)
+    first = _plus(first, second, mixing.c1)
+    second = _plus(_times(second, mixing.a1), first, mixing.c0)
+    first = _times(first, mixing.a0)
+    return (first, second) if mixing.target_first else (second, first)
+
+
+def _coupling_mix_formula(
+    target: Tensor,
+    source: Tensor,
+    eps: Tensor | None,
+    mixing: Mixing,
+    coefficients: tuple[float, float, float],
+    g: float | None,
+) -> Pair:
+    """The op in plain torch operations, which can be transformed and differentiated in any mode."""
+    check_operands(target, source, eps, g)
+    eps = None if coefficients[2] == 0 else eps
+    results = _coupled_and_mixed(target, source, eps, mixing, coefficients, g)
+    new = (cast(result, target.dtype) for result in results)
+    first, second = (result.clone() if result is target or result is source else result for result in new)
+    return first, second
+
+
+def _coupling_mix_vjp_formula(
+    grad_target: Tensor,
+    grad_source: Tensor,
+    mixing: Mixing,
+    coefficients: tuple[float, float, float],
+    g: float | None,
+    scale: Tensor | None,
+    eps_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The vector-Jacobian product in plain torch operations."""
+    check_floating(grad_target=grad_target)
+    check_same("grad_target", grad_target, grad_source=grad_source)
+    a, c, b = coefficients
+    narrow = grad_target.dtype
+    dtype = compute_dtype(narrow, narrow if eps_dtype is None else eps_dtype)
+    scale = prepared_scale(scale, grad_target, eps_dtype)
+    target, source = _transposed(grad_target.to(dtype), grad_source.to(dtype), mixing)
+    to_eps = None if eps_dtype is None else eps_formula(target * b, scale, g, eps_dtype)
+    return cast(_times(target, a), narrow), cast(_plus(source, target, c), narrow), to_eps
+
+
 @eager
 def _coupling_mix(
     out_target: Tensor,
@@ -207,14 +280,10 @@ def _coupling_mix(
     b: float,
     g: float | None,
 ) -> None:
-    dtype = compute_dtype(target.dtype, target.dtype if eps is None else eps.dtype)
-    source = source.to(dtype)
-    target = moved(target, source if c else None, eps, (a, c, b), g, dtype)
-    first, second = (target, source) if target_first else (source, target)
-    first = _plus(_times(first, a0), second, c0)
-    second = _plus(_times(second, a1), first, c1)
-    store(out_target if target_first else out_source, first)
-    store(out_source if target_first else out_target, second)
+    mixing = Mixing(target_first, a0, c0, a1, c1)
+    results = _coupled_and_mixed(target, source, eps, mixing, (a, c, b), g)
+    store(out_target, results[0])
+    store(out_source, results[1])
 
 
 @eager
@@ -236,12 +305,8 @@ def _coupling_mix_vjp(
     g: float | None,
 ) -> None:
     dtype = compute_dtype(grad_target.dtype, grad_target.dtype if to_eps is None else to_eps.dtype)
-    grad_target, grad_source = grad_target.to(dtype), grad_source.to(dtype)
-    first, second = (grad_target, grad_source) if target_first else (grad_source, grad_target)
-    first = _plus(first, second, c1)
-    second = _plus(_times(second, a1), first, c0)
-    first = _times(first, a0)
-    grad_target, grad_source = (first, second) if target_first else (second, first)
+    mixing = Mixing(target_first, a0, c0, a1, c1)
+    grad_target, grad_source = _transposed(grad_target.to(dtype), grad_source.to(dtype), mixing)
     if to_eps is not None:
         cotangent = grad_target * b
         store_eps(to_eps, cotangent if scale is None else cotangent * scale, g)
@@ -290,14 +355,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.mixing = Mixing(*inputs[3:8])
     ctx.coefficients = inputs[8:]
     ctx.eps_dtype = None if eps is None else eps.dtype
+    ctx.backend = choice()  # autograd may run the backward pass in a thread of its own, which has no context
 
 
 def _backward(ctx: Any, grad_target: Tensor, grad_source: Tensor) -> tuple[Tensor | None, ...]:
     needs_target, needs_source, needs_eps, *_ = ctx.needs_input_grad
     a, c, b, g = ctx.coefficients
-    to_target, to_source, to_eps = coupling_mix_vjp(
-        grad_target, grad_source, ctx.mixing, a, c, b, g, eps_dtype=ctx.eps_dtype if needs_eps else None
-    )
+    with backend(ctx.backend):
+        to_target, to_source, to_eps = coupling_mix_vjp(
+            grad_target, grad_source, ctx.mixing, a, c, b, g, eps_dtype=ctx.eps_dtype if needs_eps else None
+        )
     return to_target if needs_target else None, to_source if needs_source else None, to_eps, *[None] * 9
 
 

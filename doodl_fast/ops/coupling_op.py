@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.registry import eager, select
+from .backends.registry import backend, choice, eager, select
 from .layout import (
     check_floating,
     check_operands,
@@ -32,10 +32,10 @@ from .layout import (
     compute_dtype,
     dense_format,
     eps_shape,
-    is_plain,
     new,
     store,
 )
+from .transforms import cast, is_plain, is_transformed, needs_formula, refuse_tangents
 
 Cotangents = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -64,6 +64,10 @@ def coupling(
         check_out(target, {"out": out}, (target, source, eps))
     if is_plain(target, source, eps, out):
         return _coupling_forward(target, source, eps, a, c, b, g, out)
+    if is_transformed(target, source, eps, out):
+        if out is not None:
+            raise ValueError("out: expected None under forward-mode differentiation and torch.func's transforms")
+        return _coupling_formula(target, source, eps, a, c, b, g)
     result: Tensor = torch.ops.doodl_fast.coupling(target, source, eps, a, c, b, g)
     return result if out is None else out.copy_(result)
 
@@ -107,6 +111,8 @@ def coupling_vjp(
     """
     if is_plain(grad, scale):
         return _coupling_vjp_forward(grad, a, c, b, g, scale, eps_dtype, want_source)
+    if needs_formula(grad, scale):
+        return _coupling_vjp_formula(grad, a, c, b, g, scale, eps_dtype, want_source)
     outs = torch.ops.doodl_fast.coupling_vjp(grad, a, c, b, g, scale, eps_dtype, want_source)
     return unpack(outs, want_source, eps_dtype is not None)
 
@@ -125,6 +131,7 @@ def _coupling_forward(
     out: Tensor | None = None,
 ) -> Tensor:
     check_operands(target, source, eps, g)
+    refuse_tangents("coupling", target, source, eps)
     layout = dense_format(target)
     if out is None:
         out = torch.empty_like(target, memory_format=layout)
@@ -153,6 +160,7 @@ def _coupling_vjp_forward(
     want_source: bool,
 ) -> Cotangents:
     check_floating(grad=grad)
+    refuse_tangents("coupling_vjp", grad, scale)
     outs = _new_cotangents(grad, g, eps_dtype, want_source)
     if grad.numel():
         grad = grad.contiguous(memory_format=dense_format(grad))
@@ -219,15 +227,62 @@ def moved(
     return result
 
 
+def halves(cotangent: Tensor, g: float | None) -> tuple[Tensor, ...]:
+    """The network's cotangent: one tensor, or those of the unconditional and the conditional half of a guided batch."""
+    if g is None:
+        return (cotangent,)
+    to_cond = g * cotangent
+    return cotangent - to_cond, to_cond
+
+
 def store_eps(out: Tensor, cotangent: Tensor, g: float | None) -> None:
     """Writes eps's cotangent, for both halves of a guided batch."""
-    if g is None:
-        store(out, cotangent)
-        return
-    to_cond = g * cotangent
-    uncond, cond = out.chunk(2)
-    store(uncond, cotangent - to_cond)
-    store(cond, to_cond)
+    parts = halves(cotangent, g)
+    for place, part in zip(out.chunk(len(parts)), parts, strict=True):
+        store(place, part)
+
+
+def eps_formula(cotangent: Tensor, scale: Tensor | None, g: float | None, eps_dtype: torch.dtype) -> Tensor:
+    """eps's cotangent as a new tensor, in plain torch."""
+    cotangent = cotangent if scale is None else cotangent * scale
+    return torch.cat([cast(part, eps_dtype) for part in halves(cotangent, g)])
+
+
+def _coupling_formula(
+    target: Tensor,
+    source: Tensor | None,
+    eps: Tensor | None,
+    a: float,
+    c: float,
+    b: float,
+    g: float | None,
+) -> Tensor:
+    """The coupling in plain torch operations, which can be transformed and differentiated in any mode."""
+    check_operands(target, source, eps, g)
+    source = None if c == 0 else source
+    eps = None if b == 0 else eps
+    dtype = compute_dtype(target.dtype, target.dtype if eps is None else eps.dtype)
+    result = cast(moved(target, source, eps, (a, c, b), g, dtype), target.dtype)
+    return result.clone() if result is target else result
+
+
+def _coupling_vjp_formula(
+    grad: Tensor,
+    a: float,
+    c: float,
+    b: float,
+    g: float | None,
+    scale: Tensor | None,
+    eps_dtype: torch.dtype | None,
+    want_source: bool,
+) -> Cotangents:
+    """The vector-Jacobian product in plain torch operations."""
+    check_floating(grad=grad)
+    scale = prepared_scale(scale, grad, eps_dtype)
+    wide = grad.to(compute_dtype(grad.dtype, grad.dtype if eps_dtype is None else eps_dtype))
+    to_target = cast(wide * a, grad.dtype)
+    to_source = cast(wide * c, grad.dtype) if want_source else None
+    return to_target, to_source, None if eps_dtype is None else eps_formula(wide * b, scale, g, eps_dtype)
 
 
 @eager
@@ -301,14 +356,16 @@ def _(grad: Tensor, *rest: Any) -> list[Tensor]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, eps, *ctx.coefficients = inputs
     ctx.eps_dtype = None if eps is None else eps.dtype
+    ctx.backend = choice()  # autograd may run the backward pass in a thread of its own, which has no context
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_target, needs_source, needs_eps, *_ = ctx.needs_input_grad
     a, c, b, g = ctx.coefficients
-    to_target, to_source, to_eps = coupling_vjp(
-        grad, a, c, b, g, eps_dtype=ctx.eps_dtype if needs_eps else None, want_source=needs_source
-    )
+    with backend(ctx.backend):
+        to_target, to_source, to_eps = coupling_vjp(
+            grad, a, c, b, g, eps_dtype=ctx.eps_dtype if needs_eps else None, want_source=needs_source
+        )
     return to_target if needs_target else None, to_source, to_eps, None, None, None, None
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .backends.registry import eager, select
 from .coupling_op import combined
-from .layout import check_eps, check_floating, check_same, is_plain
+from .layout import check_eps, check_floating, check_same
+from .transforms import is_plain, refuse_transforms
 
 LARGEST_MOVE = 2.0**51
 LIMITS = {torch.int32: 2**31 - 1, torch.int64: 2**49}
@@ -49,10 +50,11 @@ def lattice_coupling(
 
     target, source: (B, ...), int32 or int64, within +-`limit`. eps: (B, ...), or (2B, ...) = [uncond; cond] when g is
     given, or None. faults: (rows, 2) int32 on their device, whose entries of `row` are set to 1 by a fault.
-    Raises ValueError or TypeError, naming the argument.
+    Raises ValueError or TypeError, naming the argument, and RuntimeError where a derivative is asked for.
     """
     if is_plain(target, source, eps, faults):
         return _lattice_coupling_forward(target, source, eps, faults, row, c, b, g, undo)
+    refuse_transforms("lattice_coupling", eps)
     out: Tensor = torch.ops.doodl_fast.lattice_coupling(target, source, eps, faults, row, c, b, g, undo)
     return out
 

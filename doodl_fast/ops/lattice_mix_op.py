@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .backends.registry import eager, select
 from .lattice_coupling_op import check_lattice, coupled, moved, within
-from .layout import is_plain
+from .transforms import is_plain, refuse_transforms
 
 LARGEST_FACTOR = 10000
 WORD_BITS = 31
@@ -78,10 +78,11 @@ def lattice_mix(
     """`lattice_coupling`, then the mixing: new (target, source, target_buffer, source_buffer).
 
     target_buffer, source_buffer: (words, B, ...) int32. With eps = None and c = 0 it is the mixing alone.
-    Raises ValueError or TypeError, naming the argument.
+    Raises ValueError or TypeError, naming the argument, and RuntimeError where a derivative is asked for.
     """
     if is_plain(target, source, target_buffer, source_buffer, eps, faults):
         return _forward(target, source, target_buffer, source_buffer, eps, faults, row, mixing, c, b, g, undo)
+    refuse_transforms("lattice_mix", eps)
     four: Four = torch.ops.doodl_fast.lattice_mix(
         target, source, target_buffer, source_buffer, eps, faults, row, *mixing, c, b, g, undo
     )

@@ -85,11 +85,11 @@ def check_same(reference: str, expected: Tensor, **tensors: Tensor | None) -> No
 
 def check_operands(target: Tensor, source: Tensor | None, eps: Tensor | None, g: float | None) -> None:
     """Raises ValueError or TypeError, naming the argument, for operands that do not fit together."""
-    dtype, shape, device = target.dtype, target.shape, target.get_device()
+    dtype, shape, device = target.dtype, target.shape, target.device
     good = dtype in _DTYPES and (
-        source is None or (source.dtype is dtype and source.shape == shape and source.get_device() == device)
+        source is None or (source.dtype is dtype and source.shape == shape and source.device == device)
     )
-    if good and eps is not None and eps.dtype in _DTYPES and eps.get_device() == device:
+    if good and eps is not None and eps.dtype in _DTYPES and eps.device == device:
         size = eps.shape
         if size == shape if g is None else (len(shape) > 0 and size[0] == 2 * shape[0] and size[1:] == shape[1:]):
             return
@@ -137,17 +137,3 @@ def eps_shape(target: Tensor, guided: bool) -> list[int]:
             raise ValueError("target: expected a leading batch dimension for guidance, got a 0-dim tensor")
         shape[0] *= 2
     return shape
-
-
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether the kernels may be called directly: nothing traces, and no gradient is wanted.
-
-    The dispatcher's way through a registered op costs several times what a kernel takes on a latent.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    grad = torch.is_grad_enabled()
-    for tensor in tensors:  # all() of a generator costs twice as much
-        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
-            return False
-    return True

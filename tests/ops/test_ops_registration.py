@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import DEVICE
 from ops_cases import BACKENDS, operands, require
 
 from doodl_fast import ops
+from doodl_fast.ops import coupling_op
 from doodl_fast.ops.backends import native, registry
 
 NAMES = ("coupling", "coupling_vjp", "coupling_mix", "coupling_mix_vjp", "latent_update")
@@ -129,9 +131,10 @@ def test_a_gradient_of_mixed_dtypes_has_each_ones_own():
 
 def test_vjps_are_not_silently_differentiated():
     x = torch.ones(2, 3, requires_grad=True)
-    out = ops.coupling_vjp(x, 0.5)[0]
     with pytest.raises(RuntimeError, match="no autograd formula"):
-        out.sum().backward()
+        torch.ops.doodl_fast.coupling_vjp(x, 0.5, 0.0, 0.0, None, None, None, False)[0].sum().backward()
+    (grad,) = torch.autograd.grad(ops.coupling_vjp(x, 0.5)[0].sum(), x)  # the public function has the derivative
+    assert torch.equal(grad, torch.full_like(x, 0.5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -211,6 +214,41 @@ def test_an_explicit_choice_that_cannot_be_had_raises(monkeypatch):
         ops.backend("cuda"),
     ):
         pass
+
+
+def test_choices_end_in_any_order_and_stay_in_their_thread():
+    before = ops.choice()
+    first, second = ops.backend("eager"), ops.backend("native")
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert ops.choice() == "native"
+    second.__exit__(None, None, None)
+    assert ops.choice() == before
+    with ops.backend("eager"), ThreadPoolExecutor(1) as threads:
+        assert threads.submit(ops.choice).result() == before
+
+        def chosen(name):
+            with ops.backend(name):
+                return ops.choice()
+
+        carried = ops.choice()  # what a chain keeps at its forward run, to enter it again in its backward pass
+        assert threads.submit(chosen, carried).result() == "eager"
+        entered = ops.backend("native")
+        threads.submit(entered.__enter__).result()
+        assert ops.choice() == "eager"
+        threads.submit(entered.__exit__, None, None, None).result()
+    with ops.backend(before):
+        assert ops.choice() == before
+
+
+def test_a_gradient_is_computed_by_the_backend_of_the_forward_run(monkeypatch):
+    x = torch.ones(2, 3, requires_grad=True)
+    with ops.backend("eager"):
+        out = ops.coupling(x, None, None, 0.5)
+    seen = []
+    monkeypatch.setattr(coupling_op, "select", lambda op, z: seen.append(ops.choice()) or registry.EAGER[op])
+    out.sum().backward()
+    assert seen == ["eager"]
 
 
 def test_choices_nest_and_end():

@@ -8,6 +8,7 @@ the first backend that works on the device; an explicit choice, by `with backend
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -27,8 +28,17 @@ _MODULES = {"triton": ".triton", "native": ".native"}
 EAGER: dict[str, Kernel] = {}
 """The reference kernels, entered by the ops' own files."""
 
-# Process-wide on purpose: autograd runs a CUDA backward pass in a thread of its own, where a context variable is unset.
-_stack: list[str] = []
+
+class _Entry:
+    """One `with backend(name):` that is in force. It is told from others of the same name by its identity."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+_entries: contextvars.ContextVar[tuple[_Entry, ...]] = contextvars.ContextVar("doodl_fast_backend", default=())
+"""The choices in force in this context, the innermost last. Another thread, or another asyncio task, has its own."""
+
 _environment = os.environ.get(VARIABLE, "").strip().lower()
 _chosen: dict[tuple[str, str], dict[str, Kernel]] = {}
 
@@ -47,21 +57,25 @@ def eager(kernel: Kernel) -> Kernel:
 def backend(name: str) -> Iterator[None]:
     """`with backend("triton"):` computes every op with that backend, or raises `BackendUnavailable` at the first op.
 
-    name: "eager", "triton", "native", or "auto" for the automatic choice. It holds for the whole process, threads
-    included, and wins over `DOODL_FAST_BACKEND`. Raises ValueError for another name.
+    name: "eager", "triton", "native", or "auto" for the automatic choice. It holds for this thread (or asyncio task)
+    and wins over `DOODL_FAST_BACKEND`. A thread that must have the same choice, such as one in which autograd runs a
+    backward pass, enters it again: `chosen = choice()` here, `with backend(chosen):` there. Raises ValueError for
+    another name.
     """
     _check_name(name, "backend")
-    _stack.append(name)
+    entry = _Entry(name)
+    _entries.set((*_entries.get(), entry))
     try:
         yield
-    finally:
-        _stack.pop()
+    finally:  # only this entry goes, so that blocks may end in any order
+        _entries.set(tuple(other for other in _entries.get() if other is not entry))
 
 
 def choice() -> str:
     """The explicit choice in force, or "auto". Raises ValueError when `DOODL_FAST_BACKEND` names no backend."""
-    if _stack:
-        return _stack[-1]
+    entries = _entries.get()
+    if entries:
+        return entries[-1].name
     if _environment:
         _check_name(_environment, VARIABLE)
         return _environment
@@ -71,9 +85,10 @@ def choice() -> str:
 def select(op: str, tensor: Tensor) -> Kernel:
     """The kernel that computes `op` on a tensor's device. Raises BackendUnavailable where an explicit choice cannot."""
     device_type = "cpu" if tensor.is_cpu else tensor.device.type
-    table = _chosen.get((device_type, _stack[-1] if _stack else _environment))
+    entries = _entries.get()
+    key = (device_type, entries[-1].name if entries else _environment)
+    table = _chosen.get(key)
     if table is None:
-        key = (device_type, _stack[-1] if _stack else _environment)
         table = _chosen[key] = _table(resolve(device_type))
     return table[op]
 

@@ -1,0 +1,123 @@
+"""Which of three ways a call of an op takes: the kernel, the registered op, or a formula in plain torch.
+
+- The kernel is called directly when nothing watches the call: no gradient, no tracing, no transform.
+- The registered op `torch.ops.doodl_fast.*` serves reverse-mode gradients, `torch.compile` and tensor subclasses.
+- The formula, which is the eager reference without its output arguments, serves everything that must look inside:
+  forward-mode automatic differentiation (`torch.autograd.forward_ad`, `torch.func.jvp`), `torch.func.grad`,
+  `torch.func.vmap`, batched gradients, and gradients of a vector-Jacobian product. It gives the bits of the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # what is_grads_batched and vectorised jacobians are made of
+from torch.autograd import forward_ad
+
+from .layout import rounded
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the kernels may be called directly: nothing traces or transforms, and no gradient is wanted.
+
+    The dispatcher's way through a registered op costs several times what a kernel takes on latents.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:  # all() of a generator costs twice as much
+        if tensor is not None and (
+            type(tensor) is not Tensor or (grad and tensor.requires_grad) or is_legacy_batchedtensor(tensor)
+        ):
+            return False
+    return True
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of torch.func is active, or one of the tensors carries a forward-mode tangent."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return has_tangent(*tensors) or any(z is not None and is_legacy_batchedtensor(z) for z in tensors)
+
+
+def needs_formula(*tensors: Tensor | None) -> bool:
+    """Whether an op that has no registered gradient must be computed by its formula."""
+    if is_transformed(*tensors):
+        return True
+    return not torch.compiler.is_dynamo_compiling() and wants_gradient(*tensors)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors carries a forward-mode tangent at the present level."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(
+        forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+        if tensor is not None and tensor.is_floating_point()
+    )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a reverse-mode gradient of one of the tensors is wanted."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError if a derivative or a batched call is asked of an op that has none."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(f"{op}: expected a call outside torch.func's transforms (vmap, grad, jvp, ...); it has none")
+    if has_tangent(*tensors) or wants_gradient(*tensors):
+        raise RuntimeError(
+            f"{op}: expected tensors without a gradient or a tangent, as rounding to integers has no derivative; "
+            "call it under torch.no_grad() or on detached tensors"
+        )
+
+
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError if a registered op, which would drop a forward-mode tangent, is given one."""
+    if forward_ad._current_level >= 0 and has_tangent(*tensors):
+        raise RuntimeError(
+            f"torch.ops.doodl_fast.{op}: the registered op has no forward-mode derivative; call doodl_fast.ops.{op}, "
+            "which has one, and not under torch.compile"
+        )
+
+
+class _Rounded(torch.autograd.Function):
+    """`layout.rounded`, whose derivative is taken to be that of a cast."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, dtype: torch.dtype) -> Tensor:
+        return rounded(value, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.wide, ctx.narrow = inputs[0].dtype, inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.to(ctx.wide), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return tangent.to(ctx.narrow)
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` rounded once to `dtype`, differentiable in every mode."""
+    if value.dtype == dtype:
+        return value
+    if value.dtype == torch.float64 and dtype in (torch.float16, torch.bfloat16):
+        result: Tensor = _Rounded.apply(value, dtype)
+        return result
+    return value.to(dtype)
