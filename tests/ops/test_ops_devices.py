@@ -1,4 +1,4 @@
-"""Operands on different devices, and bounds that the dtype cannot hold: refused by name, or the same on all backends."""
+"""Mixed devices are refused by name, and a clip beyond the range of fp32 means the same on every backend."""
 
 from __future__ import annotations
 
