@@ -1,9 +1,8 @@
-"""How couplings are applied, undone and transposed: the peephole that groups a program for the fused ops, and their
-use in floating point.
+"""How couplings are applied, undone and transposed, and which of them are done in one pass over memory.
 
 A coupling that calls the network and the two network-free couplings after it (EDICT's mixing; in an inverse program the
-mixing of the step before) become one pass over memory, as do two network-free couplings alone. Solvers know nothing of
-it: any program is grouped where the pattern occurs.
+mixing of the step before) become one pass, as do two network-free couplings alone. Solvers know nothing of this: any
+program is grouped wherever the pattern occurs. `Floats` does the groups in floating point, by the fused operators.
 """
 
 from __future__ import annotations
@@ -20,20 +19,29 @@ from .program import Coupling, Program
 
 
 class Eps(NamedTuple):
-    """What a network returned: eps itself, or [uncond; cond] with the guidance scale g that combines them."""
+    """What a network returned: eps itself, or [uncond; cond] with the guidance scale g that combines them.
+
+    Attributes:
+        value: A tensor of the latents' shape (B, C, ...), or (2B, C, ...) with g, in the network's dtype.
+        g: The guidance scale, or None.
+    """
 
     value: Tensor
     g: float | None = None
 
     def detach(self) -> Eps:
+        """The same without its graph."""
         return Eps(self.value.detach(), self.g)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Couplings that are done in one pass: `coupling`, then the pair `mixing`; either may be missing, not both.
+    """Couplings that are done in one pass.
 
-    end: how many couplings of the program are done after it.
+    Attributes:
+        coupling: What is done first, or None.
+        mixing: The two network-free couplings that are done after it, or None. One of the two is not None.
+        end: How many couplings of the program are done once the group is.
     """
 
     coupling: Coupling | None
@@ -42,7 +50,7 @@ class Group:
 
     @property
     def target(self) -> int:
-        """Index of the value that the coupling changes, or the one that is mixed first."""
+        """The index of the value that the coupling changes, or of the one that is mixed first."""
         if self.coupling is not None:
             return self.coupling.target
         assert self.mixing is not None
@@ -50,7 +58,7 @@ class Group:
 
     @property
     def source(self) -> int:
-        """Index of the value that the coupling reads, or the one that is mixed second."""
+        """The index of the value that the coupling reads, or of the one that is mixed second."""
         if self.coupling is not None:
             return self.coupling.source
         assert self.mixing is not None
@@ -58,21 +66,23 @@ class Group:
 
     @property
     def calls_network(self) -> bool:
+        """Whether the group's coupling evaluates the network."""
         return self.coupling is not None and self.coupling.calls_network
 
     @property
     def coefficients(self) -> tuple[float, float, float]:
-        """(a, c, b) of the coupling, those of the identity without one."""
+        """(a, c, b) of the coupling; without one, those of the identity."""
         return (1.0, 0.0, 0.0) if self.coupling is None else (self.coupling.a, self.coupling.c, self.coupling.b)
 
     def pair(self) -> ops.Mixing:
-        """The mixing as the ops take it."""
+        """The mixing in the form that the fused operators take."""
         assert self.mixing is not None
         first, second = self.mixing
         return ops.Mixing(first.target == self.target, first.a, first.c, second.a, second.c)
 
     def weights(self) -> tuple[float, float]:
-        """How the cotangents of (target, source) add up to that of the coupling's own result, before the mixing."""
+        """The weights with which the cotangents of target and source, after the mixing, add up to the cotangent of what
+        the coupling made, before the mixing."""
         if self.mixing is None:
             return 1.0, 0.0
         m = self.pair()
@@ -80,7 +90,12 @@ class Group:
 
 
 def group(program: Program, boundaries: Collection[int] = ()) -> tuple[Group, ...]:
-    """The program in passes. boundaries: numbers of couplings done at which the state must exist."""
+    """Divides a program into passes.
+
+    Args:
+        program: The couplings.
+        boundaries: Numbers of couplings after which the state must exist, so that no pass may go beyond them.
+    """
     groups: list[Group] = []
     done = 0
     while done < len(program):
@@ -100,7 +115,9 @@ def group(program: Program, boundaries: Collection[int] = ()) -> tuple[Group, ..
 
 
 class Arithmetic(Protocol):
-    """How x and y are held between couplings, and how groups are done and undone on them; one object a pass.
+    """How the latents are held between couplings, and how groups are done and undone on them.
+
+    There is one object for each pass over a program.
 
     A state is a list of tensors: the values of the program first, then, if `tensors_per_value` is 2, what else belongs
     to each of them. Its entries are replaced, but the tensors are never changed, because the engine stores them.
@@ -119,7 +136,7 @@ class Arithmetic(Protocol):
         ...
 
     def source(self, state: Sequence[Tensor], coupling: Coupling) -> Tensor:
-        """What a coupling's function is evaluated at."""
+        """The tensor that a coupling's function is evaluated at."""
         ...
 
     def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
@@ -135,13 +152,18 @@ class Arithmetic(Protocol):
         ...
 
     def finish(self) -> None:
-        """The end of the pass: raises for what went wrong in it and could not be said without synchronising."""
+        """Ends the pass. Raises for what went wrong in it and could not be known earlier without synchronising."""
         ...
 
 
 @dataclass(frozen=True)
 class Floats:
-    """x and y as floating-point tensors of `state_dtype`: undoing is exact up to rounding."""
+    """Holds the latents as floating-point tensors, in which undoing is exact up to rounding.
+
+    Attributes:
+        latents_dtype: The dtype of the caller's latents.
+        state_dtype: The dtype that they are held in.
+    """
 
     latents_dtype: torch.dtype
     state_dtype: torch.dtype
@@ -178,14 +200,20 @@ class Floats:
             state[t] = ops.coupling_inverse(state[t], state[s], value, *group.coefficients, g)
 
     def finish(self) -> None:
-        """Nothing is left unsaid."""
+        """Does nothing: NaN and Inf are found by the run itself."""
 
 
 def transpose(group: Group, cotangents: list[Tensor], eps: Eps | None, scale: Tensor | None) -> Tensor | None:
-    """Pulls the cotangents back through a group, in place of the list's entries, but for what comes through the
-    network.
+    """Pulls the cotangents back through a group, except for what comes through the network.
 
-    eps: the network's output if a cotangent for it is wanted; returned in its dtype and layout, times `scale`.
+    Args:
+        group: The group.
+        cotangents: Those of the latents after the group. The list's entries are replaced by those before it.
+        eps: The network's output, if a cotangent of it is wanted, else None.
+        scale: A 0-dim tensor that this cotangent is multiplied by, or None.
+
+    Returns:
+        The cotangent of the network's output, in its dtype and shape; None without eps.
     """
     t, s = group.target, group.source
     a, c, b = group.coefficients
@@ -205,7 +233,7 @@ def transpose(group: Group, cotangents: list[Tensor], eps: Eps | None, scale: Te
 def network_power(group: Group, cotangents: list[Tensor]) -> Tensor:
     """The power of two just below a bound on the cotangent that the network will get; see `power_of_two`.
 
-    A bound and not the largest magnitude itself, as the fused pass makes the cotangent and scales it at once.
+    The largest magnitude itself is not known beforehand, because one fused pass makes the cotangent and scales it.
     """
     bound = cotangents[0].new_zeros(())
     for cotangent, weight in zip((cotangents[group.target], cotangents[group.source]), group.weights(), strict=True):
@@ -215,11 +243,11 @@ def network_power(group: Group, cotangents: list[Tensor]) -> Tensor:
 
 
 def power_of_two(cotangent: Tensor) -> Tensor:
-    """The power of two just below the largest magnitude, on the device; 1 where there is none (all zero, Inf or NaN).
+    """The power of two just below the largest magnitude, as a 0-dim tensor on the device.
 
-    A VJP is linear in its cotangent, so scaling by it is exact, and keeps an fp16 network's backward pass in range
-    whatever the loss's scale or the depth. Masking the bits of the exponent is exact for every number and needs no
-    synchronisation.
+    It is 1 where there is none, because all elements are zero or one is not finite. A VJP is linear in its cotangent,
+    so scaling by a power of two is exact, and keeps an fp16 network's backward pass in range whatever the loss's scale
+    or the depth. Masking the bits of the exponent is exact for every number and needs no synchronisation.
     """
     if cotangent.numel() == 0:
         return cotangent.new_ones(())

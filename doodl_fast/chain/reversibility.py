@@ -20,11 +20,13 @@ from .walk import walk_backwards, walk_forwards
 
 @dataclass(frozen=True)
 class Reversibility:
-    """What `check_reversibility` found: |state undone - state| / |state| of (x, y) together, 0 being equal to the bit.
+    """What `check_reversibility` found: errors |undone - state| / |state| of x and y together, 0 if equal to the bit.
 
-    forward: after the forward run, undone. forward[k] is the error of the state after k steps, so forward[0] that of
-        the whole way there and back and forward[-1] = 0. NaN from where on an undone state was not finite.
-    inverse: after the inverse run, done again; inverse[k] likewise, k counting steps of the inverse run.
+    Attributes:
+        forward: For a forward run that is undone from its end: forward[k] is the error of the state after k steps. So
+            forward[0] is the error of the whole way there and back, and forward[-1] is 0. NaN where an undone state was
+            not finite, and for all fewer steps.
+        inverse: The same for an inverse run that is undone; k counts its steps.
     """
 
     forward: tuple[float, ...]
@@ -44,12 +46,19 @@ class Reversibility:
 
 @torch.no_grad()
 def check_reversibility(chain: Chain, x: Tensor, y: Tensor | None = None) -> Reversibility:
-    """Runs a chain from latents (x, y) and undoes it, and undoes it from there and runs it again.
+    """Measures how far a chain comes back, in both directions, step by step.
 
-    x, y: (B, C, ...) as for `chain`; y=None is y = x. The same latents serve as noise and as image. Undoing evaluates
-    the network with a graph, as a backward pass does, in case that picks other kernels. Costs four evaluations for each
-    coupling with b != 0; keeps one state a step. Compared are states as the chain's arithmetic holds them.
-    Raises what the chain raises.
+    It runs the chain forwards and undoes that run, and runs it inversely and undoes that. Undoing evaluates the network
+    with a graph, as a backward pass does, because that may pick other kernels. It takes four evaluations for each
+    coupling with b != 0 and keeps one state a step. States are compared as the chain's arithmetic holds them.
+
+    Args:
+        chain: The chain.
+        x: Latents (B, C, ...). They serve as noise for the forward run and as image for the inverse one.
+        y: The other latents; None: y = x.
+
+    Raises:
+        ValueError, TypeError, FloatingPointError, OverflowError: As the chain itself.
     """
     check_latents(x, y)
     y = x if y is None else y
