@@ -40,7 +40,7 @@ class Fingerprints:
 
     def compare(self, numbers: Tensor, value: Tensor) -> None:
         """Notes how far an output is from the one that has `numbers`."""
-        size = torch.linalg.vector_norm(value.detach(), dtype=self._dtype)
+        size = torch.linalg.vector_norm(value.detach().to(self._dtype))
         self._squares.append(torch.stack([torch.linalg.vector_norm(self.of(value) - numbers), size]).square())
 
     def mismatch(self) -> Tensor | None:

@@ -116,6 +116,14 @@ def test_networks_of_every_dtype_are_functions(name, arithmetic, silent):
     assert chain.mismatch == 0
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64])
+def test_networks_of_another_dtype_than_the_state(state_dtype, silent):
+    for dtype in (torch.float16, torch.float64):
+        chain = tiny_chain(4, network=TinyNet().to(dtype), dtype=dtype, state_dtype=state_dtype)
+        gradients(chain, torch.float32)
+        assert chain.mismatch == 0
+
+
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 def test_vjps_in_another_dtype_differ_by_rounding(name, silent):
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[name]
