@@ -67,7 +67,7 @@ WORKERS=()
 
 [ -n "$WHEELS" ] && part wheels 30 "$PYTHON" -m pip install --no-index --no-deps --no-compile --target "$SCRATCH/site" "$WHEELS"/*.whl
 part build 120 "$PYTHON" setup.py build_ext --inplace
-part doctor 30 "$PYTHON" -c 'from doodl_fast.cli.doctor import main; main()'
+part doctor 30 "$PYTHON" -c 'from doodl_fast.cli.doctor import run; run()'
 cp "$SCRATCH/log" "$SCRATCH/doctor"
 part tests 130 "$PYTHON" -m pytest -q -p no:cacheprovider "${WORKERS[@]}" "${TESTS[@]}"
 # without torch's caching allocator every tensor has its own memory, and an access beyond it is seen

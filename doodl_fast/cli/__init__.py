@@ -1,4 +1,4 @@
-"""The command line: `doodl-fast COMMAND`. One file for each command."""
+"""The command line: `doodl-fast COMMAND`. Each command is one file, with `add_arguments(parser)` and `run(args)`."""
 
 from __future__ import annotations
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import copy
-import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,10 +20,6 @@ from ..diffusion.schedule import Schedule
 from ..solvers.edict import EDICT
 
 NAIVE, PER_STEP, REFERENCE = "naive", "checkpoint", "reference"
-LAYERS = {
-    "helper_functions.py": ("get_alpha_and_beta", "forward_step", "reverse_step"),
-    "doodl.py": ("SteppingLayer", "MixingLayer"),
-}
 Pair = tuple[Tensor, Tensor]
 OURS: dict[str, dict[str, Any]] = {
     "sources": {"memory": "checkpoint"},
@@ -100,50 +94,24 @@ class _PerStep:
 
 
 def reference(folder: str, setting: Setting, steps: int) -> Forward:
-    """The layers of a checkout of the public DOODL code (arXiv 2303.13703), strung together as its `gen()` does.
+    """The layers of a checkout of the public DOODL code, by `bench/baselines.py` of a checkout of doodl_fast.
 
-    They run on the caller's UNet, in its dtype, on one image. Of the checkout only the definitions named in LAYERS are
-    executed, as its modules load models from the hub when they are imported. Raises ValueError if it lacks them or
-    memcnn, which wraps them, is not installed.
+    That file executes code of the folder, so it is not in the installed package.
+
+    Raises:
+        ValueError: This is no checkout of doodl_fast, or the folder is no checkout of DOODL.
     """
-    if len(setting.x) != 1:
-        raise ValueError(f"--against: the reference takes one image, got a batch of {len(setting.x)}; use --batch 1")
-    found = _definitions(Path(folder), setting.x.device)
+    path = Path(__file__).resolve().parents[2] / "bench" / "baselines.py"
+    spec = importlib.util.spec_from_file_location("doodl_fast_bench_baselines", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(
+            f"--against: {REFERENCE}=DIR executes the code in DIR, so the installed package does not have it; expected "
+            "a checkout of doodl_fast with bench/baselines.py, installed with pip install -e ."
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     try:
-        memcnn: Any = importlib.import_module("memcnn")
-    except ImportError as error:
-        raise ValueError(f"--against: the reference needs memcnn ({error}); install it with pip") from error
-    own = setting.denoiser
-
-    def wrapped(layer: Any) -> Any:
-        options = {"keep_input": True, "keep_input_inverse": True, "num_bwd_passes": 1}
-        return memcnn.InvertibleModuleWrapper(layer, **options)
-
-    def forward(x: Tensor) -> Pair:
-        scheduler = copy.deepcopy(setting.scheduler)
-        stepping = found["SteppingLayer"](own.unet, own.uncond, own.cond, scheduler, steps, own.guidance_scale)
-        step, mix = wrapped(stepping), wrapped(found["MixingLayer"](setting.mix_weight))
-        dtype = own.compute_dtype(x.dtype)
-        pair = torch.cat([x, x]).to(dtype)
-        for i, t in enumerate(scheduler.timesteps):
-            numbers = (torch.tensor([float(n)], dtype=dtype, device=x.device) for n in (i, t))
-            _, _, pair = step(*numbers, pair)
-            pair = mix(pair)
-        return pair[:1], pair[1:]
-
+        forward: Forward = module.reference(folder, setting, steps)
+    except module.ReferenceUnavailable as error:
+        raise ValueError(f"--against: {error}") from error
     return forward
-
-
-def _definitions(folder: Path, device: torch.device) -> dict[str, Any]:
-    """What LAYERS names, by name."""
-    space: dict[str, Any] = {"torch": torch, "nn": torch.nn, "device": device}
-    for file, names in LAYERS.items():
-        path = folder / file
-        if not path.is_file():
-            raise ValueError(f"--against: expected a checkout of DOODL with {file} in it, got {str(folder)!r}")
-        nodes = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) in names]
-        missing = set(names) - {node.name for node in nodes}  # type: ignore[attr-defined]
-        if missing:
-            raise ValueError(f"--against: expected {', '.join(sorted(missing))} in {str(path)!r}, got none")
-        exec(compile(ast.Module(nodes, []), str(path), "exec"), space)
-    return space

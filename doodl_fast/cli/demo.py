@@ -7,21 +7,20 @@ paper's baseline) and with DOODL; beside the guide's own loss stands a measure t
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from . import options
 
-from .. import shapes
-from ..diffusion.denoiser import Denoiser
-from ..diffusion.schedule import Schedule
-from ..optimization.loop import StepInfo, optimize
-from ..solvers.edict import EDICT
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..optimization.loop import StepInfo
 
 GUIDANCE_SCALE = 4.0
 MIX_WEIGHT = 0.7
@@ -86,11 +85,15 @@ class Report:
 
 def judge(task: Task, images: Tensor) -> tuple[list[bool], float]:
     """The measure without networks: which pictures are wholly right, and the mean share of what was asked for."""
+    from .. import shapes
+
     verdicts = [shapes.judge(image, task.prompt, variety=task.variety) for image in images]
     return [v.correct for v in verdicts], sum(v.score for v in verdicts) / len(verdicts)
 
 
 def guide(task: Task) -> Callable[[Tensor], Tensor]:
+    """The loss that a task is optimised for."""
+    from .. import shapes
     from ..guidance import Classifier, ClipText
 
     if task.variety is None:
@@ -99,13 +102,16 @@ def guide(task: Task) -> Callable[[Tensor], Tensor]:
 
 
 def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimization_steps: int) -> Report:
-    from ..diffusion.pipeline import Decoder, encode_prompt, initial_latents
-    from ..optimization import one_step
+    import torch
 
-    cond, uncond, kwargs = encode_prompt(pipeline, task.prompt)
-    denoiser = Denoiser(pipeline.unet, cond, uncond, GUIDANCE_SCALE, **kwargs)
-    schedule = Schedule.from_scheduler(pipeline.scheduler, num_inference_steps)
-    chain = EDICT(denoiser, schedule, MIX_WEIGHT)
+    from ..diffusion.pipeline import Decoder, initial_latents
+    from ..diffusion.schedule import Schedule
+    from ..optimization import one_step
+    from ..optimization.loop import optimize
+    from ..solvers.edict import EDICT
+
+    denoiser = options.denoiser(pipeline, task.prompt, GUIDANCE_SCALE)
+    chain = EDICT(denoiser, Schedule.from_scheduler(pipeline.scheduler, num_inference_steps), MIX_WEIGHT)
     latents = torch.cat([initial_latents(pipeline, seed=seed) for seed in task.seeds])
     decode, loss = Decoder(pipeline.vae), guide(task)
     outcomes = []
@@ -161,6 +167,8 @@ def table(report: Report) -> str:
 
 def describe(image: Tensor, task: Task) -> str:
     """What the measure reads off a picture, from left to right, for its title."""
+    from .. import shapes
+
     found = sorted(shapes.read(image)[:3], key=lambda reading: reading.x)
     names = [f"{r.colour or '?'} {(r.variety if task.variety else r.shape) or '?'}" for r in found]
     return ",\n".join(names) or "nothing"
@@ -169,6 +177,8 @@ def describe(image: Tensor, task: Task) -> str:
 def contact_sheet(reports: list[Report], path: Path) -> None:
     """Side by side for each task: a row a seed; before, on the way, after, and the baseline; the readings below."""
     from matplotlib.figure import Figure
+
+    from .. import shapes
 
     rows = max(len(r.task.seeds) for r in reports)
     columns = 3 + len(reports[0].steps)
@@ -208,8 +218,10 @@ def loss_curves(reports: list[Report], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def run(out: Path, num_inference_steps: int, num_optimization_steps: int) -> list[Report]:
+def run_tasks(out: Path, num_inference_steps: int, num_optimization_steps: int) -> list[Report]:
     """Runs both tasks, prints their tables, and writes the pictures and a JSON of the figures to ``out``."""
+    from .. import shapes
+
     started = time.perf_counter()
     pipeline = shapes.load_pipeline()
     reports = []
@@ -234,10 +246,17 @@ def run(out: Path, num_inference_steps: int, num_optimization_steps: int) -> lis
     return reports
 
 
-def main(args: Any) -> int:
-    run(
-        Path(args.out),
-        12 if args.steps is None else args.steps,
-        12 if args.optimization_steps is None else args.optimization_steps,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("--out", type=options.folder, default=Path("demo"), help="folder for the pictures")
+    parser.add_argument("--steps", type=options.integer(), help="diffusion steps (default: the demo's own)")
+    parser.add_argument("--optimization-steps", type=options.integer(), help="(default: the demo's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo; gives the exit code."""
+    options.check_folder(args.out)
+    options.quiet_libraries()
+    steps = [12 if count is None else count for count in (args.steps, args.optimization_steps)]
+    run_tasks(args.out, *steps)
     return 0

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import sys
-from typing import Any
 
-import torch
-
-from .. import __version__, ops
-from ..ops.backends import native, registry
+from .. import __version__
 
 
-def main(args: Any = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command has no options."""
+
+
+def run(args: argparse.Namespace | None = None) -> int:
     """Prints the report. args: the parsed command line, of which nothing is used. Returns the exit status."""
     print("\n".join(report()))
     return 0
@@ -21,6 +22,11 @@ def main(args: Any = None) -> int:
 
 def report() -> list[str]:
     """The report's lines."""
+    import torch
+
+    from .. import ops
+    from ..ops.backends import native
+
     lines = ["versions", *(f"  {name:<12} {value}" for name, value in versions().items()), "", "backends"]
     devices = {"cpu": True, "cuda": torch.cuda.is_available()}
     for device_type, there in devices.items():
@@ -38,6 +44,8 @@ def report() -> list[str]:
 
 def versions() -> dict[str, str]:
     """What a report of a problem should name."""
+    import torch
+
     found = {"doodl-fast": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     found["cuda"] = torch.version.cuda or "none in this torch"
     found |= {package: _version(package) for package in ("triton", "diffusers", "transformers")}
@@ -56,6 +64,9 @@ def _version(package: str) -> str:
 
 def _in_use(device_type: str) -> str:
     """The backend that serves a device type, and who chose it."""
+    from .. import ops
+    from ..ops.backends import registry
+
     try:
         chosen = ops.choice()
         by = "automatic" if chosen == registry.AUTO else f"chosen explicitly: {chosen}"

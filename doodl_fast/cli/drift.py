@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import options
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -74,35 +76,33 @@ def _dtype(name: str) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="shapes", help="diffusers folder, hub id, or 'shapes' for the embedded one")
-    parser.add_argument("--variant", help="of the model's weight files, e.g. fp16")
+    """Adds the options of the command."""
+    options.add_model(parser, options.EMBEDDED)
     parser.add_argument("--prompt", default="a red circle")
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="diffusion steps, one or more")
-    parser.add_argument("--guidance-scale", type=float, default=7.5, help="of classifier-free guidance")
-    parser.add_argument("--mix-weight", type=float, default=0.93, help="EDICT's p")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network")
-    parser.add_argument("--out", type=Path, default=Path("drift"), help=f"folder for {FIGURE} and {TABLE}")
+    parser.add_argument(
+        "--steps", type=options.integer(), nargs="+", default=list(STEPS), help="diffusion steps, one or more"
+    )
+    options.add_chain(parser)
+    parser.add_argument("--seed", type=options.integer(options.SEEDS), default=0)
+    options.add_device(parser)
+    options.add_dtype(parser)
+    parser.add_argument("--out", type=options.folder, default=Path("drift"), help=f"folder for {FIGURE} and {TABLE}")
 
 
-def main(args: argparse.Namespace, pipeline: Any) -> int:
-    """Prints the table for a diffusers pipeline; writes the figure and the numbers."""
-    from ..diffusion.denoiser import Denoiser
-    from ..diffusion.pipeline import encode_prompt, initial_latents
-
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {str(args.out)!r}")
+def run(args: argparse.Namespace) -> int:
+    """Prints the table of a model; writes the figure and the numbers."""
+    options.check_folder(args.out)
     if min(args.steps) < 1:
         raise ValueError(f"--steps: expected numbers of at least 1, got {min(args.steps)}")
-    # an offset of 1, which many schedulers have, leaves no room for as many steps as there are timesteps
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, steps_offset=0)
+    from ..diffusion.pipeline import initial_latents
+
+    pipeline = options.load_pipeline(args)
+    scheduler = options.without_offset(pipeline.scheduler)
     if max(args.steps) > scheduler.config.num_train_timesteps:
         most = scheduler.config.num_train_timesteps
         raise ValueError(f"--steps: expected at most the scheduler's {most} timesteps, got {max(args.steps)}")
     steps = sorted(set(args.steps))
-    cond, uncond, extra = encode_prompt(pipeline, args.prompt)
-    denoiser = Denoiser(pipeline.unet, cond, uncond, args.guidance_scale, **extra)
+    denoiser = options.denoiser(pipeline, args.prompt, args.guidance_scale)
     x = initial_latents(pipeline, None, None, args.seed)
     print(f"{'steps':<6}" + "".join(f"{count:>10}" for count in steps), flush=True)
 
@@ -112,9 +112,9 @@ def main(args: argparse.Namespace, pipeline: Any) -> int:
 
     table = measure(denoiser, scheduler, x, steps, args.mix_weight, report)
     args.out.mkdir(parents=True, exist_ok=True)
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    stored = options.as_json(args)
     errors = {name: [None if math.isnan(error) else error for error in row] for name, row in table.items()}
-    (args.out / TABLE).write_text(json.dumps({"steps": steps, "errors": errors, "options": options}, indent=1) + "\n")
+    (args.out / TABLE).write_text(json.dumps({"steps": steps, "errors": errors, "options": stored}, indent=1) + "\n")
     draw(args.out / FIGURE, steps, table)
     print(f"relative error of noise -> image -> noise; {FIGURE} and {TABLE} in {args.out}")
     return 0

@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import new_folder, write_json, write_picture
-from .guides import EMBEDDED
+from . import options
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..chain.exact.state import LatticeState
-    from ..diffusion.schedule import Schedule
     from ..solvers.edict import EDICT
-
-Load = Callable[[argparse.Namespace], Any]
-"""Loads the diffusers pipeline that a command line names."""
 
 PICTURE, ENCODED, NOISE, IMAGE, INDEX = (
     "picture.png",
@@ -59,130 +53,8 @@ LOUD, PARTED = 1.5, 1.0
 """Standard deviation of the noise, and |x - y| / |x| of the image, above which edits were mostly poor"""
 
 
-def add_invert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="any picture file; its centre is cut out and resized")
-    parser.add_argument("--model", required=True, help="diffusers folder, hub id, or 'shapes' for the embedded one")
-    parser.add_argument("--variant", help="of the model's weight files, e.g. fp16")
-    parser.add_argument("--prompt", required=True, help="what the picture shows")
-    parser.add_argument("--negative-prompt", default="")
-    parser.add_argument("--steps", type=int, default=50, help="diffusion steps of the whole schedule")
-    parser.add_argument("--strength", type=float, default=0.8, help="share of the schedule that is gone through")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of classifier-free guidance")
-    parser.add_argument("--mix-weight", type=float, default=0.93, help="EDICT's p")
-    parser.add_argument("--arithmetic", choices=("exact", "exact64"), default="exact", help="integers of 32 or 64 bits")
-    parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
-    parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the networks")
-    parser.add_argument("--out", type=Path, required=True, metavar="STATE", help="folder for the state and pictures")
-
-
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("state", type=Path, metavar="STATE", help="folder that invert wrote")
-    parser.add_argument("--prompt", help="(default: the inverted one, which gives the picture back)")
-    parser.add_argument("--negative-prompt", help="(default: the inverted one)")
-    parser.add_argument("--guidance-scale", type=float, help="(default: the inverted one)")
-    parser.add_argument("--model", help="where the same model lies now (default: where it was)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    parser.add_argument("--out", type=Path, metavar="PNG", help=f"(default: {SAME} or {EDITED} in STATE)")
-
-
-def invert(args: argparse.Namespace, load: Load) -> int:
-    """Takes a picture to its noise; writes both ends' states, what belongs to them, and pictures."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out: expected a new or empty folder, got {str(args.out)!r}, which is taken")
-    if not 0 < args.strength <= 1:
-        raise ValueError(f"--strength: expected a number in (0, 1], got {args.strength}")
-    picture = _open(args.image)
-    pipeline = load(args)
-    height, width = _size(pipeline, args.height, args.width)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"height": height, "width": width}
-    if args.model != EMBEDDED and Path(args.model).expanduser().is_dir():
-        settings["model"] = os.path.abspath(Path(args.model).expanduser())
-    chain, decode = _chain(pipeline, settings), _decoder(pipeline)
-    pixels = _tensor(fit(picture, height, width)).to(pipeline.unet.device)
-    with _in_range(_parting(settings, chain)):
-        image = chain.state(decode.encode(pixels), end="image")
-        noise = chain.inverse_state(image)
-    encoded = _decode(decode, image)
-    report = {"vae_error": _error(encoded, pixels), **_describe(noise)}
-    with new_folder(args.out) as folder:
-        noise.save(folder / NOISE)
-        image.save(folder / IMAGE)
-        write_picture(folder / PICTURE, pixels)
-        write_picture(folder / ENCODED, encoded)
-        index = {"settings": settings, "image": str(args.image), "weights": fingerprint(pipeline), "report": report}
-        write_json(folder / INDEX, index)
-    print(f"the noise: standard deviation {report['deviation']:.3g}, |x - y| / |x| = {report['parted']:.2g}")
-    if report["deviation"] > LOUD:
-        print(
-            "that is louder than noise that the model knows, so edits may be poor: try a prompt that describes the "
-            "picture better, or a lower --guidance-scale or --strength"
-        )
-    print(f"the VAE's error: {report['vae_error']:.3g} of 255 (rms); states and pictures in {args.out}")
-    return 0
-
-
-def generate(args: argparse.Namespace, load: Load) -> int:
-    """Runs an inverted picture's noise forward; 1 if the same settings did not lead back to the same bits."""
-    stored = _read(args.state)
-    given = {name: getattr(args, name) for name in ("prompt", "negative_prompt", "guidance_scale")}
-    settings = stored.settings | {name: value for name, value in given.items() if value is not None}
-    same = settings == stored.settings
-    out = args.out or args.state / (SAME if same else EDITED)
-    if not out.parent.is_dir() or out.is_dir() or out.suffix != ".png":
-        raise ValueError(f"--out: expected a .png file in an existing folder, got {str(out)!r}")
-    if out.stem in (Path(PICTURE).stem, Path(ENCODED).stem, Path(INDEX).stem):
-        raise ValueError(f"--out: expected another name than those that invert gives, got {str(out)!r}")
-    model = {"model": args.model or settings["model"], "variant": settings["variant"], "dtype": settings["dtype"]}
-    pipeline = load(argparse.Namespace(**model, device=args.device))
-    if fingerprint(pipeline) != stored.weights:
-        raise ValueError(
-            f"STATE: {str(args.state)!r} was made with other weights than those of {model['model']!r}; pass --model "
-            "with the folder of the model that it was made with"
-        )
-    chain, decode = _chain(pipeline, settings), _decoder(pipeline)
-    noise, image = (state.to(pipeline.unet.device) for state in (stored.noise, stored.image))
-    with _in_range("Try a lower --guidance-scale, or invert with --arithmetic exact64"):
-        reached = chain.forward_state(noise)
-    pixels, encoded = _decode(decode, reached), _decode(decode, image)
-    equal = reached.equals(image)
-    report = {
-        "equal": equal,
-        "differing": _differing(reached, image),
-        "vae_error": stored.report["vae_error"],
-        "change": _error(pixels, encoded),
-        "parted": _describe(reached)["parted"],
-    }
-    write_picture(out, pixels)
-    write_json(out.with_suffix(".json"), {"settings": settings, "same_settings": same, "report": report})
-    print(_said(report, same, out))
-    return int(same and not equal)
-
-
-def _said(report: dict[str, Any], same: bool, out: Path) -> str:
-    vae, change = (f"{report[name]:.3g} of 255 (rms)" for name in ("vae_error", "change"))
-    if not same:
-        said = f"edited: the picture changed by {change}, |x - y| / |x| = {report['parted']:.2g}; {out}"
-        if report["parted"] > PARTED:
-            said += "\nthe two latents have parted: invert with a lower --mix-weight, less guidance or more --steps"
-        return said
-    if report["equal"]:
-        return (
-            f"the encoded latents came back bit for bit; the picture's error is {vae} by the VAE, 0 by the chain; {out}"
-        )
-    return (
-        f"the encoded latents did not come back: {report['differing']:.2%} of their integers differ; the picture's "
-        f"error is {vae} by the VAE, {change} by the chain. Look for another device or kernels than those of the "
-        "inversion, or for a network that does not return the same bits twice (torch.use_deterministic_algorithms); "
-        f"{out}"
-    )
-
-
-# Pictures
-
-
-def _open(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """A picture file as an RGB picture of 8 bits a channel."""
     from ..diffusion.images import open_picture, to_pil
 
     return to_pil(open_picture(path))[0]
@@ -199,22 +71,20 @@ def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
     return piece.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _tensor(picture: Image.Image) -> Tensor:
+def as_tensor(picture: Image.Image) -> Tensor:
+    """A picture as a tensor (1, 3, H, W) in [-1, 1]."""
     from ..diffusion.images import open_picture
 
     return open_picture(picture)
 
 
-def _error(images: Tensor, truth: Tensor) -> float:
+def picture_error(images: Tensor, truth: Tensor) -> float:
     """Root mean square of what differs between two pictures as they are saved, in units of 1 of 255."""
     images, truth = (pixels.double().clamp(-1, 1) for pixels in (images, truth))
     return float((images - truth).square().mean().sqrt()) * 127.5
 
 
-# The chain
-
-
-def _size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int]:
+def picture_size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """Pixels of the picture. Raises ValueError for what the VAE cannot have."""
     from ..diffusion.pipeline import initial_latents, vae_scale_factor
 
@@ -223,33 +93,14 @@ def _size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, in
     return rows * factor, columns * factor
 
 
-def _chain(pipeline: Any, settings: dict[str, Any]) -> EDICT:
-    from ..diffusion.denoiser import Denoiser
-    from ..diffusion.pipeline import encode_prompt
-    from ..diffusion.schedule import Schedule
-    from ..solvers.edict import EDICT
-
-    cond, uncond, extra = encode_prompt(
-        pipeline,
-        settings["prompt"],
-        settings["negative_prompt"],
-        height=settings["height"],
-        width=settings["width"],
-    )
-    denoiser = Denoiser(pipeline.unet, cond, uncond, settings["guidance_scale"], **extra)
-    schedule = last_part(Schedule.from_scheduler(pipeline.scheduler, settings["steps"]), settings["strength"])
-    return EDICT(denoiser, schedule, settings["mix_weight"], arithmetic=settings["arithmetic"])
-
-
-def last_part(schedule: Schedule, strength: float) -> Schedule:
-    """The share `strength` of a schedule that is nearest to the image, one step at least."""
-    first = len(schedule) - max(1, round(strength * len(schedule)))
-    parts = {name: getattr(schedule, name)[first:] for name in ("timesteps", "alphas_cumprod", "alphas_cumprod_prev")}
-    return replace(schedule, **parts)
+def make_chain(pipeline: Any, settings: dict[str, Any]) -> EDICT:
+    """The exact chain that the settings of an inversion describe."""
+    args = argparse.Namespace(**settings)
+    return options.edict(args, pipeline, settings["strength"], arithmetic=settings["arithmetic"])
 
 
 @contextmanager
-def _in_range(advice: str) -> Iterator[None]:
+def in_range(advice: str) -> Iterator[None]:
     """Says what to do on a command line when the lattice overflows."""
     try:
         yield
@@ -257,7 +108,7 @@ def _in_range(advice: str) -> Iterator[None]:
         raise ValueError(f"overflow: {error}. {advice}") from error
 
 
-def _parting(settings: dict[str, Any], chain: EDICT) -> str:
+def advice(settings: dict[str, Any], chain: EDICT) -> str:
     """What may be done when an inversion overflows."""
     wider = ", or --arithmetic exact64" if settings["arithmetic"] == "exact" else ""
     return (
@@ -267,13 +118,15 @@ def _parting(settings: dict[str, Any], chain: EDICT) -> str:
     )
 
 
-def _decoder(pipeline: Any) -> Any:
+def make_decoder(pipeline: Any) -> Any:
+    """The decoder and encoder of a pipeline's VAE."""
     from ..diffusion.pipeline import Decoder
 
     return Decoder(pipeline.vae)
 
 
-def _decode(decode: Any, state: LatticeState) -> Tensor:
+def decoded(decode: Any, state: LatticeState) -> Tensor:
+    """The picture of a state's first latent."""
     import torch
 
     with torch.no_grad():
@@ -281,12 +134,13 @@ def _decode(decode: Any, state: LatticeState) -> Tensor:
     return images
 
 
-def _describe(state: LatticeState) -> dict[str, float]:
+def describe(state: LatticeState) -> dict[str, float]:
+    """The standard deviation of x, and |x - y| / |x|."""
     x, y = (latent.double() for latent in state.latents())
     return {"deviation": float(x.std()), "parted": float((x - y).norm() / x.norm())}
 
 
-def _differing(state: LatticeState, other: LatticeState) -> float:
+def differing(state: LatticeState, other: LatticeState) -> float:
     """The share of integers of x and y that differ; 1 for states of other shapes."""
     if state.x.shape != other.x.shape:
         return 1.0
@@ -307,11 +161,8 @@ def fingerprint(pipeline: Any) -> str:
     return digest.hexdigest()
 
 
-# What invert wrote
-
-
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     settings: dict[str, Any]
     weights: str
     report: dict[str, float]
@@ -319,8 +170,43 @@ class _Stored:
     image: LatticeState
 
 
-def _read(folder: Path) -> _Stored:
-    """Raises ValueError for a folder that invert did not write, or that is damaged."""
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError for settings that `doodl-fast invert` did not write."""
+    for name, kind in SETTINGS.items():
+        if not isinstance(settings[name], kind) or isinstance(settings[name], bool):
+            raise TypeError(f"{name} is {settings[name]!r}")
+    if settings["dtype"] not in options.DTYPES or settings["arithmetic"] not in ("exact", "exact64"):
+        raise ValueError(f"dtype is {settings['dtype']!r}, arithmetic is {settings['arithmetic']!r}")
+    if not 0 < settings["strength"] <= 1:
+        raise ValueError(f"strength is {settings['strength']!r}")
+    for name in ("height", "width"):
+        if not 0 < settings[name] <= options.LARGEST_SIDE:
+            raise ValueError(f"{name} is {settings[name]!r}")
+
+
+def check_shape(stored: Stored, pipeline: Any) -> None:
+    """Raises ValueError unless the stored latents have the shape that the model makes of the stored size."""
+    from ..diffusion.pipeline import vae_scale_factor
+
+    factor = vae_scale_factor(pipeline.vae)
+    sides = (stored.settings["height"] // factor, stored.settings["width"] // factor)
+    expected = (1, pipeline.unet.config.in_channels, *sides)
+    if tuple(stored.noise.x.shape) != expected:
+        raise ValueError(
+            f"STATE: expected latents of shape {expected} by its settings, got {tuple(stored.noise.x.shape)}; "
+            "invert the picture again"
+        )
+
+
+def _regular(path: Path) -> Path:
+    """The path of a regular file. Raises FileNotFoundError, also for a pipe, which could block for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is missing or no regular file")
+    return path
+
+
+def read_state(folder: Path) -> Stored:
+    """What `doodl-fast invert` wrote. Raises ValueError for another folder, or a damaged one."""
     from ..chain.exact.state import LatticeState
 
     if not (folder / INDEX).is_file():
@@ -328,13 +214,13 @@ def _read(folder: Path) -> _Stored:
     try:
         index = json.loads((folder / INDEX).read_text())
         settings, weights, report = index["settings"], index["weights"], index["report"]
-        for name, kind in SETTINGS.items():
-            if not isinstance(settings[name], kind):
-                raise TypeError(f"{name} is {settings[name]!r}")
+        check_settings(settings)
         report = {"vae_error": float(report["vae_error"])}
-        states = [LatticeState.load(folder / name) for name in (NOISE, IMAGE)]
-    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        states = [LatticeState.load(_regular(folder / name)) for name in (NOISE, IMAGE)]
+        if states[0].x.shape != states[1].x.shape:
+            raise ValueError(f"{NOISE} has shape {tuple(states[0].x.shape)}, {IMAGE} {tuple(states[1].x.shape)}")
+    except (KeyError, IndexError, TypeError, ValueError, OSError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"STATE: {str(folder)!r} is damaged ({type(error).__name__}: {error}); invert the picture again"
         ) from error
-    return _Stored(settings, str(weights), report, *states)
+    return Stored(settings, str(weights), report, *states)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .options import EMBEDDED, Parser, check_model, integer, number, text
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-EMBEDDED = "shapes"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
 def _clip(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The CLIP model and processor."""
     if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
         from .. import shapes
 
@@ -26,14 +31,15 @@ def _clip(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
 
 
 def _clip_text(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Guides to a text."""
     from ..guidance import ClipText
 
     model, processor = _clip(args, device, dtype)
-    text = args.prompt if args.guidance_prompt is None else args.guidance_prompt
-    return ClipText(model, processor, text, args.num_cutouts, args.cut_power)
+    return ClipText(model, processor, _target_text(args), args.num_cutouts, args.cut_power)
 
 
 def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Guides to pictures."""
     from ..guidance import ClipImage
 
     if not args.guidance_image:
@@ -43,6 +49,7 @@ def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 
 def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Guides to a class."""
     from ..guidance import Classifier
 
     if args.label is None:
@@ -58,6 +65,7 @@ def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 
 def _symmetry(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Guides to mirror symmetry."""
     from ..guidance import Symmetry
 
     return Symmetry(args.direction)
@@ -69,3 +77,90 @@ GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Call
     "classifier": _classifier,
     "symmetry": _symmetry,
 }
+
+
+def add_arguments(parser: Parser) -> None:
+    """Adds the options that choose and describe a guide."""
+    parser.add_argument("--guidance", required=True, choices=tuple(GUIDES))
+    parser.add_argument("--guidance-prompt", help="for clip-text (default: the prompt)")
+    parser.add_argument("--guidance-image", nargs="+", type=text, metavar="FILE", help="for clip-image")
+    parser.add_argument("--label", type=text, help="for classifier: a class's name or index")
+    parser.add_argument("--direction", choices=("horizontal", "vertical"), help="for symmetry (default: horizontal)")
+    parser.add_argument(
+        "--guidance-model", type=text, help=f"folder or hub id (default for CLIP: {DEFAULT_CLIP}; {EMBEDDED}: its)"
+    )
+    parser.add_argument(
+        "--num-cutouts", type=integer(10**5), help="random squares that CLIP sees; 0 is the whole picture (default: 0)"
+    )
+    parser.add_argument("--cut-power", type=number, help="lower prefers larger squares (default: 0.3)")
+
+
+USES: dict[str, tuple[str, ...]] = {
+    "clip-text": ("guidance_prompt", "guidance_model", "num_cutouts", "cut_power"),
+    "clip-image": ("guidance_image", "guidance_model", "num_cutouts", "cut_power"),
+    "classifier": ("label", "guidance_model"),
+    "symmetry": ("direction",),
+}
+"""The options that each guide reads. Any other option of a guide is refused."""
+DEFAULTS = {"direction": "horizontal", "num_cutouts": 0, "cut_power": 0.3}
+"""What an option is when it is not given. The parser does not know these, so that a given option can be told."""
+
+
+def check_guide(args: argparse.Namespace) -> None:
+    """Checks the options of the guide before anything is loaded, and fills in the defaults.
+
+    Raises:
+        ValueError: An option belongs to another guide, is missing, or cannot work.
+    """
+    used = USES[args.guidance]
+    for name in dict.fromkeys(name for names in USES.values() for name in names):
+        if getattr(args, name) is None:
+            setattr(args, name, DEFAULTS.get(name))
+        elif name not in used:
+            guides = " and ".join(guide for guide, names in USES.items() if name in names)
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected --guidance {guides} with it, got --guidance {args.guidance}; omit it")
+    if not (math.isfinite(args.cut_power) and args.cut_power > 0):
+        raise ValueError(f"--cut-power: expected a positive finite number, got {args.cut_power}")
+    if args.num_cutouts < 0:
+        raise ValueError(f"--num-cutouts: expected at least 0, got {args.num_cutouts}")
+    if args.guidance == "clip-text" and not _target_text(args).strip():
+        raise ValueError("--guidance-prompt: prompt: expected a text to guide to, got none")
+    if args.guidance == "clip-image" and not args.guidance_image:
+        raise ValueError("--guidance-image: expected one or more files with --guidance clip-image, got none")
+    if args.guidance == "classifier" and args.label is None:
+        raise ValueError("--label: expected a class's name or index with --guidance classifier, got none")
+    embedded = args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED)
+    if args.guidance == "classifier" and args.guidance_model is None and not embedded:
+        raise ValueError("--guidance-model: expected an image classifier with --guidance classifier, got none")
+    _check_files(args, embedded)
+
+
+def _check_files(args: argparse.Namespace, embedded: bool) -> None:
+    """Raises ValueError for a guide's folder that cannot be one, a picture that cannot be read, an unknown label."""
+    if args.guidance_model is not None and not embedded:
+        check_model(args.guidance_model, "config.json", "guidance model")
+        config = Path(args.guidance_model).expanduser() / "config.json"
+        if args.guidance == "classifier" and config.is_file():
+            _check_label(args.label, config)
+    if args.guidance_image:
+        from ..diffusion.images import read_picture
+
+        for file in args.guidance_image:
+            read_picture(file, "--guidance-image")
+
+
+def _check_label(label: str, config: Path) -> None:
+    """Raises ValueError for a label that is not in a classifier's config. Other faults are left to the loading."""
+    from ..guidance.classifier import find_label
+
+    try:
+        names = {int(index): str(name) for index, name in json.loads(config.read_text())["id2label"].items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return
+    find_label(label, names)
+
+
+def _target_text(args: argparse.Namespace) -> str:
+    """The text that CLIP guides to."""
+    return str(args.prompt if args.guidance_prompt is None else args.guidance_prompt)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import options
+
 if TYPE_CHECKING:
     from ..chain.memory.profiling import MemoryReport
     from .baselines import Setting
@@ -38,31 +40,40 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--estimate", metavar="MODEL", help="sd15, sdxl or a diffusers folder: no weights, no run")
-    parser.add_argument("--resolution", type=int, help="of the square image in pixels (default: the model's own)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the networks")
-    parser.add_argument("--model", default="shapes", help="diffusers folder, hub id, or 'shapes' for the embedded one")
-    parser.add_argument("--variant", help="of the model's weight files, e.g. fp16")
+    """Adds the options of the command."""
+    parser.add_argument(
+        "--estimate", type=options.text, metavar="MODEL", help="sd15, sdxl or a diffusers folder: no weights, no run"
+    )
+    parser.add_argument(
+        "--resolution",
+        type=options.integer(options.LARGEST_SIDE),
+        help="of the square image in pixels (default: the model's own)",
+    )
+    options.add_dtype(parser)
+    options.add_model(parser, options.EMBEDDED)
     parser.add_argument("--prompt", default="a red circle")
-    parser.add_argument("--guidance-scale", type=float, default=7.5, help="of classifier-free guidance")
-    parser.add_argument("--mix-weight", type=float, default=0.93, help="EDICT's p")
+    options.add_chain(parser)
     parser.add_argument(
         "--steps",
-        type=int,
+        type=options.integer(),
         nargs="+",
         default=list(STEPS),
         help="diffusion steps, one or more; an estimate is for the last, or for 50 if none is given",
     )
-    parser.add_argument("--batch", type=int, default=1, help="images at once")
-    parser.add_argument("--repeats", type=int, default=2, help="gradients on the clock, of which the fastest counts")
-    parser.add_argument("--against", default="", help="of naive, checkpoint and reference=DIR, separated by commas")
+    parser.add_argument("--batch", type=options.integer(options.LARGEST_BATCH), default=1, help="images at once")
+    parser.add_argument(
+        "--repeats", type=options.integer(), default=2, help="gradients on the clock, of which the fastest counts"
+    )
+    parser.add_argument("--against", help="of naive, checkpoint and reference=DIR, separated by commas")
     parser.add_argument("--memory-budget", help='for memory="auto", e.g. 6GiB (default: what is free)')
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    parser.add_argument("--out", type=Path, default=Path("profile"), help=f"folder for {FIGURE}, {TIMELINES}, {TABLE}")
+    options.add_device(parser)
+    parser.add_argument(
+        "--out", type=options.folder, default=Path("profile"), help=f"folder for {FIGURE}, {TIMELINES}, {TABLE}"
+    )
 
 
-def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
-    """load: gives the diffusers pipeline, if one is measured."""
+def run(args: argparse.Namespace) -> int:
+    """Measures or estimates, prints the table, and writes the figures; gives the exit code."""
     steps = sorted(set(args.steps))
     if min(steps) < 1:
         raise ValueError(f"--steps: expected numbers of at least 1, got {min(steps)}")
@@ -70,13 +81,16 @@ def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
         return _estimate(args, 50 if args.steps == list(STEPS) else steps[-1])
     if args.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, got {args.repeats}")
-    from ..chain.memory.plan import format_bytes
+    from ..chain.memory.plan import format_bytes, parse_bytes
     from .baselines import label
 
     names = _names(args.against)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {str(args.out)!r}")
-    setting = _setting(args, load())
+    options.check_folder(args.out)
+    if args.batch < 1:
+        raise ValueError(f"batch: expected an int of at least 1, got {args.batch}")
+    if args.memory_budget is not None:
+        parse_bytes(args.memory_budget)
+    setting = _setting(args, options.load_pipeline(args))
     print(f"{'':<22}{'steps':>6}{'peak':>12}{'held':>12}{'peak RSS':>12}{'seconds':>10}{'CPU s':>10}", flush=True)
     rows: list[Row] = []
     reports: dict[str, MemoryReport] = {}
@@ -97,20 +111,20 @@ def main(args: argparse.Namespace, load: Callable[[], Any]) -> int:
 
 
 def _estimate(args: argparse.Namespace, steps: int) -> int:
-    import torch
-
     from .estimate import estimate
 
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    options.quiet_libraries()
     print(f"{args.estimate}, {args.dtype}, {steps} EDICT steps of one guided image; estimated on the meta device\n")
-    print(estimate(args.estimate, args.resolution, dtypes[args.dtype], steps))
+    print(estimate(args.estimate, args.resolution, options.find_dtype(args.dtype), steps))
     return 0
 
 
-def _names(against: str) -> list[str]:
+def _names(against: str | None) -> list[str]:
     from .baselines import NAIVE, OURS, PER_STEP, REFERENCE
 
-    others = [name.strip() for name in against.split(",") if name.strip()]
+    others = [] if against is None else [name.strip() for name in against.split(",")]
+    if len(set(others)) < len(others):
+        raise ValueError(f"--against: expected every name once, got {against!r}")
     for name in others:
         if name not in (NAIVE, PER_STEP) and not name.startswith(REFERENCE + "="):
             raise ValueError(f"--against: expected some of {NAIVE}, {PER_STEP}, {REFERENCE}=DIR, got {name!r}")
@@ -118,17 +132,13 @@ def _names(against: str) -> list[str]:
 
 
 def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
-    from ..diffusion.denoiser import Denoiser
-    from ..diffusion.pipeline import encode_prompt, initial_latents
+    from ..diffusion.pipeline import initial_latents
     from .baselines import Setting
 
-    cond, uncond, extra = encode_prompt(
-        pipeline, args.prompt, height=args.resolution, width=args.resolution, batch=args.batch
-    )
-    denoiser = Denoiser(pipeline.unet, cond, uncond, args.guidance_scale, **extra)
+    size = args.resolution
+    denoiser = options.denoiser(pipeline, args.prompt, args.guidance_scale, height=size, width=size, batch=args.batch)
     x = initial_latents(pipeline, args.resolution, args.resolution, batch=args.batch)
-    # an offset of 1, which many schedulers have, leaves no room for as many steps as there are timesteps
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, steps_offset=0)
+    scheduler = options.without_offset(pipeline.scheduler)
     return Setting(denoiser, scheduler, args.mix_weight, x, args.memory_budget)
 
 
@@ -202,12 +212,11 @@ def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, MemoryR
     from ..chain.memory.profiling import draw_timelines
     from .baselines import label
 
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     result = {
         "rows": [asdict(row) for row in rows],
         "growth": growths(rows),
         "timelines": {name: report.as_dict() for name, report in reports.items()},
-        "options": options,
+        "options": options.as_json(args),
         "versions": {"doodl_fast": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
     }
     (args.out / TABLE).write_text(json.dumps(result) + "\n")

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from doodl_fast import cli
-from doodl_fast.cli import entry, files
+from doodl_fast.cli import files
+from doodl_fast.cli import run as run_command
 from doodl_fast.optimization import loop as doodl
 
 FILES = {"before.png", "after.png", "best.png", "losses.png", "result.json", "run.json", "state"}
@@ -97,14 +98,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert cli.main(command(models, whole, *more, guidance="clip-text", steps=3)) == 0
 
-    real = entry._Writer.__call__
+    real = run_command._Writer.__call__
 
     def interrupted(self: Any, info: Any) -> None:
         real(self, info)
         if info.step == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(entry._Writer, "__call__", interrupted)
+    monkeypatch.setattr(run_command._Writer, "__call__", interrupted)
     assert cli.main(command(models, broken, *more, guidance="clip-text", steps=3)) == 130
     assert "doodl-fast: interrupted; the same command with --resume continues" in capsys.readouterr().err
     monkeypatch.undo()

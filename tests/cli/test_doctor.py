@@ -11,7 +11,7 @@ from doodl_fast.ops.backends import native
 
 
 def test_report(capsys):
-    assert doctor.main(None) == 0
+    assert doctor.run(None) == 0
     said = capsys.readouterr().out
     assert torch.__version__ in said and doodl_fast.__version__ in said
     for name in ops.NAMES:
@@ -22,7 +22,7 @@ def test_report(capsys):
 def test_missing_backends_are_explained(monkeypatch, capsys):
     monkeypatch.setattr(native, "why_not", lambda device_type: "not built: no compiler was found")
     with doodl_fast.backend("native"):
-        doctor.main(None)
+        doctor.run(None)
     said = capsys.readouterr().out
     assert "native       missing: not built: no compiler was found" in said
     assert "in use       none: backend 'native' cannot compute on 'cpu'" in said

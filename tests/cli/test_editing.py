@@ -16,7 +16,7 @@ from test_cli_run import refused
 
 from doodl_fast import LatticeState, cli, shapes
 from doodl_fast.cli import edit as editing
-from doodl_fast.cli import entry, files
+from doodl_fast.cli import files, invert, options
 from doodl_fast.diffusion.schedule import Schedule
 
 WRITTEN = {"picture.png", "encoded.png", "noise.safetensors", "image.safetensors", "invert.json"}
@@ -164,14 +164,14 @@ def test_what_makes_edits_poor_is_said(
 def test_a_network_that_is_not_the_same_twice_is_reported(
     inverted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, load = copied(inverted, tmp_path), entry._load_pipeline
+    out, load = copied(inverted, tmp_path), options.load_pipeline
 
     def noisy(*args: Any) -> Any:
         pipeline = load(*args)
         pipeline.unet.register_forward_hook(lambda _m, _i, output: (output[0] + 1e-4 * torch.randn_like(output[0]),))
         return pipeline
 
-    monkeypatch.setattr(entry, "_load_pipeline", noisy)
+    monkeypatch.setattr(options, "load_pipeline", noisy)
     assert cli.main(["generate", str(out)]) == 1
     said = capsys.readouterr().out
     assert "did not come back" in said and "does not return the same bits twice" in said
@@ -242,7 +242,7 @@ def test_an_interrupted_inversion_leaves_nothing(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(editing, "write_json", interrupted)
+    monkeypatch.setattr(invert, "write_json", interrupted)
     assert cli.main(command(model, picture, tmp_path / "out")) == 130
     assert not any(tmp_path.iterdir())
     for way_out in (KeyboardInterrupt, ValueError):
@@ -342,12 +342,12 @@ def test_every_kind_of_picture(tmp_path: Path, mode: str) -> None:
         grey.rotate(180).convert("RGB").save(path, exif=exif, quality=95)
     else:
         grey.convert("RGB").convert(mode).save(path)
-    found = np.asarray(editing.fit(editing._open(path), 20, 40), dtype=float)
+    found = np.asarray(editing.fit(editing.open_image(path), 20, 40), dtype=float)
     assert found[:, :18].max() < 12 and found[:, 22:].min() > 243
 
 
 def test_the_last_part_of_a_schedule() -> None:
     whole = Schedule((9, 6, 3, 0), (0.1, 0.2, 0.3, 0.4), (0.2, 0.3, 0.4, 0.5), "v_prediction")
-    assert editing.last_part(whole, 1.0) == whole
-    assert editing.last_part(whole, 0.5) == Schedule((3, 0), (0.3, 0.4), (0.4, 0.5), "v_prediction")
-    assert editing.last_part(whole, 1e-9).timesteps == (0,)
+    assert options.last_part(whole, 1.0) == whole
+    assert options.last_part(whole, 0.5) == Schedule((3, 0), (0.3, 0.4), (0.4, 0.5), "v_prediction")
+    assert options.last_part(whole, 1e-9).timesteps == (0,)

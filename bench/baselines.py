@@ -1,0 +1,75 @@
+"""The layers of the public DOODL code as a baseline of `doodl-fast profile --against reference=DIR`.
+
+This file executes code of another project's checkout, so it is not part of the installed package.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYERS = {
+    "helper_functions.py": ("get_alpha_and_beta", "forward_step", "reverse_step"),
+    "doodl.py": ("SteppingLayer", "MixingLayer"),
+}
+
+
+class ReferenceUnavailable(Exception):
+    """The reference's code, or what it needs, cannot be had."""
+
+
+def reference(folder: str, setting: Any, steps: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The layers of a checkout of the public DOODL code (arXiv 2303.13703), strung together as its `gen()` does.
+
+    They run on the caller's UNet, in its dtype, on one image. Of the checkout only the definitions named in LAYERS are
+    executed, as its modules load models from the hub when they are imported. Raises ReferenceUnavailable if it lacks
+    them or memcnn, which wraps them, is not installed.
+    """
+    if len(setting.x) != 1:
+        raise ReferenceUnavailable(f"the reference takes one image, got a batch of {len(setting.x)}; use --batch 1")
+    found = definitions(Path(folder), setting.x.device)
+    try:
+        memcnn: Any = importlib.import_module("memcnn")
+    except ImportError as error:
+        raise ReferenceUnavailable(f"the reference needs memcnn ({error}); install it with pip") from error
+    own = setting.denoiser
+
+    def wrapped(layer: Any) -> Any:
+        options = {"keep_input": True, "keep_input_inverse": True, "num_bwd_passes": 1}
+        return memcnn.InvertibleModuleWrapper(layer, **options)
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        scheduler = copy.deepcopy(setting.scheduler)
+        stepping = found["SteppingLayer"](own.unet, own.uncond, own.cond, scheduler, steps, own.guidance_scale)
+        step, mix = wrapped(stepping), wrapped(found["MixingLayer"](setting.mix_weight))
+        dtype = own.compute_dtype(x.dtype)
+        pair = torch.cat([x, x]).to(dtype)
+        for i, t in enumerate(scheduler.timesteps):
+            numbers = (torch.tensor([float(n)], dtype=dtype, device=x.device) for n in (i, t))
+            _, _, pair = step(*numbers, pair)
+            pair = mix(pair)
+        return pair[:1], pair[1:]
+
+    return forward
+
+
+def definitions(folder: Path, device: torch.device) -> dict[str, Any]:
+    """What LAYERS names, by name."""
+    space: dict[str, Any] = {"torch": torch, "nn": torch.nn, "device": device}
+    for file, names in LAYERS.items():
+        path = folder / file
+        if not path.is_file():
+            raise ReferenceUnavailable(f"expected a checkout of DOODL with {file} in it, got {str(folder)!r}")
+        nodes = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) in names]
+        missing = set(names) - {node.name for node in nodes}  # type: ignore[attr-defined]
+        if missing:
+            raise ReferenceUnavailable(f"expected {', '.join(sorted(missing))} in {str(path)!r}, got none")
+        exec(compile(ast.Module(nodes, []), str(path), "exec"), space)
+    return space

@@ -1,0 +1,62 @@
+"""Which errors are the user's to mend, and what is said about them. All others are bugs and show their traceback."""
+
+from __future__ import annotations
+
+import argparse
+import dis
+from types import TracebackType
+
+PACKAGE = __name__.partition(".")[0]
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+"""What PyTorch's allocators say in a plain RuntimeError."""
+SIZES = ("height", "width", "resolution", "batch", "num_cutouts", "steps", "memory", "memory_budget", "dtype", "device")
+"""The options that decide how much memory a command takes."""
+REFUSALS = (ValueError, FloatingPointError, OverflowError)
+
+
+class UsageError(Exception):
+    """A command line that cannot be parsed."""
+
+
+def explain(error: Exception, args: argparse.Namespace | None) -> str | None:
+    """One line about an error that the user can mend; None for a bug.
+
+    The user can mend: a command line that cannot be parsed; files and folders that cannot be used (OSError); a missing
+    kernel backend; too little memory; and what the code of this package refuses. That is a ValueError,
+    FloatingPointError or OverflowError that one of its `raise` statements raised. The same types from Python or from
+    another library, a TypeError for instance or a failed unpacking, are bugs of ours.
+
+    Args:
+        error: The error.
+        args: The parsed command line, if it could be parsed.
+    """
+    line = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        given = vars(args) if args is not None else {}
+        asked = [f"--{name.replace('_', '-')} {given[name]}" for name in SIZES if given.get(name) is not None]
+        return f"out of memory with {', '.join(asked) or 'the default sizes'}; ask for less ({line[:200]})"
+    if isinstance(error, (UsageError, OSError)) or type(error).__name__ == "BackendUnavailable":
+        return line or type(error).__name__
+    if isinstance(error, REFUSALS) and is_raised_here(error.__traceback__):
+        return line
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def is_raised_here(traceback: TracebackType | None) -> bool:
+    """Whether a `raise` statement of this package raised an error: the innermost frame stands at one."""
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    frame = traceback.tb_frame
+    module = str(frame.f_globals.get("__name__", ""))
+    if module != PACKAGE and not module.startswith(PACKAGE + "."):
+        return False
+    return frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -1,0 +1,90 @@
+"""`doodl-fast invert`: takes a picture to the noise that leads to it. See `edit` for what it shares with generate."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from . import options
+from .edit import (
+    ENCODED,
+    IMAGE,
+    INDEX,
+    LOUD,
+    NOISE,
+    PICTURE,
+    SETTINGS,
+    advice,
+    as_tensor,
+    decoded,
+    describe,
+    fingerprint,
+    fit,
+    in_range,
+    make_chain,
+    make_decoder,
+    open_image,
+    picture_error,
+    picture_size,
+)
+from .files import new_folder, write_json, write_picture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument(
+        "image", type=options.folder, metavar="IMAGE", help="any picture file; its centre is cut out and resized"
+    )
+    options.add_model(parser)
+    parser.add_argument("--prompt", required=True, help="what the picture shows")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--steps", type=options.integer(), default=50, help="diffusion steps of the whole schedule")
+    parser.add_argument(
+        "--strength", type=options.number, default=0.8, help="share of the schedule that is gone through"
+    )
+    options.add_chain(parser, guidance_scale=3.0)
+    parser.add_argument("--arithmetic", choices=("exact", "exact64"), default="exact", help="integers of 32 or 64 bits")
+    options.add_size(parser)
+    options.add_device(parser)
+    options.add_dtype(parser)
+    parser.add_argument(
+        "--out", type=options.folder, required=True, metavar="STATE", help="folder for the state and pictures"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Takes a picture to its noise; writes both ends' states, what belongs to them, and pictures."""
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out: expected a new or empty folder, got {str(args.out)!r}, which is taken")
+    if not 0 < args.strength <= 1:
+        raise ValueError(f"--strength: expected a number in (0, 1], got {args.strength}")
+    options.check_model(args.model)
+    picture = open_image(args.image)
+    pipeline = options.load_pipeline(args)
+    height, width = picture_size(pipeline, args.height, args.width)
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"height": height, "width": width}
+    if args.model != options.EMBEDDED and Path(args.model).expanduser().is_dir():
+        settings["model"] = os.path.abspath(Path(args.model).expanduser())
+    chain, decode = make_chain(pipeline, settings), make_decoder(pipeline)
+    pixels = as_tensor(fit(picture, height, width)).to(pipeline.unet.device)
+    with in_range(advice(settings, chain)):
+        image = chain.state(decode.encode(pixels), end="image")
+        noise = chain.inverse_state(image)
+    encoded = decoded(decode, image)
+    report = {"vae_error": picture_error(encoded, pixels), **describe(noise)}
+    with new_folder(args.out) as folder:
+        noise.save(folder / NOISE)
+        image.save(folder / IMAGE)
+        write_picture(folder / PICTURE, pixels)
+        write_picture(folder / ENCODED, encoded)
+        index = {"settings": settings, "image": str(args.image), "weights": fingerprint(pipeline), "report": report}
+        write_json(folder / INDEX, index)
+    print(f"the noise: standard deviation {report['deviation']:.3g}, |x - y| / |x| = {report['parted']:.2g}")
+    if report["deviation"] > LOUD:
+        print(
+            "that is louder than noise that the model knows, so edits may be poor: try a prompt that describes the "
+            "picture better, or a lower --guidance-scale or --strength"
+        )
+    print(f"the VAE's error: {report['vae_error']:.3g} of 255 (rms); states and pictures in {args.out}")
+    return 0
