@@ -1,5 +1,6 @@
-// From tensors to calls, for both devices: schemas, checks that name the argument, pointers. Layouts are the caller's
-// business (doodl_fast/ops/layout.py): memory is taken as flat.
+// From tensors to calls, for both devices: schemas, checks that name the argument, pointers. The kernels take memory as
+// flat, so a tensor must fill its memory without gaps or overlaps (dense); that all tensors of a call have the same
+// layout is the caller's business (doodl_fast/ops/layout.py).
 #pragma once
 
 #include "cpu_kernels.h"
@@ -8,6 +9,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -53,10 +55,27 @@ doodl_fast::Dtype dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
+// Whether the elements fill one stretch of memory, each place once, in some order of the dimensions.
+bool is_dense(const Tensor& tensor) {
+  if (tensor.numel() == 0 || tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    if (tensor.size(i) != 1) dims.emplace_back(tensor.stride(i), tensor.size(i));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
 void check(const char* name, const Tensor& tensor, const Tensor& like, int64_t numel) {
   STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, got ", tensor.numel());
-  STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.get_device() == like.get_device(), name,
-                  ": expected the other tensors' device");
+  STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() &&
+                      tensor.get_device_index() == like.get_device_index(),
+                  name, ": expected the other tensors' device");
+  STD_TORCH_CHECK(is_dense(tensor), name, ": expected dense memory, got expanded or strided; use contiguous()");
 }
 
 // `like` gives the device, and with `same` also the dtype.
@@ -115,7 +134,7 @@ doodl_fast::UpdateCall update_call(const std::array<Tensor, 4>& outs, const std:
   doodl_fast::UpdateCall call;
   call.is_double = dtype_of("x", like) == doodl_fast::Dtype::f64;
   STD_TORCH_CHECK(call.is_double || dtype_of("x", like) == doodl_fast::Dtype::f32, "x: expected fp32 or fp64");
-  STD_TORCH_CHECK(n > 0, "x: expected elements");
+  STD_TORCH_CHECK(n > 0 && like.dim() > 0, "x: expected elements and a batch dimension");
   call.batch = like.size(0);
   call.sample = n / call.batch;
   void** out_at[] = {&call.x, &call.y, &call.mx, &call.my};

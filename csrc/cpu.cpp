@@ -70,10 +70,11 @@ void coupling_mix(Tensor out_target, Tensor out_source, Tensor target, Tensor so
   split(call.n, [&](int64_t begin, int64_t end) { kernels().coupling(call, begin, end); });
 }
 
-double value_of(const MaybeTensor& scale) {
+double value_of(const MaybeTensor& scale, const Tensor& like) {
   if (!scale) return 1;
+  check("scale", *scale, like, 1);
   const Dtype dtype = dtype_of("scale", *scale);
-  STD_TORCH_CHECK(scale->numel() == 1 && (dtype == Dtype::f32 || dtype == Dtype::f64), "scale: expected one float");
+  STD_TORCH_CHECK(dtype == Dtype::f32 || dtype == Dtype::f64, "scale: expected fp32 or fp64");
   const void* data = scale->const_data_ptr();
   return dtype == Dtype::f64 ? *static_cast<const double*>(data) : double(*static_cast<const float*>(data));
 }
@@ -81,7 +82,7 @@ double value_of(const MaybeTensor& scale) {
 void coupling_vjp(Tensor out, MaybeTensor out_source, MaybeTensor out_eps, Tensor grad, MaybeTensor scale, double a,
                   double c, double b, std::optional<double> g) {
   VjpCall call = vjp_call(out, out_source, out_eps, grad, a, c, b, g);
-  call.scale = value_of(scale);
+  call.scale = value_of(scale, grad);
   advise(out), advise(out_source), advise(out_eps);
   split(call.n, [&](int64_t begin, int64_t end) { kernels().vjp(call, begin, end); });
 }
@@ -92,7 +93,7 @@ void coupling_mix_vjp(Tensor out_target, Tensor out_source, MaybeTensor out_eps,
   VjpCall call = vjp_call(out_target, out_source, out_eps, grad_target, a, c, b, g);
   add_mixing(call, target_first, a0, c0, a1, c1);
   call.grad_source = input("grad_source", grad_source, grad_target, call.n);
-  call.scale = value_of(scale);
+  call.scale = value_of(scale, grad_target);
   advise(out_target), advise(out_source), advise(out_eps);
   split(call.n, [&](int64_t begin, int64_t end) { kernels().vjp(call, begin, end); });
 }

@@ -296,6 +296,7 @@ void coupling_mix(Tensor out_target, Tensor out_source, Tensor target, Tensor so
 void coupling_vjp(Tensor out, MaybeTensor out_source, MaybeTensor out_eps, Tensor grad, MaybeTensor scale, double a,
                   double c, double b, std::optional<double> g) {
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device());
+  if (scale) check("scale", *scale, grad, 1);
   run(vjp_call(out, out_source, out_eps, grad, a, c, b, g), scale, Launch(grad));
 }
 
@@ -306,6 +307,7 @@ void coupling_mix_vjp(Tensor out_target, Tensor out_source, MaybeTensor out_eps,
   VjpCall call = vjp_call(out_target, out_source, out_eps, grad_target, a, c, b, g);
   add_mixing(call, target_first, a0, c0, a1, c1);
   call.grad_source = input("grad_source", grad_source, grad_target, call.n);
+  if (scale) check("scale", *scale, grad_target, 1);
   run(call, scale, Launch(grad_target));
 }
 

@@ -35,6 +35,7 @@ LatticeCall lattice_call(const Tensor& out, const Tensor& target, const Tensor& 
   LatticeCall call;
   call.n = target.numel();
   call.wide = is_wide("target", target);
+  check_integers("target", target, target, call.n);
   check_integers("out", out, target, call.n);
   check_integers("source", source, target, call.n);
   call.out = out.mutable_data_ptr();
@@ -42,7 +43,7 @@ LatticeCall lattice_call(const Tensor& out, const Tensor& target, const Tensor& 
   call.source = source.const_data_ptr();
   call.guided = g.has_value();
   if (eps) call.eps = input("eps", *eps, target, call.guided ? 2 * call.n : call.n, false);
-  STD_TORCH_CHECK(row >= 0 && 2 * row + 1 < faults.numel(), "row: expected one of the faults' rows, got ", row);
+  STD_TORCH_CHECK(row >= 0 && row < faults.numel() / 2, "row: expected one of the faults' rows, got ", row);
   check_integers("faults", faults, target, faults.numel(), true);
   call.faults = static_cast<int32_t*>(faults.mutable_data_ptr()) + 2 * row;
   call.c = c, call.b = b, call.g = g.value_or(0), call.undo = undo;
@@ -60,11 +61,14 @@ void add_lattice_mixing(LatticeCall& call, const Tensor& like, const std::array<
                         const std::array<Tensor, 2>& buffers, bool target_first, const LatticeStage& first,
                         const LatticeStage& second) {
   const int64_t size = buffers[0].numel();
-  call.num_words = call.n ? int(size / call.n) : 0;
+  const int64_t num_words = call.n ? size / call.n : 1;
+  STD_TORCH_CHECK(num_words > 0 && num_words < (int64_t(1) << 31),
+                  "target_buffer: expected at least one word for each element");
+  call.num_words = int(num_words);
   check_integers("out_source", outs[0], like, call.n);
   check_integers("out_target_buffer", outs[1], like, size, true);
   check_integers("out_source_buffer", outs[2], like, size, true);
-  check_integers("target_buffer", buffers[0], like, call.num_words * call.n, true);
+  check_integers("target_buffer", buffers[0], like, num_words * call.n, true);
   check_integers("source_buffer", buffers[1], like, size, true);
   call.out_source = outs[0].mutable_data_ptr();
   call.out_words = static_cast<int32_t*>(outs[1].mutable_data_ptr());
@@ -74,7 +78,7 @@ void add_lattice_mixing(LatticeCall& call, const Tensor& like, const std::array<
   call.mixes = true, call.target_first = target_first, call.first = first, call.second = second;
 }
 
-// Calls f with a null pointer to the integer type and the constants (Eps, mixes) of a call.
+// Calls f with a value of the lattice's integer type, for its type alone, and with the constants (Eps, mixes) of a call.
 template <class F>
 void with_lattice_kind(const LatticeCall& call, const F& f) {
   const auto mixes = [&](auto integer, auto eps) {

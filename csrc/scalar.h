@@ -1,6 +1,6 @@
 // The scalar maths of every op, included by the C++ and by the CUDA kernels: what CPU tests cover is what a GPU computes.
 //
-// Floating-point contract, the same in all backends (doodl_fast/ops/coupling.py states it for each op):
+// Floating-point contract, the same in all backends (doodl_fast/ops/coupling_op.py states it for each op):
 //   * arithmetic in T = double if any operand is double, else float; coefficients are rounded to T first;
 //   * operations in the order written here; a multiplication is NEVER contracted with an addition into a fused
 //     multiply-add. C++ is compiled with -ffp-contract=off, CUDA with -fmad=false, Triton with enable_fp_fusion=False;
@@ -93,7 +93,7 @@ DF_FN void mix(T& t, T& s, const Mix<T>& m) {
 
 // The transpose of mix_pair, applied to the cotangents.
 template <class T>
-DF_FN void unmix_pair(T& first, T& second, const Mix<T>& m) {
+DF_FN void transpose_pair(T& first, T& second, const Mix<T>& m) {
   T f = first;
   if (m.c1 != 0) {
     const T term = m.c1 * second;
@@ -111,9 +111,9 @@ DF_FN void unmix_pair(T& first, T& second, const Mix<T>& m) {
 template <class T>
 DF_FN void mix_transposed(T& gt, T& gs, const Mix<T>& m) {
   if (m.target_first)
-    unmix_pair(gt, gs, m);
+    transpose_pair(gt, gs, m);
   else
-    unmix_pair(gs, gt, m);
+    transpose_pair(gs, gt, m);
 }
 
 // eps's cotangent: q alone, or both halves of a guided batch.

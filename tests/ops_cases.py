@@ -91,3 +91,12 @@ def guided_eps(eps: Tensor, g: float | None) -> Linear:
         return Linear(eps)
     uncond, cond = (Linear(half) for half in eps.chunk(2))
     return uncond + (cond + uncond * -1) * g
+
+
+def update(x: Tensor, y: Tensor, noise=None, starts=None, seed: int = 5, **settings):
+    """One latent update with gradients and momenta drawn from a seed: x, y and their momenta."""
+    generator = torch.Generator().manual_seed(seed)
+    gx, gy, mx, my = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(4))
+    options = {"rate": 0.5, "clip": 0.4, "momentum": 0.9, "nesterov": False, "tied": True, "sigma": 0.1, **settings}
+    latents, momenta = ops.latent_update((x, y), (mx, my), (gx, gy), noise, starts, **options)
+    return [*latents, *momenta]

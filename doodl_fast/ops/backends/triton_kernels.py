@@ -250,7 +250,7 @@ def scale_kernel(x_ptr, y_ptr, factors_ptr, sample, BLOCK: tl.constexpr):
     mask = inside < sample
     row = tl.program_id(1)
     offsets = row.to(tl.int64) * sample + inside
-    x = tl.load(x_ptr + offsets, mask=mask) * tl.load(factors_ptr + row)
-    y = tl.load(y_ptr + offsets, mask=mask) * tl.load(factors_ptr + tl.num_programs(1) + row)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0) * tl.load(factors_ptr + row)
+    y = tl.load(y_ptr + offsets, mask=mask, other=0.0) * tl.load(factors_ptr + tl.num_programs(1) + row)
     tl.store(x_ptr + offsets, x, mask=mask)
     tl.store(y_ptr + offsets, y, mask=mask)

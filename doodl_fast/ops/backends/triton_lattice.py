@@ -102,6 +102,18 @@ def _mixed(
     return n, outside
 
 
+@triton.jit
+def _network(eps_ptr, faults_ptr, n, row, offsets, mask, g, GUIDED: tl.constexpr):
+    """The network's output in float64, guided or not; a NaN or Inf in it is noted in the faults."""
+    eps = _load(eps_ptr, offsets, mask, tl.float64)
+    if GUIDED:
+        cond = _load(eps_ptr + n, offsets, mask, tl.float64)
+        eps = eps + (cond - eps) * tl.full((), g, tl.float64)
+    infinite = tl.max(((eps - eps) != 0.0).to(tl.int32), 0)
+    tl.store(faults_ptr + 2 * row + 1, 1, mask=infinite > 0)
+    return eps
+
+
 @triton.jit(do_not_specialize=["row", "by0", "over0", "by1", "over1"])
 def lattice_kernel(
     out_ptr,
@@ -143,85 +155,51 @@ def lattice_kernel(
     outside = mask & False
     v = s.to(tl.float64) * tl.full((), c, tl.float64)
     if EPS:
-        eps = _load(eps_ptr, offsets, mask, tl.float64)
-        if GUIDED:
-            cond = _load(eps_ptr + n, offsets, mask, tl.float64)
-            eps = eps + (cond - eps) * tl.full((), g, tl.float64)
-        infinite = tl.max(((eps - eps) != 0.0).to(tl.int32), 0)
-        tl.store(faults_ptr + 2 * row + 1, 1, mask=infinite > 0)
-        v = v + eps * tl.full((), b, tl.float64)
+        v = v + _network(eps_ptr, faults_ptr, n, row, offsets, mask, g, GUIDED) * tl.full((), b, tl.float64)
     t, outside = _moved(t, v, outside, UNDO, LIMIT)
     if MIXES:
-        if TARGET_FIRST:
-            t, outside = _mixed(
-                t,
-                s,
-                outside,
-                buffer_ptr,
-                out_buffer_ptr,
-                n,
-                offsets,
-                mask,
-                by0,
-                over0,
-                c0,
-                UNDO,
-                WORDS,
-                LIMIT,
-                DIGITS,
-            )
-            s, outside = _mixed(
-                s,
-                t,
-                outside,
-                source_buffer_ptr,
-                out_source_buffer_ptr,
-                n,
-                offsets,
-                mask,
-                by1,
-                over1,
-                c1,
-                UNDO,
-                WORDS,
-                LIMIT,
-                DIGITS,
-            )
-        else:
-            s, outside = _mixed(
-                s,
-                t,
-                outside,
-                source_buffer_ptr,
-                out_source_buffer_ptr,
-                n,
-                offsets,
-                mask,
-                by0,
-                over0,
-                c0,
-                UNDO,
-                WORDS,
-                LIMIT,
-                DIGITS,
-            )
-            t, outside = _mixed(
-                t,
-                s,
-                outside,
-                buffer_ptr,
-                out_buffer_ptr,
-                n,
-                offsets,
-                mask,
-                by1,
-                over1,
-                c1,
-                UNDO,
-                WORDS,
-                LIMIT,
-                DIGITS,
-            )
+        first, in0_ptr, out0_ptr = t, buffer_ptr, out_buffer_ptr
+        second, in1_ptr, out1_ptr = s, source_buffer_ptr, out_source_buffer_ptr
+        if not TARGET_FIRST:
+            first, in0_ptr, out0_ptr = s, source_buffer_ptr, out_source_buffer_ptr
+            second, in1_ptr, out1_ptr = t, buffer_ptr, out_buffer_ptr
+        first, outside = _mixed(
+            first,
+            second,
+            outside,
+            in0_ptr,
+            out0_ptr,
+            n,
+            offsets,
+            mask,
+            by0,
+            over0,
+            c0,
+            UNDO,
+            WORDS,
+            LIMIT,
+            DIGITS,
+        )
+        second, outside = _mixed(
+            second,
+            first,
+            outside,
+            in1_ptr,
+            out1_ptr,
+            n,
+            offsets,
+            mask,
+            by1,
+            over1,
+            c1,
+            UNDO,
+            WORDS,
+            LIMIT,
+            DIGITS,
+        )
+        t, s = first, second
+        if not TARGET_FIRST:
+            t, s = second, first
         tl.store(out_source_ptr + offsets, s.to(out_source_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptr + offsets, t.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(faults_ptr + 2 * row, 1, mask=tl.max(outside.to(tl.int32), 0) > 0)
