@@ -123,11 +123,11 @@ def _names(against: str | None) -> list[str]:
     from .baselines import NAIVE, OURS, PER_STEP, REFERENCE
 
     others = [] if against is None else [name.strip() for name in against.split(",")]
-    if len(set(others)) < len(others):
-        raise ValueError(f"--against: expected every name once, got {against!r}")
     for name in others:
         if name not in (NAIVE, PER_STEP) and not name.startswith(REFERENCE + "="):
             raise ValueError(f"--against: expected some of {NAIVE}, {PER_STEP}, {REFERENCE}=DIR, got {name!r}")
+    if len(set(others)) < len(others):
+        raise ValueError(f"--against: expected every name once, got {against!r}")
     return [*others, *OURS]
 
 
