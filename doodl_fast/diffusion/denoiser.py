@@ -21,6 +21,7 @@ from .networks import (
     as_tensor,
     blocks_checkpointed,
     has_blocks,
+    lock_of,
     weights_cast,
     without_weight_grad,
 )
@@ -156,9 +157,11 @@ class Denoiser(Evaluator):
 
     def _weight(self) -> Tensor | None:
         """The first of the network's weights that it computes with."""
-        weights = () if self._module is None else self._module.parameters()
-        # float8 and integer weights are storage formats that the module unpacks itself
-        return next((weight for weight in weights if weight.dtype in FLOAT_DTYPES), None)
+        if self._module is None:
+            return None
+        with lock_of(self._module):
+            # float8 and integer weights are storage formats that the module unpacks itself.
+            return next((weight for weight in self._module.parameters() if weight.dtype in FLOAT_DTYPES), None)
 
     def for_vjp(self) -> Denoiser | None:
         """The same in vjp_dtype, whose `running` casts the weights; None where VJPs need no other. For chains."""
@@ -190,7 +193,8 @@ class Denoiser(Evaluator):
         """The name and the tensor of each of the network's parameters and buffers."""
         if self._module is None:
             return ()
-        return (*self._module.named_parameters(), *self._module.named_buffers())
+        with lock_of(self._module):
+            return (*self._module.named_parameters(), *self._module.named_buffers())
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -263,7 +267,11 @@ class Denoiser(Evaluator):
             pairs_joined,
             lambda leaf, name: fit(leaf, batch, dtype, name) if leaf.ndim else _cast(leaf, dtype),
         )
-        eps = as_tensor(self._call(network_x, self._timestep(t, x.device), cond, kwargs), "unet")
+        # Another thread may have cast the weights for a VJP.
+        casts = dtype in HALF_DTYPES or self.insists_on_vjps
+        with lock_of(self._module) if casts and self._module is not None else contextlib.nullcontext():
+            output = self._call(network_x, self._timestep(t, x.device), cond, kwargs)
+        eps = as_tensor(output, "unet")
         if eps.shape != network_x.shape:
             raise ValueError(
                 f"unet: expected an output of its input's shape {tuple(network_x.shape)}, got {tuple(eps.shape)}; "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,10 @@ def frozen(*modules: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def without_weight_grad(*networks: nn.Module) -> Iterator[None]:
     """For its duration no weight requires grad; the flags are restored, also after errors."""
-    weights = [p for network in networks for p in network.parameters() if p.requires_grad and p.is_leaf]
+    weights: list[Tensor] = []
+    for network in networks:
+        with lock_of(network):
+            weights += [p for p in network.parameters() if p.requires_grad and p.is_leaf]
     try:
         for weight in weights:
             weight.requires_grad = False  # The method requires_grad_ is refused under torch.func's transforms.
@@ -188,9 +193,27 @@ class _UnscaleGradient(torch.autograd.Function):
         return (grad_outputs[0].to(wide) * ctx.power[0]).to(ctx.dtype), None, None
 
 
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[valid-type]
+
+
+def lock_of(network: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The lock that a thread holds while it calls a network or has cast its weights: one for each network."""
+    lock: contextlib.AbstractContextManager[Any] = _locks.setdefault(network, threading.RLock())
+    return lock
+
+
 @contextlib.contextmanager
 def weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For its duration the floating weights and buffers of a network are copies in another dtype."""
+    """For its duration the floating weights and buffers of a network are copies in another dtype.
+
+    No other thread calls the network through a `Denoiser`, or casts its weights, until it ends.
+    """
+    with lock_of(network):
+        yield from _cast_weights(network, dtype)
+
+
+def _cast_weights(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Replaces the weights and buffers, pauses, and puts the originals back."""
     replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
     copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
 

@@ -76,13 +76,16 @@ def test_a_local_function_cannot_be_pickled():
 # Threads
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "vjp_dtype"),
+    [(torch.float64, None), (torch.float16, None), (torch.float16, "auto"), (torch.float32, torch.float64)],
+)
 @pytest.mark.parametrize("memory", ["checkpoint", 2, "reversible"])
-def test_two_threads_on_one_chain(memory, dtype):
+def test_two_threads_on_one_chain(memory, dtype, vjp_dtype):
     cond, uncond = conditions(dtype=dtype)
     net = TinyNet().to(dtype)
     parameters = dict(net.named_parameters())
-    chain = EDICT(Denoiser(net, cond, uncond, 3.0, vjp_dtype=None), tiny_chain(6).schedule, memory=memory)
+    chain = EDICT(Denoiser(net, cond, uncond, 3.0, vjp_dtype=vjp_dtype), tiny_chain(6).schedule, memory=memory)
 
     def gradient(seed: int) -> list[torch.Tensor]:
         x, y = latents(1, 3, 8, 8, dtype=torch.float32, seed=seed, grad=True)
