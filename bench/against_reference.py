@@ -18,7 +18,6 @@ growth is how much more is held between forward and backward for every further s
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import io
 import json
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import ReferenceUnavailable, definitions
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,17 +85,11 @@ def network(size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, Tens
 
 def reference_layers(folder: Path, device: str) -> Layers:
     """The classes of `doodl.py`, with what they call of `helper_functions.py`."""
-    space: dict[str, Any] = {"torch": torch, "nn": nn, "device": device}
-    for file, names in (
-        ("helper_functions.py", {"get_alpha_and_beta", "forward_step", "reverse_step"}),
-        ("doodl.py", {"SteppingLayer", "MixingLayer"}),
-    ):
-        tree = ast.parse((folder / file).read_text(encoding="utf-8"), file)
-        tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
-        if {node.name for node in tree.body} != names:
-            raise SystemExit(f"--reference: {folder / file} does not define {', '.join(sorted(names))}")
-        exec(compile(tree, str(folder / file), "exec"), space)
-    return space["SteppingLayer"], space["MixingLayer"]
+    try:
+        found = definitions(folder, torch.device(device))
+    except ReferenceUnavailable as error:
+        raise SystemExit(f"--reference: {error}") from error
+    return found["SteppingLayer"], found["MixingLayer"]
 
 
 def reference_memcnn(folder: Path) -> types.ModuleType:

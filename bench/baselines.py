@@ -67,9 +67,12 @@ def definitions(folder: Path, device: torch.device) -> dict[str, Any]:
         path = folder / file
         if not path.is_file():
             raise ReferenceUnavailable(f"expected a checkout of DOODL with {file} in it, got {str(folder)!r}")
-        nodes = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) in names]
+        nodes = [
+            node for node in ast.parse(path.read_text(encoding="utf-8")).body if getattr(node, "name", None) in names
+        ]
         missing = set(names) - {node.name for node in nodes}  # type: ignore[attr-defined]
         if missing:
-            raise ReferenceUnavailable(f"expected {', '.join(sorted(missing))} in {str(path)!r}, got none")
+            absent = ", ".join(sorted(missing))
+            raise ReferenceUnavailable(f"expected {absent} in {str(folder)!r}, but {path} does not define {absent}")
         exec(compile(ast.Module(nodes, []), str(path), "exec"), space)
     return space

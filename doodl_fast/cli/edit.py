@@ -175,6 +175,10 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name, kind in SETTINGS.items():
         if not isinstance(settings[name], kind) or isinstance(settings[name], bool):
             raise TypeError(f"{name} is {settings[name]!r}")
+        if isinstance(settings[name], str):
+            settings[name].encode()  # a ValueError for what is no text
+            if "\0" in settings[name]:
+                raise ValueError(f"{name} is {settings[name]!r}")
     if settings["dtype"] not in options.DTYPES or settings["arithmetic"] not in ("exact", "exact64"):
         raise ValueError(f"dtype is {settings['dtype']!r}, arithmetic is {settings['arithmetic']!r}")
     if not 0 < settings["strength"] <= 1:

@@ -88,9 +88,11 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def bench():
+    sys.path.insert(0, str(SCRIPT.parent))  # where Python looks for the imports of a script
     spec = spec_from_file_location("against_reference", SCRIPT)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     return module
 
 

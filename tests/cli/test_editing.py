@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,27 @@ def test_damaged_states(inverted: Path, tmp_path: Path, capsys: pytest.CaptureFi
     damage("invert.json", other.encode(), "made by a chain with another schedule, mix_weight")
     (out / "image.safetensors").unlink()
     assert "is damaged (FileNotFoundError" in refused(["generate", str(out)], capsys)
+
+
+def test_states_of_another_shape_or_kind(
+    inverted: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copied(inverted, tmp_path)
+    states = {end: LatticeState.load(inverted / f"{end}.safetensors") for end in ("noise", "image")}
+    for end, state in states.items():
+        parts = {name: getattr(state, name)[..., :8].clone() for name in ("x", "y", "x_buffer", "y_buffer")}
+        replace(state, **parts).save(out / f"{end}.safetensors")
+        expected = "is damaged (ValueError: noise.safetensors has shape" if end == "noise" else "latents of shape (1, "
+        assert expected in refused(["generate", str(out), "--model", str(model)], capsys)
+    index = json.loads((inverted / "invert.json").read_text())
+    bad = {"dtype": "fp99", "arithmetic": "float", "strength": 2.0, "height": 10**9, "prompt": "\udcff", "model": "\0"}
+    for name, value in bad.items():
+        (out / "invert.json").write_text(json.dumps(index | {"settings": index["settings"] | {name: value}}))
+        assert "is damaged (" in refused(["generate", str(out)], capsys)
+    (out / "invert.json").write_text(json.dumps(index))
+    (out / "noise.safetensors").unlink()
+    os.mkfifo(out / "noise.safetensors")
+    assert "no regular file" in refused(["generate", str(out)], capsys)
 
 
 def test_where_a_picture_may_go(
