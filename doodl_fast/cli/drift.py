@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cell(error: float) -> str:
+    """An error as it is printed in the table."""
     return "overflow" if not math.isfinite(error) else "0" if error == 0 else f"{error:.1e}"
 
 

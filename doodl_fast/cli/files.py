@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 
 def write_picture(path: Path, images: Tensor) -> None:
-    """The first of images (B, 3, H, W) in [-1, 1], as PNG."""
+    """Writes the first of images (B, 3, H, W) in [-1, 1] as a PNG file."""
     from ..diffusion import images as pictures
 
     pictures.write_picture(path, images[:1])
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as a JSON file."""
     replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path` and then renames: whoever is interrupted leaves no half file under that name."""
+    """Calls `write` with a temporary name beside `path` and renames it, so that `path` never holds half a file."""
     partial = path.with_name(path.name + ".tmp")
     write(partial)
     os.replace(partial, path)
@@ -34,7 +35,10 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into; it becomes `path`, which must not exist or be empty, all at once, or vanishes."""
+    """Gives a temporary folder, which is renamed to `path` at the end, or deleted after an error.
+
+    `path` must not exist, or be an empty folder.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
     try:

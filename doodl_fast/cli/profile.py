@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace, steps: int) -> int:
+    """Prints the estimate of a model that is not loaded."""
     from .estimate import estimate
 
     options.quiet_libraries()
@@ -120,6 +121,7 @@ def _estimate(args: argparse.Namespace, steps: int) -> int:
 
 
 def _names(against: str | None) -> list[str]:
+    """The names of all ways that are measured. Raises ValueError for an unknown one."""
     from .baselines import NAIVE, OURS, PER_STEP, REFERENCE
 
     others = [] if against is None else [name.strip() for name in against.split(",")]
@@ -143,7 +145,7 @@ def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
 
 
 def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[Row, MemoryReport]:
-    """One contender: a gradient to warm up, some on the clock, one under the tracker."""
+    """Measures one way of taking the gradient: one to warm up, `repeats` with a clock, one under the memory tracker."""
     import torch
 
     from ..chain.chain import Chain
@@ -182,7 +184,7 @@ def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[
 
 
 def _reset_rss() -> None:
-    """Linux: the process's highest resident set counts from here on."""
+    """Starts the count of the highest resident set size anew, where Linux offers that."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -196,7 +198,7 @@ def _peak_rss() -> int | None:
 
 
 def growths(rows: Sequence[Row]) -> dict[str, float]:
-    """By contender: bytes that are held between the passes for each further step."""
+    """For each baseline, the bytes that every further step adds to what is held between the two passes."""
     found = {}
     for name in dict.fromkeys(row.name for row in rows):
         own = [row for row in rows if row.name == name]
