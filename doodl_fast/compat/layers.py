@@ -1,7 +1,8 @@
-"""The reference's layers, `SteppingLayer` and `MixingLayer`, on the library's own couplings.
+"""The reference's layers, `SteppingLayer` and `MixingLayer`, built on the couplings of the chains.
 
-One EDICT step (arXiv 2211.12446) is a program of two couplings, so a layer's call is a short run of the engine:
-guidance in one batched network call, frozen weights, fused updates; backwards one evaluation with a graph a coupling.
+One EDICT step (arXiv 2211.12446) is a program of two couplings, so one call of a layer is a short run of such a
+program. Guidance takes one batched network call, the network's weights are frozen, and the updates are fused. The
+backward pass evaluates the network once with a graph for each coupling.
 """
 
 from __future__ import annotations
@@ -27,25 +28,35 @@ Number = int | float | Tensor
 
 
 class SteppingLayer(NoiseLayer):
-    """One EDICT step: `i, t, latent_pair = s(i, t, latent_pair)`; `s.inverse` undoes it.
+    """One EDICT step of the reference (arXiv 2211.12446), without the mixing: `i, t, pair = layer(i, t, pair)`.
 
-    unet: a diffusers UNet, or any module with its calling convention. embedding_uc, embedding_c: (1, L, D), or with the
-        latents' batch; None as embedding_uc: no guidance.
-    scheduler: a diffusers scheduler, or None for Stable Diffusion's; `set_timesteps(num_timesteps)` is called on it.
-    guidance_scale: g in `eps_uc + g (eps_c - eps_uc)`. clip_cond_fn: a function `(latent, t, scheduler=) -> gradient`,
-        of which `sqrt(1 - alpha) gradient` is subtracted from the noise; no derivative is taken of it.
-    single_variable: plain DDIM on the first latent, which then stands for both; its inverse is not exact.
-    quirks: see `Quirks`.
+    `layer.inverse` undoes it. Gradients are computed for the pair, for the inputs that come after it, and for the
+    embeddings if they require grad, but never for weights. To condition the network on anything else, override
+    `predict_noise`.
 
-    i, t: the loop's index and the timestep: tensors of one element, of any dtype, or numbers. On a GPU their values are
-        read back, the one synchronisation on the way in; numbers and CPU tensors cost none.
-    latent_pair: (2, C, ...), or (2B, C, ...) = [x; y], floating, of any rank. What comes after it goes to
-        `predict_noise`, and is passed through.
-    Returns i and t as clones, the pair, and what came after it.
+    Args:
+        unet: A diffusers UNet, or a module that is called in the same way.
+        embedding_uc: The embedding of the negative prompt, of shape (1, L, D) or (B, L, D). None means no guidance.
+        embedding_c: The embedding of the prompt, of shape (1, L, D) or (B, L, D).
+        scheduler: A diffusers scheduler; None for Stable Diffusion's. Its `set_timesteps(num_timesteps)` is called.
+        num_timesteps: The number of sampling steps.
+        guidance_scale: The scale g in `eps_uc + g (eps_c - eps_uc)`. It is applied at any value, as in the reference.
+        clip_cond_fn: A function `(latent, t, scheduler=) -> gradient`. `sqrt(1 - alpha)` times the gradient is
+            subtracted from the noise. It is treated as a constant: no derivative is taken of it.
+        single_variable: Whether the step is plain DDIM on the first latent, which then stands for both. The inverse of
+            such a step is not exact.
+        quirks: Which peculiarities of the reference are reproduced.
 
-    To condition on anything else, override `predict_noise`; the class's one place for it. Gradients go to the pair and
-    to those further inputs, and to the embeddings if they require grad; never to weights.
-    Raises FloatingPointError where NaN or Inf appears, ValueError or TypeError, naming the argument.
+    Raises:
+        TypeError: An argument of a call has the wrong type.
+        ValueError: An argument of a call has the wrong shape or value.
+        FloatingPointError: NaN or Inf appears in the latents or in a gradient.
+
+    Example:
+        >>> layer, mix = SteppingLayer(unet, uncond, cond), MixingLayer()
+        >>> for i, t in enumerate(layer.scheduler.timesteps):
+        ...     i, t, pair = layer(i, t, pair)
+        ...     pair = mix(pair)
     """
 
     def __init__(
@@ -76,20 +87,44 @@ class SteppingLayer(NoiseLayer):
         self._table: tuple[Any, dict[int, tuple[float, float]]] = None, {}
 
     def forward(self, i: Number, t: Number, latent_pair: Tensor, *extra: Any, reverse: bool = False) -> Values:
+        """Does one step.
+
+        Args:
+            i: The index of the loop, a number or a tensor of one element and any dtype. The value of a GPU tensor is
+                read back, which synchronises once for i and t together. Numbers and CPU tensors need no
+                synchronisation.
+            t: The timestep, likewise.
+            latent_pair: The latents [x; y], a floating tensor of shape (2, C, ...) or (2B, C, ...).
+            extra: Further inputs, which are handed to `predict_noise` and returned as they are.
+            reverse: Whether to undo the step instead, as `inverse` does.
+
+        Returns:
+            Clones of i and t, the new pair, and the further inputs.
+        """
         return apply(self.operation((i, t, latent_pair, *extra), reverse), (i, t, latent_pair, *extra))
 
     def inverse(self, i: Number, t: Number, latent_pair: Tensor, *extra: Any) -> Values:
-        """Undoes the step at timestep t. i: the index of a loop in the opposite direction, `n - 1 - i` of the forward
-        one; wrapped layers need no such care to rebuild their inputs."""
+        """Undoes the step at timestep t.
+
+        Arguments and results are those of `forward`, except that `i` counts a loop in the opposite direction: it is
+        `n - 1 - i` for the i-th of n forward steps. A wrapped layer turns the index around by itself when it rebuilds
+        its inputs.
+        """
         return self.forward(i, t, latent_pair, *extra, reverse=True)
 
     def predict_noise(self, latent: Tensor, t: Tensor, *extra: Any) -> Tensor:
-        """The noise in `latent`: the one method to override for ControlNet, video or other conditions.
+        """Predicts the noise in a latent; override this method for ControlNet, video or other conditions.
 
-        latent: (B, C, ...) in the dtype of the layer's weights. t: the timestep, 0-dim int64 on its device. extra: what
-        the layer was given after the pair. Called without weight gradients, in eval mode; it must give the same value
-        at every call, and call what has weights as attributes of the layer.
-        Returns a tensor of latent's shape.
+        It must return the same value whenever it is given the same arguments. Every module with weights that it calls
+        must be an attribute of the layer, because only those are frozen during a call.
+
+        Args:
+            latent: One latent of shape (B, C, ...), in the dtype of the layer's weights.
+            t: The timestep, a 0-dim int64 tensor on the latent's device.
+            extra: What the layer was given after the pair.
+
+        Returns:
+            The noise, in the latent's shape.
         """
         if self._fits(latent.shape[0]):
             return self._denoiser()(latent, t)
@@ -100,6 +135,7 @@ class SteppingLayer(NoiseLayer):
         return noise_uc + self.guidance_scale * (noise - noise_uc)
 
     def operation(self, inputs: Values, inverse: bool) -> Operation:
+        """Returns what one call with these inputs does; see `ReversibleLayer.operation`."""
         i, t, pair, *extra = inputs
         check_pair(pair, "latent_pair")
         first, timestep = self._place(i, t, inverse)
@@ -118,7 +154,10 @@ class SteppingLayer(NoiseLayer):
         )
 
     def _levels(self, timestep: int) -> tuple[float, float]:
-        """The noise levels that a step goes from and to, read off the scheduler once for its current timesteps."""
+        """Returns the noise levels that a step goes from and to.
+
+        They are read off the scheduler once for each timestep, until its timesteps are set anew.
+        """
         timesteps, rows = self._table
         if timesteps is not self.scheduler.timesteps:
             rows = {}
@@ -128,22 +167,29 @@ class SteppingLayer(NoiseLayer):
         return rows[timestep]
 
     def _denoiser(self) -> Denoiser:
-        """Made anew when one of the attributes that it stands for was replaced; it keeps tables on the device."""
+        """Returns the layer's denoiser, which is made anew only when one of the attributes that it uses was replaced.
+
+        It is kept between calls because it holds tables on the device.
+        """
         made, parts = self._made, (self.unet, self.e_c, self.e_uc, self.guidance_scale)
         if made is None or any(old is not new for old, new in zip(made[0], parts, strict=True)):
             self._made = made = parts, Denoiser(*parts)
         return made[1]
 
     def _noise(self, latent: Tensor, t: Tensor, embedding: Tensor | None) -> Tensor:
+        """Returns the network's prediction with one embedding, in a call of its own."""
         cond = None if embedding is None else embedding.to(latent.dtype)
         return as_tensor(self.unet(latent, t, encoder_hidden_states=cond), "unet")
 
     def _fits(self, batch: int) -> bool:
-        """Whether both embeddings have the latents' batch: those of every frame of a video have not, and cannot be
-        batched without knowing how the network takes them."""
+        """Returns whether both embeddings have one row or the latents' batch.
+
+        Embeddings with a row for every frame of a video do not, and only the caller knows how to batch them.
+        """
         return all(e is None or e.shape[0] in (1, batch) for e in (self.e_uc, self.e_c))
 
     def _evaluator(self, pair: Tensor, extra: Values) -> Evaluator:
+        """Returns the function that a call's couplings evaluate: a `Denoiser` where that computes the same noise."""
         plain = getattr(self.predict_noise, "__func__", None) is SteppingLayer.predict_noise
         if plain and extra:
             raise TypeError(f"latent_pair: {len(extra)} more inputs came after it, and predict_noise takes none")
@@ -152,7 +198,7 @@ class SteppingLayer(NoiseLayer):
         return LayerNoise(self, extra)
 
     def _place(self, i: Number, t: Number, inverse: bool) -> tuple[int, int]:
-        """Which latent the forward step at this place changes first, and the timestep."""
+        """Returns which latent the forward step at this place changes first (0 for x, 1 for y), and the timestep."""
         index, timestep = _read(i, t)
         if not self.quirks.order_by_index:
             return self.scheduler.timesteps.tolist().index(timestep) % 2, timestep
@@ -184,17 +230,21 @@ class MixingLayer(ReversibleLayer):
         self.quirks = quirks
 
     def forward(self, input_x: Tensor) -> Tensor:
+        """Mixes x and y, and returns the pair in the shape and dtype of the input."""
         return apply(self.operation((input_x,), False), (input_x,))[0]
 
     def inverse(self, input_x: Tensor) -> Tensor:
+        """Undoes the mixing."""
         return apply(self.operation((input_x,), True), (input_x,))[0]
 
     def operation(self, inputs: Values, inverse: bool) -> Operation:
+        """Returns what one call with this input does; see `ReversibleLayer.operation`."""
         check_pair(inputs[0], "input_x")
         return Mix(self.p, inputs[0].dtype, inverse, self.quirks.half_updates)
 
 
 def check_pair(pair: Any, name: str) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless `pair` is a floating tensor of two latents."""
     if not isinstance(pair, Tensor) or not pair.is_floating_point():
         got = pair.dtype if isinstance(pair, Tensor) else type(pair).__name__
         raise TypeError(f"{name}: expected a floating tensor of two latents, [x; y], got {got}")
@@ -206,7 +256,7 @@ def check_pair(pair: Any, name: str) -> None:
 
 
 def _read(i: Number, t: Number) -> tuple[int, int]:
-    """Index and timestep as ints, in one transfer where they lie on a device."""
+    """Returns index and timestep as ints, read in one transfer if both are tensors on the same device."""
     values = [value.detach().reshape(-1) for value in (i, t) if isinstance(value, Tensor)]
     if any(value.numel() != 1 for value in values):
         raise ValueError(f"i, t: expected one index and one timestep, got shapes {[tuple(v.shape) for v in values]}")

@@ -1,4 +1,4 @@
-"""What calls of the reference's layers do, as `Operation`s: short runs of the library's engine."""
+"""The `Operation`s that calls of the reference's layers consist of: short runs of a chain's program."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ from .schedule import rounded_step
 
 
 class Step:
-    """One call of a `SteppingLayer`, as an `Operation` on (i, t, pair, what came after it).
+    """One call of a `SteppingLayer`, as an `Operation` on (i, t, pair, further inputs).
 
-    evaluator: the noise, as the engine takes it. program: the couplings of the step, or of its inverse.
-    alphas: the noise levels it goes from and to. single: whether the first latent stands for both.
-    half_updates: see `Quirks`.
+    Args:
+        evaluator: The function that predicts the noise.
+        program: The couplings of the step, or of its inverse.
+        alphas: The cumulative alphas that the step goes from and to.
+        dtype: The dtype of the caller's latents.
+        single: Whether the first latent stands for both.
+        half_updates: Whether fp16 and bf16 latents are updated in their own dtype (`Quirks.half_updates`).
     """
 
     wide = True
@@ -51,6 +55,7 @@ class Step:
         self.others = () if isinstance(evaluator, LayerNoise) else evaluator.tensors()
 
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
+        """Does the step; see `Operation.run`."""
         run = self.latest = self._new_run(inputs[2], keep)
         tensors = self.evaluator.tensors()
         pair, sources = self._through(run, inputs[2], tensors)
@@ -58,6 +63,7 @@ class Step:
         return outputs, (run, sources, tensors) if keep else (*outputs[:2], pair, *outputs[3:])
 
     def undo(self, outputs: Values) -> Values:
+        """Returns the inputs that led to these outputs."""
         program = invert(self.program)
         run = replace(self.latest, program=program, groups=group(program))
         with run.calling():
@@ -65,6 +71,7 @@ class Step:
         return (*outputs[:2], pair, *outputs[3:])
 
     def _new_run(self, pair: Tensor, keep: bool) -> ProgramRun:
+        """Returns a run of the program. Its state has a wider dtype if inputs will be rebuilt from it."""
         state_dtype = torch.promote_types(torch.float32, self.dtype)
         if self.rebuilds and not keep:
             state_dtype = wide_dtype(pair)
@@ -75,7 +82,7 @@ class Step:
         return ProgramRun.create(self.evaluator, self.program, "checkpoint", like, state_dtype, new, keep, Trust())
 
     def _through(self, run: ProgramRun, pair: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The pair after the run, in the dtype of its state, and the sources of its couplings if they are stored."""
+        """Returns the pair after the run, in the dtype of the run's state, and the sources that the run stored."""
         x, y = pair.chunk(2)
         state = [half.to(run.state_dtype, copy=True) for half in (x, x if self.single else y)]
         with run.evaluator.running():
@@ -83,6 +90,7 @@ class Step:
         return torch.cat([state[0], state[0]] if self.single else state), sources
 
     def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
+        """Computes gradients from the sources that `run` stored; see `Operation.pull`."""
         run, sources, tensors = kept
         if cotangents[2] is None:
             return self._gradients(None, [], cotangents, needs)
@@ -92,7 +100,10 @@ class Step:
     def undo_and_pull(
         self, outputs: Values, cotangents: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> tuple[Values, Gradients]:
-        """One evaluation a coupling: its value undoes it, its graph pulls the cotangent through."""
+        """Rebuilds the inputs and computes gradients with one network evaluation for each coupling.
+
+        The evaluation's value undoes the coupling, and its graph gives the vector-Jacobian product.
+        """
         if cotangents[2] is None:
             return self.undo(outputs), self._gradients(None, [], cotangents, needs)
         run = self.latest
@@ -109,7 +120,19 @@ class Step:
         cotangent: Tensor,
         needs: Sequence[bool],
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Gradients of the pair and of the wanted tensors. Takes the couplings' sources, or undoes them in `state`."""
+        """Pulls a cotangent of the pair back through the couplings.
+
+        Args:
+            run: The forward run.
+            sources: The stored sources of the couplings, in the order of the program. Each one used is removed.
+            state: If there are no sources: x and y after the run. They are replaced by those before it.
+            tensors: The evaluator's tensors.
+            cotangent: The cotangent of the pair after the run.
+            needs: Which of the inputs and `others` need a gradient.
+
+        Returns:
+            The gradient of the pair before the run, and those of the evaluator's tensors that need one.
+        """
         pulled = [half.to(run.state_dtype) for half in self._enter(cotangent)]
         work = run.new_arithmetic()
         with run.evaluator.running():
@@ -126,21 +149,24 @@ class Step:
         pull.watch.check()
         return self._leave(pulled), pull.sums
 
-    # Between the caller's inputs and the engine's pair and tensors
+    # The methods below translate between the layer's inputs and x, y and the evaluator's tensors, which a run works on.
 
     def _enter(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the cotangents of x and y after the run."""
         to_x, to_y = cotangent.chunk(2)
         return (to_x + to_y, torch.zeros_like(to_y)) if self.single else (to_x, to_y)
 
     def _leave(self, pulled: list[Tensor]) -> Tensor:
+        """Returns the gradient of the input pair, from those of x and y before the run."""
         to_x, to_y = pulled
         return torch.cat([to_x + to_y, torch.zeros_like(to_y)] if self.single else pulled)
 
     def _wanted(self, needs: Sequence[bool]) -> list[bool]:
-        """Which of the evaluator's tensors want a gradient: the tensors among the further inputs, or the others."""
+        """Returns which of the evaluator's tensors need a gradient."""
         return [needs[place] for place in self._places(needs)]
 
     def _places(self, needs: Sequence[bool]) -> list[int]:
+        """Returns where the evaluator's tensors stand among the inputs and `others`."""
         if isinstance(self.evaluator, LayerNoise):
             return [3 + place for place in self.evaluator.places]
         return list(range(len(needs) - len(self.others), len(needs)))
@@ -152,7 +178,14 @@ class Step:
         cotangents: Sequence[Tensor | None],
         needs: Sequence[bool],
     ) -> Gradients:
-        """sums: of the wanted tensors. What was passed through gets its cotangent as well."""
+        """Puts the gradients in the order of the inputs and `others`.
+
+        Args:
+            to_pair: The gradient of the pair.
+            sums: The gradients of the evaluator's tensors that need one.
+            cotangents: The cotangents of the outputs. An input that is also an output gets its cotangent as well.
+            needs: Which of the inputs and `others` need a gradient.
+        """
         gradients: Gradients = [*cotangents, *[None] * (len(needs) - len(cotangents))]
         gradients[2] = to_pair
         wanted = [place for place in self._places(needs) if needs[place]]
@@ -165,15 +198,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Rounded(Floats):
-    """fp16 or bf16 latents as the reference updates them: guidance and every term of a step are rounded to their dtype
-    (`Quirks.half_updates`).
+    """The arithmetic of `Quirks.half_updates`: guidance and every term of a step are rounded to fp16 or bf16.
 
-    alphas: the noise levels that the step goes from and to.
+    Attributes:
+        alphas: The cumulative alphas that the step goes from and to.
     """
 
     alphas: tuple[float, float]
 
     def apply(self, group: Group, state: list[Tensor], eps: Eps | None) -> None:
+        """Does one coupling in place of the fused operator."""
         assert eps is not None
         value, g = eps
         noise = value.to(self.latents_dtype)
@@ -185,7 +219,16 @@ class Rounded(Floats):
 
 
 class Mix:
-    """One call of a `MixingLayer`, or of its inverse, as an `Operation`. Linear: it keeps nothing."""
+    """One call of a `MixingLayer` or of its inverse, as an `Operation`.
+
+    The mixing is linear, so its gradient needs neither inputs nor outputs.
+
+    Args:
+        p: The mixing weight.
+        dtype: The dtype of the caller's latents.
+        inverse: Whether the mixing is undone.
+        half_updates: Whether fp16 and bf16 latents are mixed in their own dtype (`Quirks.half_updates`).
+    """
 
     others: tuple[Tensor, ...] = ()
     wide = True
@@ -198,14 +241,17 @@ class Mix:
         self.rebuilds = dtype not in HALF_DTYPES
 
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
+        """Mixes the pair; see `Operation.run`."""
         pair = inputs[0] if keep or not self.rebuilds else inputs[0].to(wide_dtype(inputs[0]))
         pair = self._mixed(pair, self.mixing)
         return (pair.to(self.dtype),), None if keep else (pair,)
 
     def undo(self, outputs: Values) -> Values:
+        """Returns the pair before the mixing."""
         return (self._mixed(outputs[0], self.undoing),)
 
     def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
+        """Computes the gradient of the pair by the transposed mixing; see `Operation.pull`."""
         if cotangents[0] is None:
             return [None]
         to_x, to_y = cotangents[0].chunk(2)
@@ -215,9 +261,11 @@ class Mix:
     def undo_and_pull(
         self, outputs: Values, cotangents: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> tuple[Values, Gradients]:
+        """Returns the pair before the mixing, and its gradient."""
         return self.undo(outputs), self.pull(None, cotangents, needs)
 
     def _mixed(self, pair: Tensor, mixing: ops.Mixing) -> Tensor:
+        """Returns the pair after a mixing, with a rounding after every operation if `half_updates` asks for it."""
         x, y = pair.chunk(2)
         if not self.rounded:
             return torch.cat(ops.mix(x, y, mixing))
@@ -228,9 +276,10 @@ class Mix:
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What a state is carried in between calls that rebuild."""
+    """Returns the dtype in which layers that rebuild their inputs hand each other the state, float64 if possible."""
     return torch.float32 if tensor.device.type in NO_FLOAT64 else torch.float64
 
 
 def clone(value: Any) -> Any:
+    """Returns a clone of a tensor, and any other object as it is."""
     return value.clone() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""A call of any module with an inverse, by plain autograd inside: for code that the wrapper knows nothing of."""
+"""A call of any module that has an inverse, differentiated by running it again under plain autograd."""
 
 from __future__ import annotations
 
@@ -15,20 +15,32 @@ from .reversible import Gradients, Guard, Values
 
 T = TypeVar("T")
 TOLERANCES = {True: 0.05, False: 1e-3}
-"""How far rebuilt inputs may lead from the outputs, relative in the 2-norm, in half precision and otherwise: one call's
-rounding is far below, a wrong inverse far above."""
+"""The largest relative error (2-norm) of outputs that are computed from rebuilt inputs, for half precision (True) and
+other dtypes. The rounding of one call is far below it, and the error of a wrong inverse far above."""
 
 
 @dataclass
 class Memo:
-    """What the calls of one wrapper have found out."""
+    """What the calls of one wrapper have found out about its module.
+
+    Attributes:
+        turn: Whether the module's inverse counts steps from the other end. This is a guess at first.
+    """
 
     turn: bool
-    """Whether the module's inverse counts steps from the other end: a guess at first."""
 
 
 class Plain:
-    """One call of `fn.forward`, or of `fn.inverse`, as an `Operation`."""
+    """One call of `fn.forward` or `fn.inverse`, as an `Operation`.
+
+    Args:
+        fn: The module.
+        inputs: The inputs of the call.
+        inverse: Whether `fn.inverse` is called, and not `fn.forward`.
+        preserve_rng_state: Whether the call, when it is repeated, draws the same random numbers.
+        weight_grads: Whether gradients of the module's weights are computed.
+        memo: What earlier calls of the same wrapper have found out.
+    """
 
     rebuilds = True
     wide = False
@@ -43,24 +55,29 @@ class Plain:
         self.others: tuple[Tensor, ...] = tuple(weight for weight in weights if weight.requires_grad)
         devices = {value.device for value in inputs if isinstance(value, Tensor)}
         self.surroundings = Surroundings(devices, preserve_rng_state)
-        self.rest: Values = ()  # the inputs that have no output beside them
+        self.rest: Values = ()  # These are the inputs beyond the number of outputs.
 
     def run(self, inputs: Values, keep: bool) -> tuple[Values, Any]:
+        """Calls the module; see `Operation.run`."""
         outputs = as_tuple(self.forwards(*inputs))
         self.rest = inputs[len(outputs) :]
         return outputs, (inputs, Guard(inputs)) if keep else outputs
 
     def pull(self, kept: Any, cotangents: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
+        """Computes gradients by calling the module again with the inputs that were kept; see `Operation.pull`."""
         inputs, guard = kept
         guard.check()
         return self._pull(inputs, cotangents, needs)[1]
 
     def undo(self, outputs: Values) -> Values:
+        """Returns the inputs that led to these outputs. Raises RuntimeError if the module's inverse is wrong."""
         return self._first_right(outputs, lambda inputs: (self._again(inputs), inputs))
 
     def undo_and_pull(
         self, outputs: Values, cotangents: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> tuple[Values, Gradients]:
+        """Rebuilds the inputs and computes gradients. Raises RuntimeError if the module's inverse is wrong."""
+
         def pull(inputs: Values) -> tuple[Values, tuple[Values, Gradients]]:
             again, gradients = self._pull(inputs, cotangents, needs)
             return again, (inputs, gradients)
@@ -68,10 +85,18 @@ class Plain:
         return self._first_right(outputs, pull)
 
     def _first_right(self, outputs: Values, use: Callable[[Values], tuple[Values, T]]) -> T:
-        """What `use` makes of the inputs, once rebuilt; it also returns what they lead to, which must be the outputs.
+        """Rebuilds the inputs, hands them to `use`, and returns its result once they are known to be right.
 
-        A layer that counts steps may want the index of a loop in the opposite direction, as DOODL's does: what was
-        right before is tried first. Raises RuntimeError if nothing is right.
+        The inverse of a layer that counts steps may expect the index of a loop in the opposite direction, as that of
+        DOODL's does. Both are tried, beginning with what was right before.
+
+        Args:
+            outputs: The outputs of the call.
+            use: Takes rebuilt inputs. Returns the outputs that they lead to, which are compared with those of the call,
+                and its result.
+
+        Raises:
+            RuntimeError: The rebuilt inputs do not lead to the outputs.
         """
         turnable = hasattr(self.fn, "num_timesteps") and len(outputs) > 1
         for turn in (self.memo.turn, not self.memo.turn) if turnable else (False,):
@@ -85,20 +110,26 @@ class Plain:
         )
 
     def _undo(self, outputs: Values, turn: bool) -> Values:
-        """The inputs by `fn`'s own inverse. turn: whether its index, the first value, counts from the other end."""
+        """Rebuilds the inputs by the module's own inverse.
+
+        Args:
+            outputs: The outputs of the call.
+            turn: Whether the inverse is given the index, which is the first value, counted from the other end.
+        """
         given = (self.fn.num_timesteps - (outputs[0] + 1), *outputs[1:]) if turn else outputs
         with self.surroundings.again():
             inputs = (*as_tuple(self.backwards(*given, *self.rest))[: len(outputs)], *self.rest)
         return (outputs[0], *inputs[1:]) if turn else inputs
 
     def _again(self, inputs: Values) -> Values:
+        """Repeats the call, and returns its outputs."""
         with self.surroundings.again():
             return as_tuple(self.forwards(*inputs))
 
     def _pull(
         self, inputs: Values, cotangents: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> tuple[Values, Gradients]:
-        """Runs the call again with a graph: its outputs and the gradients."""
+        """Repeats the call with a graph, and returns its outputs and the gradients."""
         leaves = list(inputs)
         for index, needed in enumerate(needs[: len(inputs)]):
             if needed:
@@ -120,7 +151,12 @@ class Plain:
 
 
 class Surroundings:
-    """The autocast and, on request, the random state of a call, to be had again when it is repeated."""
+    """The autocast of a call and, on request, its random state, which are restored when the call is repeated.
+
+    Args:
+        devices: The devices of the inputs.
+        preserve_rng_state: Whether the random state is recorded.
+    """
 
     def __init__(self, devices: set[torch.device], preserve_rng_state: bool) -> None:
         self._autocasts = []
@@ -135,6 +171,7 @@ class Surroundings:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
+        """The context in which the call is repeated."""
         with contextlib.ExitStack() as stack:
             for kind, dtype, enabled, cache in self._autocasts:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache))
@@ -147,11 +184,12 @@ class Surroundings:
 
 
 def as_tuple(outputs: Any) -> Values:
+    """Returns a tuple or list as a tuple, and any other object as a tuple of one."""
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 
 def _distance(got: Values, want: Values) -> float:
-    """The largest relative difference of floating tensors."""
+    """Returns the largest relative difference (2-norm) between the floating tensors of two results."""
     worst = 0.0
     for a, b in zip(got, want, strict=True):
         if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
@@ -162,4 +200,5 @@ def _distance(got: Values, want: Values) -> float:
 
 
 def _tolerance(outputs: Values) -> float:
+    """Returns the largest difference that is taken for rounding."""
     return TOLERANCES[any(isinstance(o, Tensor) and o.dtype in HALF_DTYPES for o in outputs)]
