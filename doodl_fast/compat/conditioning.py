@@ -151,7 +151,9 @@ def get_generic_cond_fn(
     t: one of the scheduler's timesteps, a number or a tensor of one element. scheduler: what the loop steps with.
     """
     pipeline = default_pipeline() if pipeline is None else pipeline
-    denoiser = Denoiser(pipeline.unet, embedding_conditional, embedding_unconditional, sd_guidance_scale)
+    denoiser = Denoiser(
+        pipeline.unet, embedding_conditional, embedding_unconditional, sd_guidance_scale, guide_below_one=True
+    )
     schedule = pipeline_schedule(pipeline, steps, quirks)
     sampler = Sampler(denoiser, schedule, steps, mix_weight, quirks)
     guidance = ChainGuidance(sampler, Decoder(pipeline.vae), loss_fn)

@@ -127,7 +127,7 @@ def _run(o: Options) -> GenResult:
     seed_everything(o.seed)
     cond, uncond, extra = encode_prompt(pipeline, o.cond_prompt, o.null_prompt, height=o.size, width=o.size)
     loss_fn = _loss(o) if o.grad_scale else None
-    denoiser = Denoiser(pipeline.unet, cond, uncond, o.sd_guidance_scale, **extra)
+    denoiser = Denoiser(pipeline.unet, cond, uncond, o.sd_guidance_scale, guide_below_one=True, **extra)
     schedule = pipeline_schedule(pipeline, o.steps, o.quirks)
     sampler = Sampler(denoiser, schedule, o.steps, o.mix_weight, o.quirks, o.memory)
     return (traverse if o.latent_traversal else sample)(o, sampler, Decoder(pipeline.vae), noise, loss_fn)

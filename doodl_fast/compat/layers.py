@@ -173,7 +173,7 @@ class SteppingLayer(NoiseLayer):
         """
         made, parts = self._made, (self.unet, self.e_c, self.e_uc, self.guidance_scale)
         if made is None or any(old is not new for old, new in zip(made[0], parts, strict=True)):
-            self._made = made = parts, Denoiser(*parts)
+            self._made = made = parts, Denoiser(*parts, guide_below_one=True)
         return made[1]
 
     def _noise(self, latent: Tensor, t: Tensor, embedding: Tensor | None) -> Tensor:

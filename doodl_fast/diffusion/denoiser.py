@@ -1,10 +1,11 @@
-"""The noise prediction eps(x, t): a network, its conditions, classifier-free guidance in one batched call."""
+"""`Denoiser`: a network that predicts noise, with its conditions and classifier-free guidance in one batched call."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..chain.evaluator import Evaluator
 from .calling import NetworkCall, module_of
-from .guided import join_pairs
+from .conditions import Fit, map_tensors, tensors_of
 from .networks import (
     FLOAT_DTYPES,
     HALF_DTYPES,
@@ -31,34 +32,52 @@ AUTO = "auto"
 
 
 class Denoiser(Evaluator):
-    """`eps = denoiser(x, t)` with the conditions bound to it.
+    """Predicts the noise eps(x, t) by a network, with its conditions and classifier-free guidance bound to it.
 
-    unet: a diffusers UNet (anything whose forward takes `encoder_hidden_states`), called as
-        `unet(x, t, encoder_hidden_states=cond, return_dict=False, **unet_kwargs)[0]`, or any callable
-        `(x, t, cond, **unet_kwargs) -> eps` (a tensor, a tuple, or an object with `.sample`). t is a 0-dim tensor
-        on x's device, int64, or float32 for a fraction. It must be deterministic; x reaches it in the dtype of its
-        weights, or, for a callable that is not a module, in the dtype of the caller's latents.
-    cond, uncond: tensors whose leading dimension is 1 or the batch size B; cond may be None where none is needed.
-    guidance_scale: g in `eps_u + g (eps_c - eps_u)` (classifier-free guidance, arXiv 2207.12598), both from one call on
-        a batch of 2B, [uncond; cond]. With g = 1 or without uncond: one call on a batch of B, with cond alone.
-    unet_kwargs: passed on; tensors may be nested in dicts, lists and tuples. Under guidance a leading dimension of B is
-        used for both halves, 1 is expanded, 2B is taken as [uncond; cond], 2 as one of each (B wins over 2; a `Guided`
-        pair has no such ambiguity). Without
-        guidance: 1 or B, and when uncond was given also 2B or 2, whose second half is used. 0-dim tensors and other
-        values pass through.
+    With guidance, `eps = eps_u + guidance_scale * (eps_c - eps_u)` (arXiv 2207.12598), where both predictions come from
+    one call on a batch of 2B, [uncond; cond]. As in diffusers, a `guidance_scale` of at most 1 means the prediction for
+    `cond` alone, from one call on a batch of B. For the prediction without a prompt, give its condition as `cond`:
+    `Denoiser(unet, uncond)`.
 
-    vjp_dtype: dtype in which chains evaluate the network for its VJPs, torch.float32 or torch.float64; None: that of
-        its weights. "auto": float32 for fp16 and bf16 weights on a CPU, whose half-precision kernels are less accurate
-        and slower than its float32 ones, else None. What an fp16 network costs a gradient in accuracy it costs mostly
-        there (docs/precision.md). The weights are cast anew for each VJP and freed with its graph. Where couplings are
-        undone too (an int k, "reversible"), the value that undoes them needs a call of its own. Has no effect on plain
-        callables; memory="naive" has the network's own VJPs under "auto" and refuses a dtype.
-    compile: whether the network is called through `torch.compile`, for its value and its VJP. Rounds otherwise than the
-        network itself, and may round otherwise with a graph than without; see docs/memory.md.
+    The network must return the same value whenever it is given the same arguments. It gets copies of the latents and
+    the conditions, so it may change them in place. All attributes are read-only, because a gradient must see what its
+    forward run saw.
 
-    Floating conditions are cast to the network's dtype. All attributes are read-only: a gradient must see what its
-    forward saw.
-    Raises TypeError or ValueError, naming the argument, for conditions that do not fit.
+    Args:
+        unet: A diffusers UNet, or any module or function whose parameters include `encoder_hidden_states`; it is called
+            as `unet(x, t, encoder_hidden_states=cond, return_dict=False, **unet_kwargs)[0]`. Any other callable is
+            called as `unet(x, t, cond, **unet_kwargs)` and returns a tensor, a tuple that begins with it, or an object
+            that has it as `.sample`. x arrives in the dtype of the network's weights, or, for a callable that is not a
+            module, in the dtype of the caller's latents. t is a 0-dim tensor on x's device, int64, or float32 for a
+            fraction; it must not be changed in place.
+        cond: The condition, a tensor (1, ...) or (B, ...); None for a network that needs none.
+        uncond: The condition without a prompt, (1, ...) or (B, ...); None for no guidance. Floating conditions are cast
+            to the network's dtype.
+        guidance_scale: The weight of classifier-free guidance.
+        vjp_dtype: The dtype in which chains evaluate the network for its VJPs: torch.float32, torch.float64, or None
+            for that of its weights. "auto" is float32 for fp16 and bf16 weights on a CPU, whose half-precision kernels
+            are less accurate and slower than its float32 ones, and None otherwise. The weights are cast once for each
+            backward pass and freed with it. Where couplings are undone too (`memory` is an int or "reversible"), the
+            value that undoes them needs a call of its own. It has no effect on plain callables; memory="naive" takes
+            the network's own VJPs under "auto" and refuses a dtype. See docs/precision.md.
+        compile: Whether the network is called through `torch.compile`, for its value and its VJP. It rounds otherwise
+            than the network itself, and may round otherwise with a graph than without; see docs/memory.md.
+        guide_below_one: Whether the formula of guidance is used for a `guidance_scale` below 1 too. At 0 it gives the
+            prediction for `uncond`.
+        **unet_kwargs: Further arguments of the network. Tensors may be nested in dicts, lists and tuples. A tensor has
+            1 or B rows. If `uncond` is given these are used for both halves, and a tensor may also have 2 or 2B rows,
+            [uncond; cond], whose second half is used where the prediction for `cond` is used alone. Two rows for a
+            batch of 2 can be read in both ways and are refused; a `Guided` pair has no such ambiguity. 0-dim tensors
+            and other values are passed on as they are.
+
+    Raises:
+        TypeError: An argument is of a wrong kind.
+        ValueError: `guidance_scale` is not finite, the conditions do not fit each other, or `vjp_dtype` is not one of
+            the above.
+
+    Example:
+        >>> denoiser = Denoiser(pipe.unet, cond, uncond, guidance_scale=7.5)
+        >>> eps = denoiser(latents, 500)
     """
 
     def __init__(
@@ -70,29 +89,25 @@ class Denoiser(Evaluator):
         *,
         vjp_dtype: torch.dtype | str | None = AUTO,
         compile: bool = False,
+        guide_below_one: bool = False,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
             raise TypeError(f"unet: expected a module or a callable (x, t, cond) -> eps, got {type(unet).__name__}")
-        for name, value in (("cond", cond), ("uncond", uncond)):
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
-            if value is not None and value.ndim == 0:
-                raise ValueError(f"{name}: expected a leading batch dimension, got a 0-dim tensor")
-        if (
-            isinstance(guidance_scale, bool)
-            or not isinstance(guidance_scale, Real)
-            or not math.isfinite(guidance_scale)
-        ):
-            raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
-        if cond is None and uncond is not None:
-            raise ValueError("cond: expected a tensor because uncond is given, got None; guidance needs both")
-        if cond is not None and uncond is not None and cond.shape[1:] != uncond.shape[1:]:
-            raise ValueError(f"uncond: expected cond's shape {tuple(cond.shape)} but for B, got {tuple(uncond.shape)}")
+        _check_conditions(cond, uncond, guidance_scale)
+        if uncond is not None and guidance_scale < 1 and not guide_below_one:
+            warnings.warn(
+                f"guidance_scale: {guidance_scale:g} is treated as 1, so the prediction for cond is used alone, as in "
+                "diffusers; use Denoiser(unet, uncond) for the prediction without a prompt, and guide_below_one=True "
+                "for eps_u + guidance_scale * (eps_c - eps_u)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._unet: Callable[..., Any] = unet
         self._cond: Tensor | None = cond
         self._uncond: Tensor | None = uncond
         self._guidance_scale: float = float(guidance_scale)
+        self._guided = uncond is not None and (guidance_scale > 1 or (guide_below_one and guidance_scale < 1))
         self._unet_kwargs: dict[str, Any] = unet_kwargs
         self._module: nn.Module | None = module_of(unet)
         self._call: NetworkCall = NetworkCall(unet, compile)
@@ -134,8 +149,8 @@ class Denoiser(Evaluator):
 
     @property
     def guided(self) -> bool:
-        """Whether two evaluations are combined."""
-        return self._uncond is not None and self._guidance_scale != 1
+        """Whether the predictions for `uncond` and `cond` are combined."""
+        return self._guided
 
     def __repr__(self) -> str:
         name = type(self._module).__name__ if self._module is not None else getattr(self._unet, "__name__", "callable")
@@ -146,7 +161,7 @@ class Denoiser(Evaluator):
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor besides x that eps depends on, weights excepted: gradients are given to those that require
         grad."""
-        return tuple(_leaves(self._conditions()))
+        return tuple(tensors_of(self._conditions()))
 
     def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the network gets x: that of its weights, else the latents'."""
@@ -222,11 +237,16 @@ class Denoiser(Evaluator):
         tensors: Sequence[Tensor] | None = None,
         latents_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """eps of x's shape and dtype.
+        """Predicts the noise; guidance is combined in float32 at least.
 
-        x: (B, ...) floating. t: the timestep. tensors: replacements for `tensors()`, in that order.
-        latents_dtype: what a callable without weights computes in (default: x's dtype).
-        Guidance is combined in at least float32. Raises as `raw`.
+        Args:
+            x: Noisy latents, a floating tensor (B, C, ...).
+            t: The timestep, a number or a tensor of one element.
+            tensors: Used in place of what `tensors()` returns, in that order; None means those themselves.
+            latents_dtype: The dtype in which a callable without weights computes; None means x's.
+
+        Returns:
+            eps, of x's shape and dtype. It raises what `raw` raises.
         """
         eps, scale = self.raw(x, t, tensors, latents_dtype)
         eps = eps.to(torch.promote_types(x.dtype, torch.float32))
@@ -242,49 +262,51 @@ class Denoiser(Evaluator):
         tensors: Sequence[Tensor] | None = None,
         latents_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, float | None]:
-        """The network's own output, in its own dtype: (eps, None), or under guidance ([uncond; cond], guidance_scale).
+        """Evaluates the network, and returns its own output in its own dtype.
 
-        Arguments as in `__call__`. For the engine, whose fused ops combine, cast and differentiate it in one pass.
-        Raises ValueError when the network's output has another shape than its input.
+        The fused operators of a chain cast, combine and differentiate it in one pass. Arguments are as in `__call__`.
+
+        Returns:
+            Either (eps, None), or ([uncond; cond], guidance_scale) where two predictions are to be combined.
+
+        Raises:
+            ValueError: The network's output has another shape than its input, or a condition does not fit the batch.
+            RuntimeError: The network changed its timestep in place.
         """
         conditions = self._conditions()
         if tensors is not None:
             left = iter(tensors)
-            conditions = _map_tensors(conditions, lambda _leaf, _name: next(left))
-        batch, dtype = x.shape[0], self.compute_dtype(latents_dtype or x.dtype)
-        network_x = x.to(dtype)
-        cond: Tensor | None = None
-        if self.guided:
+            conditions = map_tensors(conditions, lambda _leaf, _name: next(left))
+        fit = Fit(x.shape[0], self.compute_dtype(latents_dtype or x.dtype), self._guided, self._uncond is not None)
+        network_x = x.to(fit.dtype, copy=True)
+        if self._guided:
             network_x = torch.cat([network_x, network_x])
-            cond = torch.cat([_expand(conditions[name], batch, dtype, name) for name in ("uncond", "cond")])
-        elif self._cond is not None:
-            cond = _expand(conditions["cond"], batch, dtype, "cond")
-        fit = _for_both if self.guided else _for_cond if self._uncond is not None else _expand
-        pairs_joined = join_pairs(
-            conditions["kwargs"], self.guided, lambda leaf, name: _expand(leaf, batch, dtype, name)
-        )
-        kwargs = _map_tensors(
-            pairs_joined,
-            lambda leaf, name: fit(leaf, batch, dtype, name) if leaf.ndim else _cast(leaf, dtype),
-        )
+        shape = network_x.shape
+        cond = fit.states(conditions["cond"], conditions.get("uncond"))
+        timestep = self._timestep(t, x.device)
+        version = None if timestep.is_inference() else timestep._version
+        kwargs = fit.extras(conditions["kwargs"])
         # Another thread may have cast the weights for a VJP.
-        casts = dtype in HALF_DTYPES or self.insists_on_vjps
+        casts = fit.dtype in HALF_DTYPES or self.insists_on_vjps
         with lock_of(self._module) if casts and self._module is not None else contextlib.nullcontext():
-            output = self._call(network_x, self._timestep(t, x.device), cond, kwargs)
+            output = self._call(network_x, timestep, cond, kwargs)
+        if version is not None and timestep._version != version:
+            self._timestep = Timesteps()  # The timestep is a view of a table, which is wrong now.
+            raise RuntimeError("unet: expected it to leave its timestep as it is, got one that it changed in place")
         eps = as_tensor(output, "unet")
-        if eps.shape != network_x.shape:
+        if eps.shape != shape:
             raise ValueError(
-                f"unet: expected an output of its input's shape {tuple(network_x.shape)}, got {tuple(eps.shape)}; "
+                f"unet: expected an output of its input's shape {tuple(shape)}, got {tuple(eps.shape)}; "
                 "wrap a network that also predicts a variance, or takes more channels, as (x, t, cond) -> eps"
             )
-        if eps.dtype not in FLOAT_DTYPES:  # a storage format
+        if eps.dtype not in FLOAT_DTYPES:  # Such a dtype, float8 for instance, is for storage.
             eps = eps.float()
-        return eps, self._guidance_scale if self.guided else None
+        return eps, self._guidance_scale if self._guided else None
 
     def _conditions(self) -> dict[str, Any]:
         """The tree of everything that eps is conditioned on; uncond is left out where it is not used."""
         tree: dict[str, Any] = {"cond": self._cond, "kwargs": self._unet_kwargs}
-        if self.guided:
+        if self._guided:
             tree["uncond"] = self._uncond
         return tree
 
@@ -312,56 +334,16 @@ def _refuse_stochastic(network: nn.Module) -> None:
             )
 
 
-# Trees of conditions
-
-
-def _map_tensors(tree: Any, function: Callable[[Tensor, str], Any], name: str = "") -> Any:
-    """The same tree of dicts, lists and tuples with every tensor replaced by function(tensor, its name)."""
-    if isinstance(tree, Tensor):
-        return function(tree, name)
-    if isinstance(tree, dict):
-        return {k: _map_tensors(v, function, f"{name}[{k!r}]" if name else str(k)) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        items = [_map_tensors(v, function, f"{name}[{i}]") for i, v in enumerate(tree)]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
-
-
-def _leaves(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map_tensors(tree, lambda leaf, _: found.append(leaf))
-    return found
-
-
-def _cast(leaf: Tensor, dtype: torch.dtype) -> Tensor:
-    return leaf.to(dtype) if leaf.is_floating_point() else leaf
-
-
-def _expand(leaf: Tensor, batch: int, dtype: torch.dtype, name: str) -> Tensor:
-    if leaf.shape[0] not in (1, batch):
-        raise ValueError(
-            f"{name}: expected a leading dimension of 1 or {batch} (the latents' batch), got {leaf.shape[0]}"
-        )
-    return _cast(leaf, dtype).expand(batch, *leaf.shape[1:])
-
-
-def _for_both(leaf: Tensor, batch: int, dtype: torch.dtype, name: str) -> Tensor:
-    """An extra condition for the batch [uncond; cond]."""
-    if leaf.shape[0] in (1, batch):
-        half = _expand(leaf, batch, dtype, name)
-        return torch.cat([half, half])
-    if leaf.shape[0] == 2 * batch:
-        return _cast(leaf, dtype)
-    if leaf.shape[0] == 2:
-        return _cast(leaf, dtype).repeat_interleave(batch, dim=0)
-    raise ValueError(
-        f"{name}: expected a leading dimension of 1, {batch} (used for both halves), {2 * batch} ([uncond; cond]) or 2 "
-        f"(one of each), got {leaf.shape[0]}"
-    )
-
-
-def _for_cond(leaf: Tensor, batch: int, dtype: torch.dtype, name: str) -> Tensor:
-    """An extra condition for cond alone, of which one made for [uncond; cond] gives its second half."""
-    if leaf.shape[0] not in (1, batch) and leaf.shape[0] in (2, 2 * batch):
-        leaf = leaf[leaf.shape[0] // 2 :]
-    return _expand(leaf, batch, dtype, name)
+def _check_conditions(cond: Any, uncond: Any, guidance_scale: Any) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless the conditions and the scale fit each other."""
+    for name, value in (("cond", cond), ("uncond", uncond)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
+        if value is not None and value.ndim == 0:
+            raise ValueError(f"{name}: expected a leading batch dimension, got a 0-dim tensor")
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
+    if cond is None and uncond is not None:
+        raise ValueError("cond: expected a tensor because uncond is given, got None; guidance needs both")
+    if cond is not None and uncond is not None and cond.shape[1:] != uncond.shape[1:]:
+        raise ValueError(f"uncond: expected cond's shape {tuple(cond.shape)} but for B, got {tuple(uncond.shape)}")

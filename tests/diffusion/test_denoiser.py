@@ -11,6 +11,7 @@ from conftest import TinyNet, conditions, golden, golden_unet, latents, relative
 from torch import nn
 
 from doodl_fast.diffusion.denoiser import Denoiser
+from doodl_fast.diffusion.guided import Guided
 
 
 class Recorder:
@@ -155,12 +156,46 @@ def test_extra_conditions_without_guidance(size, rows):
     assert network.calls[0].kwargs["extra"][:, 0].tolist() == rows
 
 
-def test_a_batch_of_two_wins_over_a_pair():
+@pytest.mark.parametrize("guidance_scale", [2.0, 1.0])
+def test_two_rows_for_a_batch_of_two_are_ambiguous(guidance_scale):
     cond, uncond = conditions()
     x, _ = latents(2, 2, 4)
+    rows = torch.tensor([0.0, 1.0])
+    with pytest.raises(
+        ValueError, match=r"extra: a leading dimension of 2 can be read in two ways .*Guided\(rows\[:1\]"
+    ):
+        Denoiser(Recorder(), cond, uncond, guidance_scale, extra=rows)(x, 1)
+    for pair, expected in ((Guided(rows, rows), [0, 1, 0, 1]), (Guided(rows[:1], rows[1:]), [0, 0, 1, 1])):
+        network = Recorder()
+        Denoiser(network, cond, uncond, guidance_scale, extra=pair)(x, 1)
+        assert network.calls[0].kwargs["extra"].tolist() == (expected if guidance_scale > 1 else expected[2:])
     network = Recorder()
-    Denoiser(network, cond, uncond, 2.0, extra=torch.tensor([0.0, 1.0]))(x, 1)
-    assert network.calls[0].kwargs["extra"].tolist() == [0, 1, 0, 1]
+    Denoiser(network, cond, extra=rows)(x, 1)
+    assert network.calls[0].kwargs["extra"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, -1.0])
+def test_a_scale_below_one_means_the_prompt_alone(guidance_scale):
+    x, _ = latents(1, 3, 4)
+    cond, uncond = conditions()
+    with pytest.warns(
+        RuntimeWarning, match=r"guidance_scale: .* is treated as 1, .* Denoiser\(unet, uncond\)"
+    ) as caught:
+        denoiser = Denoiser(TinyNet().double(), cond, uncond, guidance_scale)
+    assert len(caught) == 1 and not denoiser.guided
+    alone = Denoiser(TinyNet().double(), cond)(x, 3)
+    assert torch.equal(denoiser(x, 3), alone)
+    assert not torch.equal(denoiser(x, 3), Denoiser(TinyNet().double(), cond * 2)(x, 3))
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, -1.0])
+def test_the_formula_below_one_is_asked_for(guidance_scale, recwarn):
+    x, _ = latents(1, 3, 4)
+    cond, uncond = conditions()
+    both = [Denoiser(TinyNet().double(), condition)(x, 3) for condition in (uncond, cond)]
+    combined = Denoiser(TinyNet().double(), cond, uncond, guidance_scale, guide_below_one=True)
+    torch.testing.assert_close(combined(x, 3), both[0] + guidance_scale * (both[1] - both[0]))
+    assert combined.guided and not recwarn.list
 
 
 def test_dtypes():
