@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .flow import flow_steps, is_flow
 from .scheduler_check import (
     OWN_TIMESTEPS,
     is_from_diffusers,
@@ -23,6 +24,8 @@ from .scheduler_check import (
 
 __all__ = ["PREDICTION_TYPES", "Schedule", "noise_levels", "setting"]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW = "flow"
+"""The prediction type of a flow's network: noise minus picture."""
 ZERO_IN_DIFFUSERS = 2.0**-24
 """What some schedulers put in the place of a cumulative alpha of 0, by which their updates would divide."""
 
@@ -31,24 +34,54 @@ ZERO_IN_DIFFUSERS = 2.0**-24
 class Schedule:
     """The steps of a deterministic sampler from noise to image, in denoising order (timesteps fall).
 
+    A schedule is either that of a diffusion, with cumulative alphas, or that of a flow (rectified flow, flow matching,
+    arXiv 2209.03003), with sigmas. `Schedule.flow` makes the latter by hand.
+
     Args:
         timesteps: n numbers of at least 0, which the network is given. `from_scheduler` gives ints; a table that is
             made by hand may hold fractions.
         alphas_cumprod: n floats, the cumulative alpha at each timestep: in (0, 1), or 0 at the first one (zero terminal
             signal-to-noise, arXiv 2305.08891) for a network that predicts v or the sample.
         alphas_cumprod_prev: n floats in (0, 1], the cumulative alpha that each step leads to.
-        prediction_type: What the network returns: "epsilon", "v_prediction" or "sample".
+        prediction_type: What the network returns: "epsilon", "v_prediction" or "sample"; "flow", which is noise minus
+            picture, if there are sigmas.
+        sigmas: Empty for a diffusion. For a flow n + 1 falling floats from 1 or less to 0 or more, and no alphas: the
+            latent at a level is `(1 - sigma) * picture + sigma * noise`.
 
     Raises:
         ValueError: The lengths differ, there is no step, a number is out of range, or the prediction type is unknown.
     """
 
     timesteps: tuple[int | float, ...]
-    alphas_cumprod: tuple[float, ...]
-    alphas_cumprod_prev: tuple[float, ...]
+    alphas_cumprod: tuple[float, ...] = ()
+    alphas_cumprod_prev: tuple[float, ...] = ()
     prediction_type: str = "epsilon"
+    sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 <= t < math.inf for t in self.timesteps):
+            raise ValueError(f"timesteps: expected floats or ints of at least 0, got {self.timesteps}")
+        if self.sigmas:
+            self._check_flow()
+        else:
+            self._check_diffusion()
+
+    def _check_flow(self) -> None:
+        """Raises ValueError for what is no flow."""
+        if self.alphas_cumprod or self.alphas_cumprod_prev:
+            raise ValueError("alphas_cumprod: expected none because sigmas are given; a flow has no cumulative alphas")
+        if self.prediction_type != FLOW:
+            raise ValueError(f"prediction_type: expected 'flow' with sigmas, got {self.prediction_type!r}")
+        if len(self.sigmas) != len(self.timesteps) + 1 or not self.timesteps:
+            raise ValueError(
+                f"sigmas: expected {len(self.timesteps) + 1}, one more than there are timesteps, got {len(self.sigmas)}"
+            )
+        falling = all(now > after for now, after in zip(self.sigmas, self.sigmas[1:], strict=False))
+        if not (falling and self.sigmas[0] <= 1 and self.sigmas[-1] >= 0):
+            raise ValueError(f"sigmas: expected numbers that fall from 1 or less to 0 or more, got {self.sigmas}")
+
+    def _check_diffusion(self) -> None:
+        """Raises ValueError for what is no schedule of a diffusion."""
         lengths = (len(self.timesteps), len(self.alphas_cumprod), len(self.alphas_cumprod_prev))
         if len(set(lengths)) != 1 or lengths[0] == 0:
             raise ValueError(
@@ -57,8 +90,6 @@ class Schedule:
             )
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type: expected one of {PREDICTION_TYPES}, got {self.prediction_type!r}")
-        if any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 <= t < math.inf for t in self.timesteps):
-            raise ValueError(f"timesteps: expected floats or ints of at least 0, got {self.timesteps}")
         for t, alpha, alpha_prev in zip(self.timesteps, self.alphas_cumprod, self.alphas_cumprod_prev, strict=True):
             is_blind = alpha == 0 and t == self.timesteps[0]
             if is_blind and self.prediction_type == "epsilon":
@@ -77,18 +108,49 @@ class Schedule:
         ends = f"timesteps {self.timesteps[0]} to {self.timesteps[-1]}"
         return f"Schedule({len(self)} steps, {ends}, {self.prediction_type})"
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether this is the schedule of a flow, which has `sigmas` and no cumulative alphas."""
+        return bool(self.sigmas)
+
     @classmethod
-    def from_scheduler(cls, scheduler: Any, num_inference_steps: int) -> Schedule:
+    def flow(cls, timesteps: Sequence[int | float], sigmas: Sequence[float]) -> Schedule:
+        """Makes the schedule of a flow by hand.
+
+        Args:
+            timesteps: n numbers of at least 0, which the network is given.
+            sigmas: n + 1 falling numbers from 1 or less to 0 or more.
+
+        Raises:
+            ValueError: The lengths do not fit, or the sigmas do not fall.
+        """
+        return cls(tuple(timesteps), prediction_type=FLOW, sigmas=tuple(sigmas))
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        num_inference_steps: int,
+        *,
+        mu: float | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> Schedule:
         """Reads the noise levels of a diffusers scheduler, between which the chain steps as DDIM does.
 
         DDIM: Song et al., arXiv 2010.02502. Alphas are read at full precision. Each step leads exactly to the next
         one's noise level, and the last one to the scheduler's `final_alpha_cumprod`. LCM and TCD keep their own
         timesteps; all other schedulers get those of DDIM with their `timestep_spacing`.
 
+        Flow-matching schedulers give their own sigmas and (fractional) timesteps, and DDIM's step is Euler's there.
+
         Args:
             scheduler: A diffusers scheduler with `alphas_cumprod` (DDIM, PNDM, Euler, DPM-Solver, LCM, ...), or any
-                object with `alphas_cumprod`, `set_timesteps(n)` and `timesteps`. It is never changed.
+                object with `alphas_cumprod`, `set_timesteps(n)` and `timesteps`; or diffusers'
+                FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or FlowMatchLCMScheduler. It is never
+                changed.
             num_inference_steps: From 1 to the scheduler's number of training timesteps.
+            mu: For flow-matching schedulers with use_dynamic_shifting, as in their `set_timesteps`.
+            sigmas: For flow-matching schedulers, the sigmas before shifting, as in their `set_timesteps`.
 
         Returns:
             The schedule.
@@ -102,6 +164,14 @@ class Schedule:
             RuntimeWarning: Names what the scheduler does and the chain leaves out, such as added noise, higher-order
                 steps, or its own spacing of timesteps.
         """
+        if is_flow(scheduler):
+            steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", 1000)))
+            found = flow_steps(scheduler, steps, mu, sigmas)
+            _warn_of(scheduler, found.missing, "DDIM, which is Euler's method on a flow")
+            return cls.flow(found.timesteps, found.sigmas)
+        for name, value in (("mu", mu), ("sigmas", sigmas)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None because {type(scheduler).__name__} is no flow, got {value!r}")
         levels = noise_levels(scheduler)
         refuse_what_would_be_wrong(scheduler)
         steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", len(levels))))
@@ -119,14 +189,19 @@ class Schedule:
             prediction_type=str(setting(scheduler, "prediction_type", "epsilon")),
         )
         missing = left_out(scheduler, steps, timesteps, levels, last) if is_from_diffusers(scheduler) else []
-        if missing:
-            warnings.warn(
-                f"{type(scheduler).__name__}: not part of the chain: {'; '.join(missing)}. Its noise levels are "
-                "sampled by DDIM; doodl_fast.Sampler runs a scheduler's own steps",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _warn_of(scheduler, missing, "DDIM")
         return schedule
+
+
+def _warn_of(scheduler: Any, missing: Sequence[str], sampler: str) -> None:
+    """Says, at the line of the caller of `from_scheduler`, what the scheduler does and the chain leaves out."""
+    if missing:
+        warnings.warn(
+            f"{type(scheduler).__name__}: not part of the chain: {'; '.join(missing)}. Its noise levels are sampled by "
+            f"{sampler}; doodl_fast.Sampler runs a scheduler's own steps",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def noise_levels(scheduler: Any) -> list[float]:
@@ -140,8 +215,9 @@ def noise_levels(scheduler: Any) -> list[float]:
         name = type(scheduler).__name__
         if hasattr(scheduler, "set_timesteps"):
             raise TypeError(
-                f"scheduler: {name} has no alphas_cumprod; flow-matching and continuous-sigma schedulers are not "
-                "supported. Use a model with a discrete noise schedule (DDIM, PNDM, Euler, DPM-Solver, ...)"
+                f"scheduler: {name} has no alphas_cumprod and is no flow-matching scheduler that is known, so its "
+                "noise levels cannot be read. Use a model with a discrete noise schedule (DDIM, PNDM, Euler, "
+                "DPM-Solver, ...), FlowMatchEulerDiscreteScheduler, or doodl_fast.Sampler"
             )
         raise TypeError(f"scheduler: expected a diffusers scheduler (pipe.scheduler, for instance), got {name}")
     values: list[float] = torch.as_tensor(alphas).detach().to("cpu", torch.float64).reshape(-1).tolist()

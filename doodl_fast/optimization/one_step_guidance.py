@@ -58,6 +58,8 @@ class OneStepGuidance(Evaluator):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        if schedule.is_flow:
+            raise ValueError("schedule: expected one with alphas_cumprod, got a flow's, whose step this guidance lacks")
         if 0 in schedule.alphas_cumprod:
             raise ValueError(
                 f"schedule: expected a signal at every timestep, got alphas_cumprod of 0 at {schedule.timesteps[0]}, "

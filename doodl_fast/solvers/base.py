@@ -15,6 +15,7 @@ from ..chain.memory.strategies import Memory
 from ..chain.program import Coupling
 from ..diffusion.decoder import Decoder
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.flow import is_flow
 from ..diffusion.latent_space import LatentSpace
 from ..diffusion.pipeline import load_pipeline
 from ..diffusion.schedule import Schedule
@@ -157,7 +158,16 @@ class DiffusionChain(Chain):
 
     @classmethod
     def read_scheduler(cls, scheduler: Any, num_inference_steps: int) -> Any:
-        """Reads what `from_pipeline` gives this solver as its schedule off a diffusers scheduler."""
+        """Reads what `from_pipeline` gives this solver as its schedule off a diffusers scheduler.
+
+        Raises:
+            TypeError: The scheduler is one of flow matching, while the pipelines that `from_pipeline` takes are not.
+        """
+        if is_flow(scheduler):
+            raise TypeError(
+                f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; flow-matching pipelines are not read by "
+                "from_pipeline. Make the chain by hand, of a Denoiser and Schedule.from_scheduler(scheduler, steps)"
+            )
         return cls.schedule_type.from_scheduler(scheduler, num_inference_steps)
 
     @property

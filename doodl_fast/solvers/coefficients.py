@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..diffusion.schedule import Schedule
+from ..diffusion.schedule import FLOW, Schedule
 
 
 class Level(NamedTuple):
@@ -21,6 +21,8 @@ class Level(NamedTuple):
 
 def levels(schedule: Schedule) -> list[Level]:
     """The noise levels that a sampler passes through, from the start of the first step to the end of the last one."""
+    if schedule.is_flow:
+        return [Level(1 - sigma, sigma) for sigma in schedule.sigmas]
     alphas = [*schedule.alphas_cumprod, schedule.alphas_cumprod_prev[-1]]
     return [Level(math.sqrt(alpha), math.sqrt(1 - alpha)) for alpha in alphas]
 
@@ -36,7 +38,7 @@ def step_coefficients(start: Level, end: Level, prediction_type: str) -> tuple[f
         start: The level of x, at which the network is evaluated.
         end: The level of x'.
         prediction_type: What the network returns: "epsilon", "sample", "v_prediction" (arXiv 2202.00512) or "flow"
-            (`eps - picture`).
+            (`eps - picture`, whose levels have `signal = 1 - noise`).
 
     Raises:
         ValueError: The prediction type is unknown.
@@ -45,9 +47,9 @@ def step_coefficients(start: Level, end: Level, prediction_type: str) -> tuple[f
         return end.signal / start.signal, end.noise - end.signal * start.noise / start.signal
     if prediction_type == "sample":
         return end.noise / start.noise, end.signal - end.noise * start.signal / start.noise
+    if prediction_type == FLOW:
+        return 1.0, end.noise - start.noise
     cross = end.noise * start.signal - end.signal * start.noise
     if prediction_type == "v_prediction":
         return end.signal * start.signal + end.noise * start.noise, cross
-    if prediction_type == "flow":
-        return end.signal + end.noise, cross
     raise ValueError(f"prediction_type: unknown {prediction_type!r}")

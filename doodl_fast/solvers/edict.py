@@ -21,7 +21,8 @@ def edict_program(schedule: Schedule, mix_weight: float = 0.93, first_step: int 
     `x <- A x + B eps(y)`, then `y <- A y + B eps(x)`; for odd i y comes first. After every step, the last one included,
     comes the mixing `x <- p x + (1 - p) y`, `y <- p y + (1 - p) x` with p = mix_weight. Networks that predict v or the
     sample need no other program: eps is linear in their output and in the point of evaluation, so the difference goes
-    into the coefficients. See `ddim_coefficients`, also for zero terminal signal-to-noise.
+    into the coefficients. See `ddim_coefficients`, also for zero terminal signal-to-noise, and `flow_coefficients` for
+    the updates of a flow.
 
     Args:
         schedule: The noise levels and timesteps.
@@ -38,13 +39,41 @@ def edict_program(schedule: Schedule, mix_weight: float = 0.93, first_step: int 
         raise ValueError(f"mix_weight: expected a number in (0, 1], got {mix_weight!r}; EDICT and DOODL use 0.93")
     p = float(mix_weight)
     couplings: list[Coupling] = []
-    rows = zip(schedule.timesteps, schedule.alphas_cumprod, schedule.alphas_cumprod_prev, strict=True)
-    for step, (t, alpha, alpha_prev) in enumerate(rows):
-        a, c, b = ddim_coefficients(alpha, alpha_prev, schedule.prediction_type)
+    for step, (t, (a, c, b)) in enumerate(zip(schedule.timesteps, _updates(schedule), strict=True)):
         first = (first_step + step) % 2
         couplings += [Coupling(target, a, c, b, step, t) for target in (first, 1 - first)]
         couplings += [Coupling(target, p, 1 - p, 0.0, step, None) for target in (0, 1)]
     return compact(couplings)
+
+
+def _updates(schedule: Schedule) -> list[tuple[float, float, float]]:
+    """The coefficients (a, c, b) of every step of the schedule."""
+    if schedule.is_flow:
+        return [flow_coefficients(*ends) for ends in zip(schedule.sigmas, schedule.sigmas[1:], strict=False)]
+    alphas = zip(schedule.alphas_cumprod, schedule.alphas_cumprod_prev, strict=True)
+    return [ddim_coefficients(*ends, schedule.prediction_type) for ends in alphas]
+
+
+def flow_coefficients(sigma: float, sigma_next: float) -> tuple[float, float, float]:
+    """Returns the coefficients of one Euler step of a flow, `target <- a target + c source + b network(source)`.
+
+    The network predicts `v = noise - picture`, and a step is `target + (sigma_next - sigma) v(source)`.
+
+    At sigma = 1 the target is nothing but noise. As in `ddim_coefficients` it keeps its own noise, and the network
+    gives the picture alone, `source - v(source)`: the update is `sigma_next target + (1 - sigma_next) picture`, which
+    is Euler's step where target and source are equal. So the second latent of a pair, whose source has made the step
+    already, is not moved twice.
+
+    Args:
+        sigma: The noise level before the step, in (0, 1].
+        sigma_next: The noise level after the step, in [0, 1).
+
+    Returns:
+        The coefficients (a, c, b).
+    """
+    if sigma == 1:
+        return sigma_next, 1 - sigma_next, sigma_next - 1
+    return 1.0, 0.0, sigma_next - sigma
 
 
 def ddim_coefficients(alpha: float, alpha_prev: float, prediction_type: str) -> tuple[float, float, float]:

@@ -180,8 +180,8 @@ def test_zero_terminal_snr_is_refused_where_it_is_met():
 
 
 def test_bad_schedulers():
-    with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod; flow-matching"):
-        Schedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), 10)
+    with pytest.raises(TypeError, match="EDMEulerScheduler has no alphas_cumprod and is no flow-matching scheduler"):
+        Schedule.from_scheduler(diffusers.EDMEulerScheduler(), 10)
     with pytest.raises(TypeError, match=r"expected a diffusers scheduler .* got str"):
         Schedule.from_scheduler("ddim", 10)
     with pytest.raises(TypeError, match="has no set_timesteps"):

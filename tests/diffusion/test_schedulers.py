@@ -50,19 +50,22 @@ def own_result(scheduler: Any, steps: int, **options: Any) -> tuple[Tensor, Tens
     stepper = copy.deepcopy(scheduler)
     stepper.set_timesteps(steps)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    sample = noise * float(stepper.init_noise_sigma)
+    sample = noise * float(getattr(stepper, "init_noise_sigma", 1.0))  # flows have none, nor do they scale their input
+    scaled = getattr(stepper, "scale_model_input", lambda sample, t: sample)
     sigmas = getattr(stepper, "sigmas", None)
-    if sigmas is not None:
+    if sigmas is not None and hasattr(stepper, "scale_model_input"):
         noise = sample / (1 + float(sigmas[0]) ** 2) ** 0.5
     for t in stepper.timesteps:
-        prediction = network(stepper.scale_model_input(sample, t), float(t))
+        prediction = network(scaled(sample, t), float(t))
         sample = stepper.step(prediction, t, sample, **options).prev_sample
     return noise, sample
 
 
 def chain_result(schedule: Schedule, x: Tensor) -> Tensor:
-    """A single latent through the schedule's DDIM steps."""
-    rows = zip(schedule.timesteps, schedule.alphas_cumprod, schedule.alphas_cumprod_prev, strict=True)
+    """A single latent through the schedule's DDIM steps, or Euler's of a flow."""
+    for t, now, after in zip(schedule.timesteps, schedule.sigmas, schedule.sigmas[1:], strict=False):
+        x = x + (after - now) * network(x, t)
+    rows = zip(schedule.timesteps, schedule.alphas_cumprod, schedule.alphas_cumprod_prev, strict=not schedule.is_flow)
     for t, alpha, alpha_prev in rows:
         a, c, b = ddim_coefficients(alpha, alpha_prev, schedule.prediction_type)
         x = (a + c) * x + b * network(x, t)
@@ -106,6 +109,7 @@ def test_no_scheduler_is_silent(name: str) -> None:
         if getattr(scheduler, "config", {}).get("clip_sample") and hasattr(scheduler, "alphas_cumprod"):
             found = check(made(name, clip_sample=False))
     same = {"DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", "EulerDiscreteScheduler"}
+    same |= {"FlowMatchEulerDiscreteScheduler"}
     assert (found == "same") == (name in same)
 
 
@@ -197,10 +201,14 @@ def test_the_deterministic_steps_of_tcd_are_its_own(steps: int, prediction_type:
         ("PNDMScheduler", {}, "its multistep updates"),
         ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}, "its constant stride of 100"),
         ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "its last step, which leads"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "its second-order steps. Its noise levels are sampled by DDIM, which"),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "the noise that it adds in every step"),
+        ("FlowMatchLCMScheduler", {}, "the noise that it adds in every step"),
     ],
 )  # fmt: skip
 def test_what_is_left_out_is_named(name: str, options: dict[str, Any], message: str) -> None:
-    _, said = outcome(made(name, **SD, **options), 10)
+    noise_levels = {} if "Flow" in name else SD
+    _, said = outcome(made(name, **noise_levels, **options), 10)
     assert message in said, said
 
 
@@ -216,6 +224,7 @@ def test_it_is_said_once_and_at_the_callers_line() -> None:
         ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "Stable Video"),
         ("DDIMInverseScheduler", {}, "DDIMInverseScheduler runs from picture to noise; use DDIM"),
         ("DPMSolverMultistepInverseScheduler", {}, "runs from picture to noise"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "has invert_sigmas=True .as Mochi has"),
         ("RePaintScheduler", {}, "RePaintScheduler needs a picture and a mask"),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_"),
     ],
