@@ -12,7 +12,7 @@ from conftest import golden
 from torch import Tensor, nn
 
 from doodl_fast.compat import Quirks
-from doodl_fast.compat.losses import resize_shorter
+from doodl_fast.compat.views import resize_shorter
 from doodl_fast.guidance.clip import CLIP_MEAN, CLIP_STD
 
 

@@ -1,9 +1,13 @@
-"""The DOODL reference's own names and behaviour, for code that was written against it (docs/migration.md).
+"""The names and the behaviour of the DOODL reference, for code that was written for it; see docs/migration.md.
+
+Such code can import from here:
 
     from doodl_fast.compat import memcnn             # instead of `import memcnn`
-    from doodl_fast.compat.doodl import gen           # instead of `from doodl import gen`
+    from doodl_fast.compat.doodl import gen          # instead of `from doodl import gen`
 
-    from doodl_fast.compat import install             # or, before `import doodl`: swaps what it imports
+Or it can stay as it is, if this comes before `import doodl`:
+
+    from doodl_fast.compat import install
     install()
 
 `python -m doodl_fast.compat doctor FILE_OR_FOLDER` reads code and says what to change in it.
@@ -25,7 +29,7 @@ _HOMES = {"Quirks": "quirks", "install": "installer", "uninstall": "installer"}
 
 
 def __getattr__(name: str) -> Any:
-    # lazy, as in the package itself: asking for one name imports what it needs
+    """Imports a public name when it is asked for, so that each name imports only what it needs."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)
@@ -35,4 +39,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Returns the public names."""
     return sorted(__all__)

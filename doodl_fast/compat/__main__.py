@@ -1,4 +1,4 @@
-"""`python -m doodl_fast.compat doctor FILE_OR_FOLDER`."""
+"""The command line of this package: `python -m doodl_fast.compat doctor FILE_OR_FOLDER`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from . import doctor
 
 
 def main() -> int:
+    """Runs the command that the command line names, and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m doodl_fast.compat", description="Help with DOODL code that exists already."
     )

@@ -1,4 +1,4 @@
-"""Guidance during sampling, by gradients through the rest of the chain or through one step; `get_generic_cond_fn`."""
+"""Guidance during sampling, by gradients through the rest of the chain or through one prediction of the picture."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 
 @functools.cache
 def default_pipeline() -> Any:
-    """The reference's model, Stable Diffusion 1.4, loaded once: in fp16 on CUDA if there is any, else in fp32 on CPU.
+    """Loads Stable Diffusion 1.4, as the reference does, once: in fp16 on CUDA if there is any, else in fp32.
 
-    Raises ValueError where it cannot be loaded.
+    Raises:
+        ValueError: The model cannot be loaded.
     """
     if torch.cuda.is_available():
         return load_pipeline(DEFAULT_MODEL, "cuda", torch.float16)
@@ -60,10 +61,15 @@ def pipeline_schedule(pipeline: Any, steps: int, quirks: Quirks) -> Schedule:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Chains over any stretch of a schedule, in the reference's order.
+    """Makes chains over any part of a schedule, in which x and y alternate as in the reference.
 
-    schedule: of the whole run. steps: the number that was asked for, which may differ from the schedule's (see
-    `Quirks.extra_timesteps`).
+    Attributes:
+        denoiser: The network with its conditions.
+        schedule: The schedule of the whole run.
+        steps: The number of steps that was asked for; the schedule may have another (`Quirks.extra_timesteps`).
+        mix_weight: EDICT's mixing weight.
+        quirks: Which peculiarities of the reference are reproduced.
+        memory: What the chains keep for their gradients, see `doodl_fast.EDICT`.
     """
 
     denoiser: Denoiser
@@ -74,7 +80,7 @@ class Sampler:
     memory: Memory = "checkpoint"
 
     def part(self, start: int = 0, stop: int | None = None) -> Schedule | None:
-        """The steps from start to stop, counted from the noise; None if there are none."""
+        """Returns the steps from start to stop, counted from the noise; None if there are none."""
         full, place = self.schedule, slice(start, stop)
         if not full.timesteps[place]:
             return None
@@ -83,15 +89,17 @@ class Sampler:
         )
 
     def program(self, start: int = 0, stop: int | None = None) -> Program:
-        """EDICT's steps from start to stop (see `Quirks.order_by_index`)."""
+        """Returns the couplings of EDICT's steps from start to stop (see `Quirks.order_by_index`)."""
         part = self.part(start, stop)
         first = 0 if self.quirks.order_by_index else start
         return () if part is None else edict_program(part, self.mix_weight, first)
 
     def inverse_program(self, start: int = 0, mixed: bool = True) -> Program:
-        """From the image back to step `start`, with the reference's `inverse` (see `Quirks.inverse_order_by_count`).
+        """Returns the couplings that lead from the image back to step `start`, as the reference's `inverse` does them.
 
-        mixed: whether the mixing is undone as well.
+        Args:
+            start: The step, counted from the noise.
+            mixed: Whether the mixing is undone as well. See also `Quirks.inverse_order_by_count`.
         """
         part = self.part(start)
         if part is None:
@@ -102,14 +110,20 @@ class Sampler:
         return invert(edict_program(part, self.mix_weight if mixed else 1.0, first))
 
     def chain(self, program: Program, evaluator: Evaluator | None = None) -> Chain:
+        """Returns a chain of these couplings, with the denoiser or another evaluator."""
         return Chain(evaluator or self.denoiser, program, self.memory)
 
 
 class ChainGuidance(OneStepGuidance):
-    """A denoiser that is pulled towards a lower loss on the picture that the rest of the chain makes, by the gradient
-    through all of it; otherwise as `OneStepGuidance`.
+    """A denoiser that is guided by the gradient of a loss through the whole rest of the chain.
 
-    x is the start of both latents, and the loss the mean of the two pictures'.
+    It works like `OneStepGuidance`, except that the picture is made by the remaining steps. Both latents start from x,
+    and the loss is the mean of the losses of the two pictures.
+
+    Args:
+        sampler: Makes the chain of the remaining steps.
+        decode: The decoder.
+        loss: A function of images (B, 3, H, W) in [-1, 1], with a 0-dim result.
     """
 
     def __init__(self, sampler: Sampler, decode: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor]) -> None:
@@ -117,10 +131,19 @@ class ChainGuidance(OneStepGuidance):
         self.sampler = sampler
 
     def gradient(self, x: Tensor, t: Any, latents_dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the gradient of the loss with respect to the latents x at timestep t, of their shape."""
         return self.pair_gradient([x, x], t).sum(0) * x.shape[0]
 
     def pair_gradient(self, pair: list[Tensor], t: Any) -> Tensor:
-        """d loss / d pair, stacked: (2, B, C, h, w), in their dtype. pair: two latents (B, C, h, w) at timestep t."""
+        """Returns the gradients of the loss with respect to two latents.
+
+        Args:
+            pair: The two latents at timestep t, each of shape (B, C, h, w).
+            t: The timestep.
+
+        Returns:
+            Both gradients, of shape (2, B, C, h, w), in the dtype of the latents.
+        """
         start = self.schedule.timesteps.index(int(t))
         chain = self.sampler.chain(self.sampler.program(start))
         objective = Objective(chain, self.decode, self.loss, pair[0].dtype, members=2)
@@ -141,14 +164,24 @@ def get_generic_cond_fn(
     pipeline: Any = None,
     quirks: Quirks = DEFAULT,
 ) -> Callable[..., Tensor]:
-    """`cond_fn(x, t, scheduler)`: minus the gradient of a loss on the final picture with respect to latents.
+    """Makes a function that returns minus the gradient of a loss on the final picture with respect to latents.
 
-    loss_fn: images (B, 3, H, W) in [-1, 1] -> 0-dim loss. embedding_...: (1, tokens, features). steps, mix_weight: of
-    the chain. one_step_baseline: the picture is predicted in one step. keep_input: of no effect: what the gradient
-    needs is kept. pipeline: whose UNet and VAE; default: Stable Diffusion 1.4's.
+    Args:
+        loss_fn: A function of images (B, 3, H, W) in [-1, 1], with a 0-dim result.
+        embedding_unconditional: The embedding of the negative prompt, of shape (1, L, D).
+        embedding_conditional: The embedding of the prompt, of shape (1, L, D).
+        sd_guidance_scale: The scale of classifier-free guidance.
+        steps: The number of sampling steps.
+        mix_weight: EDICT's mixing weight.
+        one_step_baseline: Whether the picture is predicted in one step, instead of by the rest of the chain.
+        keep_input: It has no effect, because what the gradient needs is always kept.
+        pipeline: A pipeline whose UNet and VAE are used. By default it is that of Stable Diffusion 1.4.
+        quirks: Which peculiarities of the reference are reproduced.
 
-    x: (1, C, h, w), the start of both latents, or a pair of them (2, C, h, w), whose gradients are then both returned.
-    t: one of the scheduler's timesteps, a number or a tensor of one element. scheduler: what the loop steps with.
+    Returns:
+        A function `cond_fn(x, t, scheduler=None)`. x are latents (1, C, h, w) that both variables start from, or two of
+        them, (2, C, h, w), whose gradients are then both returned. t is one of the timesteps, a number or a tensor of
+        one element; any other is a ValueError. The scheduler is not used.
     """
     pipeline = default_pipeline() if pipeline is None else pipeline
     denoiser = Denoiser(

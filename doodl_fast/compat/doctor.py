@@ -1,6 +1,6 @@
-"""`python -m doodl_fast.compat doctor FILE_OR_FOLDER`: what to change in existing DOODL code, line by line.
+"""The command `python -m doodl_fast.compat doctor FILE_OR_FOLDER`, which says what to change in existing DOODL code.
 
-It reads the code and runs none of it: Python files and the code cells of notebooks.
+It reads Python files and the code cells of notebooks, and runs nothing of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ MEMCNN = ("InvertibleModuleWrapper", "is_invertible_module")
 class Finding:
     """One thing found in a file.
 
-    line: where. what: what is there. advice: what to do about it. gain: what that brings; "" for a warning.
+    Attributes:
+        line: The number of the line.
+        what: What is there.
+        advice: What to do about it.
+        gain: What that brings; "" for a warning.
     """
 
     line: int
@@ -35,19 +39,27 @@ class Finding:
     gain: str = ""
 
     def text(self, path: Path) -> str:
+        """Returns the lines that are printed for a finding in the file `path`."""
         last = f"\n    gain:   {self.gain}" if self.gain else ""
         kind = "change" if self.gain else "beware"
         return f"{path}:{self.line}: {self.what}\n    {kind}: {self.advice}{last}"
 
 
 def main(target: str) -> int:
-    """Prints the findings of a file, or of all below a folder. Returns 0, or 2 where there is nothing to read."""
+    """Prints the findings of a file, or of all files in a folder.
+
+    Args:
+        target: The file or folder.
+
+    Returns:
+        The exit status: 0, or 2 if there is nothing to read.
+    """
     root = Path(target)
     if not root.exists():
         print(f"FILE_OR_FOLDER: {target!r} does not exist")
         return 2
     paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".py", ".ipynb"))
-    # a copy of memcnn itself is what is replaced
+    # A copy of memcnn itself needs no change, because it is what is replaced.
     paths = [path for path in paths if "memcnn" not in path.relative_to(root).parts]
     changes = warnings = 0
     for path in paths:
@@ -66,7 +78,7 @@ def main(target: str) -> int:
 
 
 def source_of(path: Path) -> str:
-    """A file's Python; of a notebook its code cells, one below the other, without the shell's lines."""
+    """Returns the Python code of a file. Of a notebook these are all code cells, without lines for the shell."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".ipynb":
         return text
@@ -76,13 +88,14 @@ def source_of(path: Path) -> str:
 
 
 def examine(source: str) -> list[Finding]:
-    """All findings in a file's source, by line. Raises SyntaxError for what is no Python."""
+    """Returns all findings in Python code, in the order of the lines. Raises SyntaxError if it is not Python."""
     tree = ast.parse(source)
     found = [finding for node in ast.walk(tree) for finding in _of_node(node)]
     return sorted(set(found), key=lambda finding: (finding.line, finding.what))
 
 
 def _of_node(node: ast.AST) -> Iterator[Finding]:
+    """Yields the findings of one node of the syntax tree."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         yield from _imports(node)
     elif isinstance(node, ast.ClassDef):
@@ -96,6 +109,7 @@ def _of_node(node: ast.AST) -> Iterator[Finding]:
 
 
 def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[Finding]:
+    """Yields the findings of an import of memcnn, DOODL, or a scheduler of diffusers."""
     modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
     names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
     for module in modules:
@@ -119,6 +133,7 @@ def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[Finding]:
 
 
 def _memcnn_import(line: int, what: str, names: list[str], module: str) -> Finding:
+    """Returns the finding of an import of memcnn."""
     foreign = [name for name in names if name not in MEMCNN] or ([module] if module != "memcnn" and not names else [])
     if foreign:
         advice = f"doodl_fast.compat.memcnn has {' and '.join(MEMCNN)}, not {', '.join(foreign)}: keep memcnn for that"
@@ -133,7 +148,7 @@ def _memcnn_import(line: int, what: str, names: list[str], module: str) -> Findi
 
 
 def _class(node: ast.ClassDef) -> Iterator[Finding]:
-    """Classes with both directions: stepping layers, mixing layers, others."""
+    """Yields the findings of a class that has `forward` and `inverse`: a stepping layer or a mixing layer."""
     methods = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
     if not {"forward", "inverse"} <= set(methods) or any("SteppingLayer" in ast.unparse(b) for b in node.bases):
         return
@@ -162,7 +177,7 @@ def _class(node: ast.ClassDef) -> Iterator[Finding]:
 
 
 def _unsteady(name: str, forward: ast.FunctionDef) -> Iterator[Finding]:
-    """What makes a second evaluation differ from the first."""
+    """Yields what can make a second evaluation differ from the first: random numbers, and attributes that are set."""
     for call in _calls([forward]):
         if _name(call) in RANDOM:
             yield Finding(
@@ -184,6 +199,7 @@ def _unsteady(name: str, forward: ast.FunctionDef) -> Iterator[Finding]:
 
 
 def _function(node: ast.FunctionDef) -> Iterator[Finding]:
+    """Yields the finding of a copy of the reference's `gen`."""
     names = {argument.arg for argument in _arguments(node)}
     if {"model_guidance_type", "sd_guidance_scale", "num_traversal_steps"} <= names:
         yield Finding(
@@ -195,7 +211,7 @@ def _function(node: ast.FunctionDef) -> Iterator[Finding]:
 
 
 def _loop(node: ast.For) -> Iterator[Finding]:
-    """A loop over timesteps that steps and mixes."""
+    """Yields the finding of a loop over timesteps that calls a layer."""
     if "timesteps" not in ast.unparse(node.iter):
         return
     stepping = [
@@ -219,6 +235,7 @@ def _loop(node: ast.For) -> Iterator[Finding]:
 
 
 def _call(node: ast.Call) -> Iterator[Finding]:
+    """Yields the finding of a call of the wrapper, of an optimizer over weights, or of `set_grad_enabled(False)`."""
     name = _name(node)
     options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
     if name == "InvertibleModuleWrapper":
@@ -255,6 +272,7 @@ def _call(node: ast.Call) -> Iterator[Finding]:
 
 
 def _calls(nodes: object) -> Iterator[ast.Call]:
+    """Yields all calls within nodes of the syntax tree."""
     for node in nodes:  # type: ignore[attr-defined]
         for item in ast.walk(node):
             if isinstance(item, ast.Call):
@@ -262,9 +280,10 @@ def _calls(nodes: object) -> Iterator[ast.Call]:
 
 
 def _name(call: ast.Call) -> str:
-    """What is called, without what it is an attribute of."""
+    """Returns the name of what is called, without the object that it is an attribute of."""
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
 
 def _arguments(function: ast.FunctionDef) -> list[ast.arg]:
+    """Returns all named arguments of a function."""
     return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]

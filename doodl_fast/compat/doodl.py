@@ -1,11 +1,10 @@
-"""The reference's names: `from doodl_fast.compat.doodl import gen, SteppingLayer, MixingLayer`, for instance."""
+"""The public names of the reference's module `doodl`, for instance `from doodl_fast.compat.doodl import gen`."""
 
 from .conditioning import get_generic_cond_fn
 from .gen import gen
 from .gen_modes import GenResult
 from .layers import MixingLayer, SteppingLayer
 from .losses import (
-    MakeCutouts,
     aesthetic_loss_fn,
     aesthetic_score,
     clip_loss_fn,
@@ -15,6 +14,7 @@ from .losses import (
     symmetry_loss_fn,
 )
 from .schedule import forward_step, get_alpha_and_beta, reverse_step
+from .views import MakeCutouts
 
 __all__ = [
     "GenResult",

@@ -1,4 +1,4 @@
-"""The two ways of `gen`: optimising the latents (traversal), or guiding the sampling (with one variable or two)."""
+"""The two modes of `gen`: optimising latents (latent traversal), and guided sampling with one variable or two."""
 
 from __future__ import annotations
 
@@ -60,11 +60,19 @@ class GenResult:
 
 
 def traverse(o: Options, sampler: Sampler, decode: Decoder, noise: Tensor | None, loss_fn: LossFn | None) -> GenResult:
-    """Optimises the latents at the first timestep, or at the opt_t-th from the end."""
+    """Optimises the latents of the first timestep, or those of the `opt_t`-th timestep from the end.
+
+    Args:
+        o: The arguments of `gen`.
+        sampler: Makes the chains.
+        decode: The decoder.
+        noise: The noise that the run starts from, of shape (1, C, h, w); None to start from the source picture.
+        loss_fn: The loss; None to make a picture without guidance.
+    """
     begin = 0 if o.opt_t is None else max(len(sampler.schedule) - o.opt_t, 0)
     chain = sampler.chain(sampler.program(begin))
     if noise is None:
-        # with opt_t, where the reference stops, by what undoes the chain
+        # The reference stops with an error if opt_t is given here. The picture is inverted by what undoes the chain.
         undoing = sampler.inverse_program() if o.opt_t is None else invert(chain.program)
         x, y = source_noise(o, sampler, decode, undoing)
     else:
@@ -99,7 +107,10 @@ def traverse(o: Options, sampler: Sampler, decode: Decoder, noise: Tensor | None
 
 
 def sample(o: Options, sampler: Sampler, decode: Decoder, noise: Tensor | None, loss_fn: LossFn | None) -> GenResult:
-    """Samples once, guided at every step; from noise, or from a source picture's."""
+    """Samples one picture, guided by the gradient of the loss at every step.
+
+    Arguments are those of `traverse`.
+    """
     losses: list[float] = []
     evaluator: Evaluator = sampler.denoiser
     if loss_fn is not None:
@@ -126,14 +137,24 @@ def sample(o: Options, sampler: Sampler, decode: Decoder, noise: Tensor | None, 
 
 
 def source_noise(o: Options, sampler: Sampler, decode: Decoder, undoing: Program) -> Pair:
-    """The latents (x, y) that the program `undoing` makes of the source picture's."""
+    """Returns the latents (x, y) that the program `undoing` makes of the latents of the source picture."""
     return sampler.chain(undoing)(encode_source(o.source_im, o.size, decode, o.dtype, o.quirks))
 
 
 @torch.no_grad()
 def ddim(evaluator: Evaluator, schedule: Schedule | None, latents: Tensor, inverse: bool = False) -> Tensor:
-    """Plain DDIM (arXiv 2010.02502) on one variable (B, C, ...), in float32 at least; inverse: its inversion, taking
-    the noise from before each step for that from after, and so is not exact."""
+    """Samples by plain DDIM (arXiv 2010.02502) with one variable, in float32 at least.
+
+    Args:
+        evaluator: Predicts the noise.
+        schedule: The steps; None for no step.
+        latents: The latents, of shape (B, C, ...).
+        inverse: Whether to invert instead. DDIM's inversion takes the noise before each step for the noise after it,
+            so it is not exact.
+
+    Returns:
+        The latents after the steps, in the given dtype.
+    """
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     step = ops.coupling_inverse if inverse else ops.coupling
     rows: list[Any] = []
@@ -148,7 +169,7 @@ def ddim(evaluator: Evaluator, schedule: Schedule | None, latents: Tensor, inver
 
 
 def _noting(loss_fn: LossFn, values: list[float]) -> LossFn:
-    """loss_fn, whose values are noted."""
+    """Returns a loss that appends its values to a list."""
 
     def noted(images: Tensor) -> Tensor:
         value = loss_fn(images)

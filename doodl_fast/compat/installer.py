@@ -1,4 +1,4 @@
-"""`install()`: code that imports `memcnn` and `doodl` gets ours, without a changed line."""
+"""`install`, which makes code that imports `memcnn` and `doodl` use this package, without a changed line in it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ _LAYERS = {"SteppingLayer": SteppingLayer, "MixingLayer": MixingLayer}
 
 
 def install(module: str = "doodl", *, layers: bool = True, quirks: Quirks = DEFAULT) -> None:
-    """From now on `import memcnn` gives `compat.memcnn`, and the module named `module` gets our layers once imported.
+    """Makes `import memcnn` give `compat.memcnn`, and replaces the layers of the DOODL code when that is imported.
 
-        from doodl_fast.compat import install
-        install()
-        import doodl
+    Nothing is imported by this function, and no file is changed. A second call replaces the first one.
 
-    module: the name under which the DOODL code is imported; if it already is, it is changed at once. layers: whether
-    its `SteppingLayer` and `MixingLayer` become ours, with these quirks, and the networks among its variables are
-    frozen (`requires_grad`), as no DOODL code uses gradients of weights; False: `memcnn` alone is swapped. A layer that
-    takes other arguments than the reference's is left as it is, with a warning.
-    A second call replaces the first. Nothing is imported, and no file is changed.
-    Raises ValueError for a module that is no name.
+    Args:
+        module: The name under which the DOODL code is imported. If it already is imported, it is changed at once.
+        layers: Whether the module's `SteppingLayer` and `MixingLayer` are replaced, and the networks among its
+            variables are frozen (`requires_grad_(False)`), as no DOODL code uses gradients of weights. If not, only
+            `memcnn` is replaced. A layer that takes other arguments than the reference's is left as it is, with a
+            warning.
+        quirks: The quirks of the layers.
+
+    Raises:
+        ValueError: `module` cannot be the name of a module.
+
+    Example:
+        >>> from doodl_fast.compat import install
+        >>> install()
+        >>> import doodl
     """
     if not isinstance(module, str) or not all(part.isidentifier() for part in module.split(".")):
         raise ValueError(f"module: expected the name of a module, such as 'doodl', got {module!r}")
@@ -44,7 +51,7 @@ def install(module: str = "doodl", *, layers: bool = True, quirks: Quirks = DEFA
 
 
 def uninstall() -> None:
-    """Takes back everything that `install` did; does nothing if it was not called."""
+    """Undoes everything that `install` did. Without an earlier `install` it does nothing."""
     global _installed
     if _installed is not None:
         _installed.end()
@@ -52,7 +59,7 @@ def uninstall() -> None:
 
 
 class _Installation(importlib.abc.MetaPathFinder):
-    """Finds no module by itself: it lets the others find `name`, and changes it when it has been run."""
+    """An import hook that lets the other finders find the module `name`, and changes the module after its import."""
 
     def __init__(self, name: str, layers: bool, quirks: Quirks) -> None:
         self.name, self.layers, self.quirks = name, layers, quirks
@@ -61,6 +68,7 @@ class _Installation(importlib.abc.MetaPathFinder):
         self._searching = False
 
     def begin(self) -> None:
+        """Replaces `memcnn`, sets up the import hook, and changes the module if it is imported already."""
         self._memcnn = sys.modules.get("memcnn")
         sys.modules["memcnn"] = memcnn
         sys.meta_path.insert(0, self)
@@ -68,6 +76,7 @@ class _Installation(importlib.abc.MetaPathFinder):
             self.change(sys.modules[self.name])
 
     def end(self) -> None:
+        """Restores everything as it was before `begin`."""
         sys.meta_path.remove(self)
         if self._memcnn is not None:
             sys.modules["memcnn"] = self._memcnn
@@ -79,6 +88,7 @@ class _Installation(importlib.abc.MetaPathFinder):
             weight.requires_grad_(True)
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
+        """Returns the spec that the other finders return for the module, with a loader that changes the module."""
         if fullname != self.name or self._searching:
             return None
         self._searching = True
@@ -91,9 +101,11 @@ class _Installation(importlib.abc.MetaPathFinder):
         return spec
 
     def change(self, module: ModuleType) -> None:
+        """Replaces the wrapper and the layers of an imported module, and freezes the networks among its variables."""
         if isinstance(getattr(module, "memcnn", None), ModuleType):
             self._set(module, "memcnn", memcnn)
-        wrapper = getattr(module, "InvertibleModuleWrapper", None)  # from memcnn import InvertibleModuleWrapper
+        # The module may also have done `from memcnn import InvertibleModuleWrapper`.
+        wrapper = getattr(module, "InvertibleModuleWrapper", None)
         if isinstance(wrapper, type):
             self._set(module, "InvertibleModuleWrapper", memcnn.InvertibleModuleWrapper)
         if not self.layers:
@@ -109,10 +121,12 @@ class _Installation(importlib.abc.MetaPathFinder):
                 value.requires_grad_(False)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute, and notes its old value for `end`."""
         self._undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
     def _with_quirks(self, layer: type[nn.Module]) -> type[nn.Module]:
+        """Returns a layer whose default quirks are those of this installation."""
         if self.quirks == DEFAULT:
             return layer
 
@@ -126,26 +140,29 @@ _installed: _Installation | None = None
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader, after which the installation changes the module."""
+    """Loads a module by another loader, and then lets the installation change it."""
 
     def __init__(self, loader: Any, installation: _Installation) -> None:
         self._loader, self._installation = loader, installation
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """Creates the module by the other loader."""
         module: ModuleType | None = self._loader.create_module(spec)
         return module
 
     def exec_module(self, module: ModuleType) -> None:
+        """Runs the module, and changes it unless the installation has ended since."""
         self._loader.exec_module(module)
         if _installed is self._installation:
             self._installation.change(module)
 
-    def __getattr__(self, name: str) -> Any:  # get_source and the like
+    def __getattr__(self, name: str) -> Any:
+        """Returns an attribute of the other loader, such as `get_source`."""
         return getattr(self._loader, name)
 
 
 def _fits(theirs: type, ours: type) -> bool:
-    """Whether ours takes all that theirs takes, in construction and in calls."""
+    """Returns whether our layer accepts all arguments of theirs, at construction and in calls; warns if not."""
     for method in ("__init__", "forward", "inverse"):
         known = set(inspect.signature(getattr(ours, method)).parameters)
         more = [name for name in inspect.signature(getattr(theirs, method)).parameters if name not in known]

@@ -1,16 +1,15 @@
-"""The reference's losses on pixels, standing on `doodl_fast.guidance`.
+"""The reference's losses on pixels, built on `doodl_fast.guidance`.
 
-Every factory returns `loss_fn(im_pix)` of images (B, 3, H, W) in [-1, 1], a 0-dim tensor, `grad_scale` included. Guides
-are loaded when a factory is called, safetensors only, and get no gradients for their weights. What the factories take
-beyond the reference is by keyword: where guides come from, `device` (default: CUDA if there is one), `dtype` of the
-guides (default: fp16 on CUDA, else fp32), and `quirks`.
+Every factory returns a function `loss_fn(im_pix)` of images (B, 3, H, W) in [-1, 1]. Its result is a 0-dim tensor that
+includes `grad_scale`. A guide is loaded when its factory is called, from safetensors only, and no gradients are
+computed for its weights. The arguments that the reference does not have are keyword-only: where guides come from, their
+`device` (by default CUDA if there is one), their `dtype` (by default fp16 on CUDA, else fp32), and `quirks`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion.images import open_picture, read_picture
-from ..guidance import Classifier, ClipText, Symmetry, random_cutouts, spherical_distance
+from ..guidance import Classifier, ClipText, Symmetry, spherical_distance
 from ..guidance import aesthetic as scores
 from ..guidance.classifier import load_classifier
 from ..guidance.clip import ClipGuide, image_features, load_clip
-from ..guidance.cutouts import check_images, unit_range
+from ..guidance.cutouts import unit_range
 from .quirks import Quirks
+from .views import MakeCutouts as MakeCutouts
+from .views import View, resize_shorter, shared_views
 
 LossFn = Callable[[Tensor], Tensor]
 DEFAULT = Quirks()
@@ -38,23 +39,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSIFIER_SIZE = 512
 
 
-class MakeCutouts(nn.Module):
-    """`cutouts(pixel_values, num_cutouts)`: random squares averaged down to cut_size; see `guidance.random_cutouts`."""
-
-    def __init__(self, cut_size: int, cut_power: float = 1.0) -> None:
-        super().__init__()
-        self.cut_size = cut_size
-        self.cut_power = cut_power
-
-    def forward(self, pixel_values: Tensor, num_cutouts: int) -> Tensor:
-        """(num_cutouts * B, C, cut_size, cut_size) of (B, C, H, W)."""
-        return random_cutouts(pixel_values, num_cutouts, self.cut_size, self.cut_power)
-
-
 def spherical_dist_loss(x: Tensor, y: Tensor, quirks: Quirks = DEFAULT) -> Tensor:
-    """Half the squared angle between x and y (..., D), in radians; of several rows the least one's, 0-dim.
+    """Returns half the squared angle between x and y, in radians; see `guidance.spherical_distance`.
 
-    See `guidance.spherical_distance`, and `Quirks.minimum_over_cutouts`, `Quirks.infinite_gradient_of_opposites`.
+    Args:
+        x: Vectors of shape (..., D).
+        y: Vectors of shape (..., D).
+        quirks: `minimum_over_cutouts` and `infinite_gradient_of_opposites` are used.
+
+    Returns:
+        A 0-dim tensor for several rows: the smallest distance, or, without the quirk, their mean. For a single row the
+        leading dimensions stay.
     """
     if quirks.infinite_gradient_of_opposites:
         chord = torch.linalg.vector_norm(F.normalize(x, dim=-1) - F.normalize(y, dim=-1), dim=-1)
@@ -81,13 +76,28 @@ def clip_loss_fn(
     dtype: torch.dtype | None = None,
     quirks: Quirks = DEFAULT,
 ) -> LossFn:
-    """Distance of a picture's CLIP embedding from that of a text, or from the mean of other pictures'.
+    """Makes a loss that pulls a picture's CLIP embedding towards that of a text, or to the mean of other pictures'.
 
-    prompt or clip_viz_paths: one of them, a text or picture files. use_cutouts, num_cuts, cut_power: look at random
-    cutouts, else at the whole. clip_model_str: "vit_b_32", "vit_l_14", "vit_g_14" or "all" (see
-    `Quirks.one_clip_model`); also a folder or hub id. weights: of the models, in the order b, l, g.
-    clip_models: name -> folder, hub id, or (transformers CLIPModel, processor), in place of the hub's.
-    Raises ValueError, naming the argument.
+    Args:
+        prompt: The text. Either this or `clip_viz_paths` is given.
+        clip_viz_paths: Picture files or PIL pictures.
+        use_cutouts: Whether the guide sees random cutouts of the picture, and not the whole of it.
+        num_cuts: The number of cutouts.
+        cut_power: The exponent of their random sizes.
+        grad_scale: A factor of the loss.
+        clip_model_str: "vit_b_32", "vit_l_14", "vit_g_14", "all" (see `Quirks.one_clip_model`), a folder or a hub id.
+        weights: The weights of the models, in the order b, l, g.
+        clip_models: A dict from a model's name to a folder, a hub id or a tuple (transformers CLIPModel, processor),
+            which is used in place of the default one.
+        device: The device of the guide.
+        dtype: The dtype of the guide.
+        quirks: Which peculiarities of the reference are reproduced.
+
+    Returns:
+        The loss function.
+
+    Raises:
+        ValueError: Both or none of `prompt` and `clip_viz_paths` are given, or an argument is out of range.
     """
     if (prompt is None) == (clip_viz_paths is None):
         raise ValueError("prompt, clip_viz_paths: expected one of them (as gen: clip_prompt or clip_viz_paths)")
@@ -110,7 +120,7 @@ def clip_loss_fn(
         return spherical_dist_loss(features, target.to(features), quirks).mean()
 
     def loss_fn(im_pix: Tensor) -> Tensor:
-        seen = _shared(views, im_pix)
+        seen = shared_views(views, im_pix)
         distances = [distance(*each) for each in zip(seen, guides, targets, strict=True)]
         total: Tensor = sum(w * d for w, d in zip(weights, distances, strict=True)) / sum(weights)  # type: ignore[assignment]
         return total * grad_scale
@@ -119,7 +129,15 @@ def clip_loss_fn(
 
 
 def symmetry_loss_fn(symmetry_type: str, grad_scale: float = 0) -> LossFn:
-    """Mean squared difference from the mirror image: "horizontal" as in the reference, or "vertical"."""
+    """Makes a loss that is the mean squared difference of a picture and its mirror image.
+
+    Args:
+        symmetry_type: "horizontal" as in the reference, or "vertical".
+        grad_scale: A factor of the loss.
+
+    Raises:
+        ValueError: `symmetry_type` is unknown.
+    """
     symmetry = Symmetry(symmetry_type)
     return lambda im_pix: grad_scale * symmetry(im_pix)
 
@@ -137,12 +155,28 @@ def fgvc_loss_fn(
     dtype: torch.dtype | None = None,
     quirks: Quirks = DEFAULT,
 ) -> LossFn:
-    """Cross-entropy of a classifier with one class.
+    """Makes a loss that is the cross entropy of a classifier's logits with one class.
 
-    model: the classifier, as no network comes with a `dataset` here: a folder or hub id of a transformers
-    image-classification model, such a model and its processor as a tuple, or a module from pictures normalised as
-    ImageNet's, of 512 x 512, to logits, to an object with `.logits` or to a tuple that ends with them (WS-DAN's).
-    class_idx: the index, or the name in the model's config. Raises TypeError or ValueError, naming the argument.
+    Args:
+        dataset: The reference's name of a classifier. No classifier comes with this package, so `model` is required.
+        class_idx: The index of the class, or its name in the model's config.
+        use_cutouts: Whether the guide sees random cutouts of the picture, and not the whole of it.
+        num_cuts: The number of cutouts.
+        cut_power: The exponent of their random sizes.
+        grad_scale: A factor of the loss.
+        model: The classifier: a folder or hub id of a transformers image-classification model; such a model and its
+            processor as a tuple; or a module that takes pictures of 512 x 512 pixels, normalised as ImageNet's, and
+            returns logits, an object with `.logits`, or a tuple that ends with logits, as WS-DAN does.
+        device: The device of the guide.
+        dtype: The dtype of the guide.
+        quirks: Which peculiarities of the reference are reproduced.
+
+    Returns:
+        The loss function.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There is no model, or an argument is out of range.
     """
     if model is None:
         raise ValueError(
@@ -161,10 +195,15 @@ def fgvc_loss_fn(
 
 
 def get_aesthetic_model(clip_model: str = "vit_l_14", source: str | Path | None = None) -> nn.Linear:
-    """The linear head of LAION's aesthetic predictor for a CLIP, in float32.
+    """Returns the linear head of LAION's aesthetic predictor for a CLIP model, in float32.
 
-    source: its file, see `guidance.aesthetic.load_aesthetic_head`; default: where the reference keeps it,
-    ~/.cache/emb_reader/sa_0_4_<clip_model>_linear.pth. It is never downloaded. Raises ValueError.
+    Args:
+        clip_model: "vit_l_14" or "vit_b_32".
+        source: The file of the head, see `guidance.aesthetic.load_aesthetic_head`. By default it is the file that the
+            reference keeps, ~/.cache/emb_reader/sa_0_4_<clip_model>_linear.pth. It is never downloaded.
+
+    Raises:
+        ValueError: The name is unknown, or the file is missing or holds something else.
     """
     if source is None:
         if clip_model not in AESTHETIC_MODELS:
@@ -180,9 +219,12 @@ def get_aesthetic_model(clip_model: str = "vit_l_14", source: str | Path | None 
 
 
 def aesthetic_score(image: Tensor, model: Any, amodel: nn.Linear) -> Tensor:
-    """0-dim mean score, 1 to 10, of pictures (B, 3, h, w) as the CLIP wants them, normalised.
+    """Returns the mean aesthetic score of pictures, roughly from 1 to 10, as a 0-dim tensor.
 
-    model: a CLIP with `encode_image` (open_clip) or `get_image_features` (transformers). amodel: the head.
+    Args:
+        image: Pictures of shape (B, 3, h, w) in the size that the CLIP model expects, normalised as it expects.
+        model: A CLIP model with `encode_image` (open_clip) or `get_image_features` (transformers).
+        amodel: The head, see `get_aesthetic_model`.
     """
     features = model.encode_image(image) if hasattr(model, "encode_image") else image_features(model, image)
     return scores.aesthetic_score(features, amodel)
@@ -203,12 +245,29 @@ def aesthetic_loss_fn(
     dtype: torch.dtype | None = None,
     quirks: Quirks = DEFAULT,
 ) -> LossFn:
-    """Minus the aesthetic score, or its distance to aesthetic_target.
+    """Makes a loss that is minus the aesthetic score of a picture, or the distance of the score from a target.
 
-    clip_model_str: "vit_l_14", "vit_b_32" or "both", whose scores are weighted (see the quirks' `aesthetic_...`).
-    heads: name -> file or nn.Linear, or that alone for one model; see `get_aesthetic_model`. The rest as for
-    `clip_loss_fn`, but that "vit_l_14" and "vit_b_32" are OpenAI's.
-    Raises TypeError or ValueError, naming the argument.
+    Args:
+        aesthetic_target: The score that is aimed at; None to make it as high as possible.
+        use_cutouts: Whether the guide sees random cutouts of the picture, and not the whole of it.
+        num_cuts: The number of cutouts.
+        cut_power: The exponent of their random sizes.
+        grad_scale: A factor of the loss.
+        clip_model_str: "vit_l_14", "vit_b_32" or "both". By default these are OpenAI's models.
+        weights: The weights of the scores of "both"; see the quirks that begin with `aesthetic_`.
+        heads: A file or nn.Linear, or a dict from a model's name to one; see `get_aesthetic_model`.
+        clip_models: A dict from a model's name to a folder, a hub id or a tuple (transformers CLIPModel, processor),
+            which is used in place of the default one.
+        device: The device of the guide.
+        dtype: The dtype of the guide.
+        quirks: Which peculiarities of the reference are reproduced.
+
+    Returns:
+        The loss function.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or a head is missing.
     """
     names = list(AESTHETIC_MODELS) if clip_model_str == "both" else [clip_model_str]
     if not isinstance(heads, Mapping):
@@ -227,7 +286,7 @@ def aesthetic_loss_fn(
     divisor = len(names) if quirks.aesthetic_average_by_count else sum(used)
 
     def loss_fn(im_pix: Tensor) -> Tensor:
-        seen = _shared(views, im_pix)
+        seen = shared_views(views, im_pix)
         predictions = [guide.score_of(guide.embed(pixels)) for guide, pixels in zip(guides, seen, strict=True)]
         prediction: Tensor = sum(w * p for w, p in zip(used, predictions, strict=True)) / divisor  # type: ignore[assignment]
         loss = -prediction if aesthetic_target is None else (prediction - aesthetic_target).abs()
@@ -236,40 +295,8 @@ def aesthetic_loss_fn(
     return loss_fn
 
 
-@dataclass(frozen=True)
-class View:
-    """What a guide sees of pictures: num_cuts random cutouts, or (None) the whole, its shorter side brought to size."""
-
-    size: int
-    num_cuts: int | None
-    cut_power: float
-    quirks: Quirks
-
-    def __call__(self, im_pix: Tensor) -> Tensor:
-        """Pixels in [0, 1], (N, 3, h, w), of images (B, 3, H, W) in [-1, 1]."""
-        pixels = unit_range(check_images(im_pix, "im_pix"))
-        if self.num_cuts is not None:
-            return random_cutouts(pixels, self.num_cuts, self.size, self.cut_power)
-        return resize_shorter(pixels, self.size, not self.quirks.aliased_resize)
-
-
-def resize_shorter(pixels: Tensor, size: int, antialias: bool) -> Tensor:
-    """(B, C, h, w) with the shorter side brought to `size`, bilinearly, of (B, C, H, W)."""
-    short = min(pixels.shape[-2:])
-    if short == size:
-        return pixels
-    shape = [size if side == short else int(size * side / short) for side in pixels.shape[-2:]]
-    return F.interpolate(pixels, shape, mode="bilinear", antialias=antialias, align_corners=False)
-
-
-def _shared(views: Sequence[View], im_pix: Tensor) -> list[Tensor]:
-    """What each guide sees; guides with the same view see the same cutouts."""
-    seen = {view: view(im_pix) for view in dict.fromkeys(views)}
-    return [seen[view] for view in views]
-
-
 def _mean_direction(guide: ClipGuide, pictures: Sequence[Any], quirks: Quirks) -> Tensor:
-    """(1, D): the mean of the pictures' embeddings, normalised."""
+    """Returns the normalised mean of the embeddings of pictures, of shape (1, D)."""
     squares = []
     for picture in pictures:
         opened = picture
@@ -289,7 +316,7 @@ def _mean_direction(guide: ClipGuide, pictures: Sequence[Any], quirks: Quirks) -
 
 
 def _clip_names(text: str, given: Mapping[str, Any], quirks: Quirks) -> list[str]:
-    """The models that clip_model_str names: all whose name it contains."""
+    """Returns the names of the models that `clip_model_str` asks for: all those that it contains."""
     if text in given or "/" in text or Path(text).expanduser().is_dir():
         return [text]
     found = [name for name in CLIP_MODELS if text == "all" or name in text]
@@ -307,14 +334,17 @@ def _load(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
 ) -> tuple[Any, Any]:
+    """Returns a CLIP model and its processor: the one that the caller gave for a name, or the default one."""
     source = (given or {}).get(name, known.get(name, name))
     return source if isinstance(source, tuple) else load_clip(source, *_place(device, dtype))
 
 
 def _head(name: str, given: Any) -> nn.Linear:
+    """Returns an aesthetic head that is given as a layer, a file or None."""
     return given if isinstance(given, nn.Linear) else get_aesthetic_model(name, given)
 
 
 def _place(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Returns the device and the dtype of a guide, with the defaults filled in."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return device, dtype or (torch.float16 if device.type == "cuda" else torch.float32)

@@ -1,7 +1,8 @@
-"""memcnn's names: a wrapper that makes any module with an `inverse` differentiable without keeping its graph.
+"""A replacement of the memcnn package: a wrapper for modules with an `inverse`, whose activations are not stored.
 
-from doodl_fast.compat import memcnn
-s = memcnn.InvertibleModuleWrapper(SteppingLayer(...), keep_input=True)
+Example:
+    >>> from doodl_fast.compat import memcnn
+    >>> s = memcnn.InvertibleModuleWrapper(SteppingLayer(...), keep_input=True)
 """
 
 from __future__ import annotations
@@ -74,18 +75,19 @@ class InvertibleModuleWrapper(nn.Module):
         self._memo = Memo(turn=hasattr(fn, "num_timesteps"))
 
     def forward(self, *xin: Any) -> Any:
-        """`fn(*xin)`; a tuple of one output is unpacked."""
+        """Calls `fn`, and returns its output; a tuple of one output is unpacked."""
         if self.disable:
             return _unpacked(self._fn(*xin) if callable(self._fn) else self._fn.forward(*xin))
         return self._run(xin, False, self.keep_input)
 
     def inverse(self, *yin: Any) -> Any:
-        """`fn.inverse(*yin)`, as differentiable as `forward`."""
+        """Calls `fn.inverse`, and returns its output; it is differentiated in the same way as `forward`."""
         if self.disable:
             return _unpacked(self._fn.inverse(*yin))
         return self._run(yin, True, self.keep_input_inverse)
 
     def _run(self, inputs: Values, inverse: bool, keep: bool) -> Any:
+        """Does one call as a node of the graph, by the operation that the module defines or by plain autograd."""
         operation = operation_of(self._fn, inputs, inverse)
         if operation is None:
             plain = Plain(self._fn, inputs, inverse, self.preserve_rng_state, self.weight_grads, self._memo)
@@ -96,6 +98,7 @@ class InvertibleModuleWrapper(nn.Module):
 
 
 def _unpacked(outputs: Any) -> Any:
+    """Returns the only element of a tuple of one, and anything else as it is."""
     return outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs
 
 
@@ -106,11 +109,19 @@ def is_invertible_module(
     atol: float = 1e-6,
     random_seed: int = 42,
 ) -> bool:
-    """Whether `inverse` undoes a module, and the module its `inverse`, on random inputs.
+    """Returns whether a module's `inverse` undoes its `forward`, and `forward` its `inverse`, on random inputs.
 
-    module_in: a module, or a wrapper, whose module is tested. test_input_shape: the shape of its input, or a sequence
-    of shapes of its inputs. atol: the largest difference allowed (besides a relative 1e-5).
-    Leaves the global random state as it was. Raises ValueError for anything else as a shape.
+    The global random state is left as it was.
+
+    Args:
+        module_in: A module, or a wrapper whose module is tested.
+        test_input_shape: The shape of its input, or a sequence of the shapes of its inputs.
+        test_input_dtype: The dtype of the inputs.
+        atol: The largest absolute difference that is allowed, besides a relative one of 1e-5.
+        random_seed: The seed of the inputs.
+
+    Raises:
+        ValueError: `test_input_shape` is something else.
     """
     module = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
     if not hasattr(module, "inverse"):
@@ -124,6 +135,7 @@ def is_invertible_module(
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
+    """Returns one or several shapes as a list of tuples."""
     is_shape: Callable[[Any], bool] = lambda v: isinstance(v, (tuple, list)) and all(isinstance(n, int) for n in v)  # noqa: E731
     if is_shape(value) and len(value):
         return [tuple(value)]
@@ -133,5 +145,6 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
 
 
 def _close(got: Values, want: Values, atol: float) -> bool:
+    """Returns whether there are as many values as wanted, and all tensors among them are close."""
     pairs = list(zip(got, want, strict=False))
     return len(got) == len(want) and all(torch.allclose(a, b, atol=atol) for a, b in pairs if isinstance(b, Tensor))

@@ -1,4 +1,4 @@
-"""What the DOODL reference does differently from what one would expect of it, each with a name to switch it off."""
+"""The peculiarities of the DOODL reference, each with a name by which it can be switched off."""
 
 from __future__ import annotations
 
@@ -7,84 +7,95 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Quirks:
-    """Which peculiarities of the reference are reproduced: all by default, so that results match its.
+    """Which peculiarities of the reference are reproduced.
 
-    `Quirks.none()` has none, `Quirks(half_updates=False)` all but one; `dataclasses.replace` changes a given one.
-    What each does to a result, and what is reproduced in no case, is in docs/quirks.md.
+    By default all of them are, so that results match those of the reference. docs/quirks.md says what each does to a
+    result, and which peculiarities are never reproduced.
+
+    Attributes:
+        extra_timesteps: The default scheduler counts timesteps by `1000 // steps` until it reaches 1000, which gives 31
+            timesteps for steps=30. When off, there are as many as were asked for.
+        fractional_timesteps: A step leads to the noise level of `t - 1000 / steps`, which lies between two timesteps if
+            `steps` does not divide 1000. When off, it leads to the noise level of the next timestep.
+        swapped_interpolation: Between two timesteps, alpha is interpolated with the two weights swapped. When off, each
+            timestep has its own weight.
+        float64_alphas: The alphas of the default scheduler are float64. When off, they are rounded to float32, as in
+            diffusers.
+        ignored_prediction_type: Every network is treated as predicting noise, whatever its scheduler says. When off,
+            the prediction of v or of the sample is supported.
+        half_updates: fp16 and bf16 latents are updated in their own dtype, and each of the three terms of a step is
+            rounded. When off, there is one rounding.
+        order_by_index: The index of the loop decides which latent goes first. It restarts at 0 with `opt_t` and in a
+            conditioning function. When off, the place of the timestep in the schedule decides.
+        inverse_order_by_count: `SteppingLayer.inverse` counts its index from `num_timesteps`. When off, it counts from
+            the number of timesteps that there are, which undoes the forward order for steps=30 too.
+        averaged_inversion: Editing with tied latents averages the pair that the inversion found, so the run no longer
+            starts from the source picture. When off, the pair is kept, and both latents get the same update.
+        half_gradient_of_first_image: With `optimize_first_edict_image_only`, the gradient of the one picture is halved
+            like the sum of two. When off, it is not halved.
+        ignored_one_step_baseline: `one_step_baseline` has no effect with latent traversal. When off, the two together
+            are an error.
+        ignored_opt_t: Without traversal and without `source_im`, `opt_t` has no effect. When off, it is an error.
+        skipping_opt_t: Without traversal and with `source_im`, `opt_t` skips the first `opt_t` steps. When off, the
+            last `opt_t` steps are run, as with traversal.
+        unmixed_inversion: Without traversal, a source picture is inverted without undoing the mixing that generation
+            does. When off, the inversion undoes the mixing too.
+        signed_alpha: The transparency of a source picture is taken to be in [-1, 1] when it is composed with white.
+            When off, it is in [0, 1].
+        renormalized_to_noise: With traversal and `opt_t`, latents are scaled to the norm of the noise at the start of
+            the run, which has another noise level. When off, they are scaled to their own norms at the start of the
+            optimisation.
+        aliased_resize: Pictures are shrunk for a guide without antialiasing, as torchvision 0.12 does, which the
+            reference requires. When off, they are shrunk with antialiasing, as torchvision does from 0.17 on.
+        skipped_grey_guides: A greyscale picture in `clip_viz_paths` is left out, with a warning. When off, it is used.
+        minimum_over_cutouts: `spherical_dist_loss` of several rows is the smallest distance. When off, it is the mean.
+        infinite_gradient_of_opposites: The gradient of `spherical_dist_loss` of opposite vectors is not finite. When
+            off, it is finite.
+        one_clip_model: `clip_model_str="all"` loads ViT-B/32 alone. When off, it loads all three models.
+        ignored_clip_weights: `weights` in `model_guidance_dict` has no effect on the CLIP loss. When off, it has.
+        aesthetic_average_by_count: The weighted aesthetic score of "both" is divided by the number of models. When off,
+            it is divided by the sum of the weights.
+        aesthetic_weights_large_first: The weights of "both" belong to (ViT-L/14, ViT-B/32), although the reference's
+            documentation says otherwise. When off, ViT-B/32 comes first, as documented.
+
+    Example:
+        >>> Quirks(half_updates=False)  # all but one
+        >>> Quirks.none()
     """
 
-    # the schedule
+    # The schedule
     extra_timesteps: bool = True
-    """The default scheduler counts timesteps by `1000 // steps` until it runs out: 31 of them for steps=30. Off: as
-    many as asked for."""
     fractional_timesteps: bool = True
-    """A step leads to the noise level of `t - 1000 / steps`, which is between two timesteps where steps does not divide
-    1000. Off: to that of the next timestep."""
     swapped_interpolation: bool = True
-    """Between two timesteps alpha is interpolated with the two weights swapped. Off: each has its own."""
     float64_alphas: bool = True
-    """The default scheduler's alphas are float64. Off: rounded to float32, as diffusers has them."""
-
     ignored_prediction_type: bool = True
-    """Every network is taken to predict noise, whatever its scheduler says. Off: v- and sample-prediction are
-    heeded."""
 
-    # the layers
+    # The layers
     half_updates: bool = True
-    """fp16 and bf16 latents are updated in their own dtype, each of the three terms of a step rounded. Off: one
-    rounding."""
     order_by_index: bool = True
-    """Which latent goes first is read off the loop's index, which restarts at 0 with `opt_t` and in a conditioning
-    function. Off: off the timestep's place in the schedule."""
     inverse_order_by_count: bool = True
-    """`SteppingLayer.inverse` turns its index around by `num_timesteps`. Off: by the number of timesteps there are,
-    which differs for steps=30 (see extra_timesteps) and then is what undoes the forward order."""
 
     # gen()
     averaged_inversion: bool = True
-    """Editing with tied latents averages the pair that inversion found, so the start is no longer the source image's.
-    Off: the pair is kept, and both get the same update."""
     half_gradient_of_first_image: bool = True
-    """With `optimize_first_edict_image_only` the gradient of the one image is halved as the sum of two would be. Off:
-    it is not."""
     ignored_one_step_baseline: bool = True
-    """`one_step_baseline` has no effect with latent traversal. Off: together they are an error."""
     ignored_opt_t: bool = True
-    """Without traversal and without `source_im`, `opt_t` has no effect. Off: together they are an error."""
     skipping_opt_t: bool = True
-    """Without traversal and with `source_im`, `opt_t` skips the first opt_t steps. Off: it runs the last opt_t ones, as
-    with traversal."""
     unmixed_inversion: bool = True
-    """Without traversal a source image is inverted without undoing the mixing, which generation then does. Off: the
-    inversion is that of the generation."""
     signed_alpha: bool = True
-    """A source image's transparency is taken as being in [-1, 1] when it is composed with white. Off: in [0, 1]."""
-
     renormalized_to_noise: bool = True
-    """With traversal and `opt_t`, latents are renormalised to the norm of the noise that the run began with, which is
-    that of another noise level. Off: to their own norms where the optimisation begins."""
 
-    # losses
+    # The losses
     aliased_resize: bool = True
-    """Pictures are shrunk for a guide without antialiasing, as the torchvision 0.12 that the reference pins does. Off:
-    with it, as torchvision does from 0.17 on."""
     skipped_grey_guides: bool = True
-    """A greyscale picture in `clip_viz_paths` is left out, with a warning. Off: it counts as the others."""
     minimum_over_cutouts: bool = True
-    """`spherical_dist_loss` of several rows is that of the closest one. Off: their mean."""
     infinite_gradient_of_opposites: bool = True
-    """`spherical_dist_loss` of opposite vectors has a gradient that is not finite. Off: a finite one."""
     one_clip_model: bool = True
-    """`clip_model_str="all"` loads ViT-B/32 alone. Off: all three."""
     ignored_clip_weights: bool = True
-    """`weights` in `model_guidance_dict` does not reach the CLIP loss. Off: it does."""
     aesthetic_average_by_count: bool = True
-    """The weighted aesthetic score of `"both"` is divided by the number of models. Off: by the sum of the weights."""
     aesthetic_weights_large_first: bool = True
-    """The weights of `"both"` are those of (ViT-L/14, ViT-B/32), against what its documentation says. Off: as
-    documented, ViT-B/32 first."""
 
     @classmethod
     def none(cls) -> Quirks:
-        """No peculiarity at all."""
+        """Returns quirks of which all are switched off."""
         return cls(**{field.name: False for field in dataclasses.fields(cls)})

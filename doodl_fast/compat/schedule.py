@@ -1,6 +1,7 @@
-"""The reference's noise schedule, with its peculiarities or without: from timesteps to the coefficients of a step.
+"""The reference's noise schedule and its steps, with the reference's peculiarities or without them.
 
-A step is DDIM's (arXiv 2010.02502) without noise: `A sample + B noise`, see `solvers.edict.ddim_coefficients`.
+A step is that of DDIM (arXiv 2010.02502) without added noise: `a sample + b noise`, with the coefficients of
+`solvers.edict.ddim_coefficients`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,16 @@ DEFAULT = Quirks()
 
 
 class ReferenceScheduler:
-    """What `SteppingLayer` makes for itself: Stable Diffusion's noise schedule, as the reference's own copy has it.
+    """Stable Diffusion's noise schedule as in the reference, which `SteppingLayer` uses if it is given none.
 
-    alphas_cumprod: (1000,) float64 on the CPU (`Quirks.float64_alphas`). final_alpha_cumprod: where the last step
-    leads, the alpha of timestep 0. timesteps: int64, falling, after `set_timesteps`.
+    Args:
+        quirks: `float64_alphas` and `extra_timesteps` are used.
+
+    Attributes:
+        alphas_cumprod: The cumulative alphas, of shape (1000,), float64, on the CPU.
+        final_alpha_cumprod: The cumulative alpha that the last step leads to, which is that of timestep 0.
+        timesteps: The timesteps in falling order, int64. They are those of a run after `set_timesteps`.
+        num_inference_steps: The number that was given to `set_timesteps`, or None.
     """
 
     def __init__(self, quirks: Quirks = DEFAULT) -> None:
@@ -40,7 +47,14 @@ class ReferenceScheduler:
         self._quirks = quirks
 
     def set_timesteps(self, num_inference_steps: int) -> None:
-        """Every `1000 // num_inference_steps`-th timestep down to 0. Raises ValueError for a count out of 1 to 1000."""
+        """Selects every `1000 // num_inference_steps`-th timestep, down to 0.
+
+        Args:
+            num_inference_steps: The number of steps. There may be more, see `Quirks.extra_timesteps`.
+
+        Raises:
+            ValueError: The number is not between 1 and 1000.
+        """
         if not 1 <= num_inference_steps <= 1000:
             raise ValueError(f"num_inference_steps: expected an int from 1 to 1000, got {num_inference_steps!r}")
         self.num_inference_steps = num_inference_steps
@@ -49,10 +63,13 @@ class ReferenceScheduler:
 
 
 def get_alpha_and_beta(t: int | float | Tensor, scheduler: Any, quirks: Quirks = DEFAULT) -> tuple[float, float]:
-    """The cumulative alpha at a timestep and 1 minus it; between two timesteps they are interpolated.
+    """Returns the cumulative alpha of a timestep, and 1 minus it.
 
-    t: a number or a tensor of one element; below 0 it is the noise level of the image, `final_alpha_cumprod`.
-    scheduler: anything with `alphas_cumprod` and `final_alpha_cumprod`.
+    Args:
+        t: A number or a tensor of one element. Between two timesteps alpha is interpolated. Below 0 it is
+            `final_alpha_cumprod`.
+        scheduler: An object with `alphas_cumprod` and `final_alpha_cumprod`.
+        quirks: `swapped_interpolation` is used.
     """
     t = float(t)
     if t < 0:
@@ -61,8 +78,8 @@ def get_alpha_and_beta(t: int | float | Tensor, scheduler: Any, quirks: Quirks =
         alpha = float(scheduler.alphas_cumprod[int(t)])
     else:
         alphas, low = scheduler.alphas_cumprod, math.floor(t)
-        # in float32 where the alphas are
-        upper = torch.tensor(t - low, dtype=torch.float32, device=alphas.device)  # the weight of the higher timestep
+        # The weight of the higher timestep is a float32 tensor, as in the reference.
+        upper = torch.tensor(t - low, dtype=torch.float32, device=alphas.device)
         if quirks.swapped_interpolation:
             upper = 1 - upper
         alpha = float(alphas[low] * (1 - upper) + alphas[low + 1] * upper)
@@ -72,14 +89,20 @@ def get_alpha_and_beta(t: int | float | Tensor, scheduler: Any, quirks: Quirks =
 def reference_schedule(
     timesteps: Iterable[int | float | Tensor], scheduler: Any, num_timesteps: int, quirks: Quirks = DEFAULT
 ) -> Schedule:
-    """The noise levels that a loop over `timesteps` goes through with the reference's steps, as a `Schedule`.
+    """Returns the noise levels of a loop over timesteps with the reference's steps.
 
-    timesteps: falling whole numbers, `scheduler.timesteps` or a part of them from any point to the end.
-    num_timesteps: what the scheduler was set to, which fixes a fractional step's length (`fractional_timesteps`).
-    Raises ValueError, as `Schedule`, for noise levels that cannot be stepped between.
+    Args:
+        timesteps: Whole numbers in falling order: `scheduler.timesteps`, or a part of them from any point to the end.
+        scheduler: The scheduler of the loop.
+        num_timesteps: The number of steps that the scheduler was set to. It gives the length of a step if
+            `Quirks.fractional_timesteps` is set.
+        quirks: Which peculiarities of the reference are reproduced.
+
+    Raises:
+        ValueError: The noise levels do not make a `Schedule`.
     """
     if isinstance(timesteps, Tensor):
-        timesteps = timesteps.tolist()  # one synchronisation for all
+        timesteps = timesteps.tolist()  # This synchronises once for all of them.
     whole = tuple(int(t) for t in timesteps)
     alphas = [get_alpha_and_beta(t, scheduler)[0] for t in whole]
     if quirks.fractional_timesteps:
@@ -93,19 +116,30 @@ def reference_schedule(
 
 
 def _previous_alpha(t: int, scheduler: Any, num_timesteps: int, quirks: Quirks) -> float:
+    """Returns the cumulative alpha that a step leads to with `Quirks.fractional_timesteps`."""
     stride = scheduler.config.num_train_timesteps / num_timesteps
-    # the difference of a tensor and a number, as the reference forms it: in float32
+    # The reference subtracts a number from a tensor, which rounds the difference to float32.
     return get_alpha_and_beta(torch.tensor(t) - stride, scheduler, quirks)[0]
 
 
 def forward_step(
     self: Any, model_output: Tensor, timestep: int | Tensor, sample: Tensor, quirks: Quirks = DEFAULT
 ) -> Tensor:
-    """One DDIM step towards the image: `A sample + B model_output` in the sample's dtype.
+    """Does one DDIM step towards the image (arXiv 2010.02502).
 
-    self: the scheduler, after its `set_timesteps`. model_output: the noise, of sample's shape (B, ...). timestep: a
-    number or a tensor of one element, one of the scheduler's; the step leads to `timestep - 1000 / steps`.
-    Raises ValueError for a scheduler without timesteps and for a timestep beyond its first.
+    Args:
+        self: The scheduler, after its `set_timesteps`. The reference makes this function a method of it.
+        model_output: The predicted noise, of the sample's shape.
+        timestep: One of the scheduler's timesteps, a number or a tensor of one element. The step leads to
+            `timestep - 1000 / steps`; see `Quirks.fractional_timesteps`.
+        sample: The latents, of shape (B, ...).
+        quirks: Which peculiarities of the reference are reproduced.
+
+    Returns:
+        The latents after the step, in the sample's shape and dtype.
+
+    Raises:
+        ValueError: The scheduler has no timesteps yet, or `timestep` is greater than its first.
     """
     alpha, alpha_prev = levels(self, timestep, quirks)
     if quirks.half_updates and sample.dtype in HALF_DTYPES:
@@ -117,7 +151,7 @@ def forward_step(
 def reverse_step(
     self: Any, model_output: Tensor, timestep: int | Tensor, sample: Tensor, quirks: Quirks = DEFAULT
 ) -> Tensor:
-    """Undoes `forward_step` where model_output is the one that it had; arguments and errors as there."""
+    """Undoes `forward_step`, given the `model_output` that it had. Arguments and errors are those of `forward_step`."""
     alpha, alpha_prev = levels(self, timestep, quirks)
     if quirks.half_updates and sample.dtype in HALF_DTYPES:
         return rounded_step(sample, model_output, alpha_prev, alpha)
@@ -126,15 +160,21 @@ def reverse_step(
 
 
 def rounded_step(sample: Tensor, noise: Tensor, alpha: float, alpha_to: float) -> Tensor:
-    """A DDIM step from one cumulative alpha to another in the sample's own dtype, every term of it rounded
-    (`Quirks.half_updates`)."""
+    """Does a DDIM step in the sample's own dtype, with a rounding after every operation (`Quirks.half_updates`).
+
+    Args:
+        sample: The latents.
+        noise: The predicted noise, of the same shape.
+        alpha: The cumulative alpha of the sample.
+        alpha_to: The cumulative alpha that the step leads to.
+    """
     ratio = math.sqrt(alpha_to / alpha)
     noise = noise.to(sample.dtype)
     return ratio * sample - (ratio * math.sqrt(1 - alpha)) * noise + math.sqrt(1 - alpha_to) * noise
 
 
 def levels(scheduler: Any, timestep: int | Tensor, quirks: Quirks) -> tuple[float, float]:
-    """The cumulative alphas that the step at a timestep goes from and to. Raises ValueError as `forward_step`."""
+    """Returns the cumulative alphas that the step at a timestep goes from and to. Raises what `forward_step` raises."""
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError("scheduler: expected one that knows its timesteps; call its set_timesteps first")
     t, first = int(timestep), int(scheduler.timesteps.max())
@@ -149,5 +189,6 @@ def levels(scheduler: Any, timestep: int | Tensor, quirks: Quirks) -> tuple[floa
 
 
 def _next_alpha(t: int, scheduler: Any) -> float:
+    """Returns the cumulative alpha of the scheduler's next timestep below t, or that of the image after the last."""
     lower = [int(other) for other in scheduler.timesteps if other < t]
     return get_alpha_and_beta(max(lower, default=-1), scheduler)[0]

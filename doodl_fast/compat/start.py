@@ -1,4 +1,4 @@
-"""What a run of `gen` starts from: seeds, noise, a source picture."""
+"""What a run of `gen` starts from: seeds, noise, and the latents of a source picture."""
 
 from __future__ import annotations
 
@@ -15,28 +15,43 @@ from .quirks import Quirks
 
 
 def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Standard normal latents, drawn on their device and in their dtype."""
+    """Returns standard normal latents, which are drawn on their device and in their dtype."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 def seed_everything(seed: int) -> None:
-    """PyTorch's generators on all devices, and Python's."""
+    """Seeds PyTorch's global generators on all devices, and Python's."""
     torch.manual_seed(seed)
     random.seed(seed)
 
 
 def encode_source(source: Any, size: int, decoder: Decoder, dtype: torch.dtype, quirks: Quirks) -> Tensor:
-    """Latents (1, C, h, w) of the picture `source`: a sample of the VAE's posterior, by the global generator."""
+    """Returns latents (1, C, h, w) of a picture, sampled from the VAE's posterior with the global generator.
+
+    Args:
+        source: A picture file or a PIL picture.
+        size: The side of the picture in pixels.
+        decoder: The decoder, whose VAE encodes the picture.
+        dtype: The dtype of the pixels and the latents.
+        quirks: Which peculiarities of the reference are reproduced.
+    """
     pixels = source_pixels(source, size, quirks).to(decoder.vae.device, dtype)
     return decoder.encode(pixels, sample=True)
 
 
 def source_pixels(source: Any, size: int, quirks: Quirks) -> Tensor:
-    """(1, 3, size, size) float64 in [-1, 1] of a picture file, turned upright, or a PIL picture: its central square.
+    """Returns the pixels of a picture's central square, of shape (1, 3, size, size), float64, in [-1, 1].
 
-    Transparency is composed with white, see `Quirks.signed_alpha`; other modes than RGB and RGBA are converted to them.
-    Raises ValueError for a file that is missing or no picture, TypeError for anything else.
+    Args:
+        source: A picture file, which is turned upright as its metadata say, or a PIL picture. Other modes than RGB and
+            RGBA are converted to them.
+        size: The side of the result in pixels.
+        quirks: `signed_alpha` is used where transparent pictures are composed with white.
+
+    Raises:
+        ValueError: The file is missing or no picture.
+        TypeError: The source is neither a file nor a PIL picture.
     """
     import numpy as np
     from PIL import Image

@@ -1,4 +1,4 @@
-"""The reference's latent update where it differs from `LatentUpdate`."""
+"""The latent update of the reference, where it differs from `LatentUpdate`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from .quirks import Quirks
 
 
 class ReferenceUpdate(LatentUpdate):
-    """A `LatentUpdate` whose perturbation is drawn from the global generator of the latents' device.
+    """A `LatentUpdate` that draws its perturbation from the global generator of the latents' device.
 
-    inverted: whether x and y came from a picture: they then start as they are, tied or not, and what ties do to them is
-        `Quirks.averaged_inversion`.
-    noise: latents (B, C, ...) to whose norms x and y are renormalised; None: to their own at the start.
-
-    With `Quirks.half_updates` fp16 and bf16 latents are held and updated in their own dtype.
+    Args:
+        x: The first latents, of shape (B, C, ...).
+        y: The second latents, of the same shape.
+        settings: The settings of the update.
+        quirks: Which peculiarities of the reference are reproduced. With `half_updates`, fp16 and bf16 latents are held
+            and updated in their own dtype.
+        inverted: Whether x and y come from the inversion of a picture. They then start as they are, even if they are
+            tied; see `Quirks.averaged_inversion` for what happens at the first update.
+        noise: Latents (B, C, ...) to whose norms x and y are renormalised; None for their own norms at the start.
     """
 
     def __init__(
@@ -40,10 +44,11 @@ class ReferenceUpdate(LatentUpdate):
         self.latents, self.momenta = ([z.to(dtype) for z in pair] for pair in (self.latents, self.momenta))
         take = _rounded_norm if dtype in HALF_DTYPES else norms
         self.start_norms = [take(z if noise is None else noise) for z in self.latents]
-        if average:  # one norm for both, where they start apart
+        if average:  # Both are scaled to the same norm, even if they differ at the start.
             self.start_norms = [0.5 * (self.start_norms[0] + self.start_norms[1])] * 2
 
     def _descend(self, gradients: list[Tensor], noise: Tensor | None) -> None:
+        """Does one update; with `half_updates` and latents in half precision, in their own dtype."""
         if self.shares_gradients:
             gradients = [torch.stack(gradients).mean(0)] * 2
         if self.latents[0].dtype in HALF_DTYPES:
@@ -52,7 +57,7 @@ class ReferenceUpdate(LatentUpdate):
             super()._descend(gradients, noise)
 
     def _descend_rounded(self, gradients: list[Tensor], noise: Tensor | None) -> None:
-        """The same in the latents' dtype, with a rounding after every operation."""
+        """Does one update in the latents' dtype, with a rounding after every operation."""
         settings = self.settings
         gradients = [0.5 * settings.grad_scale * gradient for gradient in gradients]
         if settings.tied_latents:
@@ -74,7 +79,7 @@ class ReferenceUpdate(LatentUpdate):
 
 
 def global_generator(device: torch.device) -> torch.Generator:
-    """The generator that random functions draw from on a device when they are given none."""
+    """Returns the generator that random functions use on a device if they are given none."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         generator: torch.Generator = torch.cuda.default_generators[index]
@@ -83,5 +88,5 @@ def global_generator(device: torch.device) -> torch.Generator:
 
 
 def _rounded_norm(latents: Tensor) -> Tensor:
-    """0-dim, in the latents' dtype."""
+    """Returns the 2-norm of all entries, as a 0-dim tensor in the latents' dtype."""
     return latents.norm()
