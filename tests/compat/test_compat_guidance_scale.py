@@ -23,7 +23,7 @@ class ByHand(SteppingLayer):
     """The formula of the reference, with a network call for each embedding."""
 
     def predict_noise(self, latent: Tensor, t: Tensor, *extra: Any) -> Tensor:
-        uncond, cond = (self.unet(latent, t, encoder_hidden_states=e) for e in (self.e_uc, self.e_c))
+        uncond, cond = (self.unet(latent, t, e) for e in (self.e_uc, self.e_c))
         return uncond + self.guidance_scale * (cond - uncond)
 
 
