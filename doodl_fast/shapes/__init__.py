@@ -1,7 +1,7 @@
-"""The embedded pipeline: a small Stable Diffusion for pictures of coloured shapes, its guides and its measure.
+"""The embedded pipeline: a small Stable Diffusion for pictures of coloured shapes, its guides, and a measure.
 
-It has the classes, file formats and code paths of Stable Diffusion, was trained from scratch by
-`doodl_fast.shapes.train`, and comes with the package, so that tests and the demo need no download.
+The models have the classes and file formats of Stable Diffusion. They were trained from scratch by
+`doodl_fast.shapes.train` and are part of the package, so that tests and the demo need no download.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def _folder(name: str) -> Path:
+    """Returns the folder of one of the models. Raises FileNotFoundError if it is missing."""
     folder = WEIGHTS / name
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -70,7 +71,15 @@ def _folder(name: str) -> Path:
 
 
 def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
-    """The diffusers pipeline: 64 x 64 pixels, latents (B, 4, 16, 16), DDIM. dtype: float32 by default (stored fp16)."""
+    """Loads the diffusers pipeline, with pictures of 64 x 64 pixels, latents (B, 4, 16, 16) and a DDIM scheduler.
+
+    Args:
+        device: The device of the networks.
+        dtype: Their dtype, float32 by default. They are stored in fp16.
+
+    Raises:
+        FileNotFoundError: The weights are missing.
+    """
     import torch
 
     from ..diffusion.pipeline import load_pipeline as load
@@ -80,14 +89,34 @@ def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype | None 
 
 
 def load_clip(device: str | torch.device = "cpu") -> tuple[Any, Any]:
-    """The guide: (transformers CLIPModel, its processor), float32, in eval mode."""
+    """Loads the CLIP model for pictures of shapes.
+
+    Args:
+        device: The device of the model.
+
+    Returns:
+        A transformers CLIPModel in float32 and in eval mode, and its processor.
+
+    Raises:
+        FileNotFoundError: The weights are missing.
+    """
     from ..guidance.clip import load_clip as load
 
     return load(_folder("clip"), device)
 
 
 def load_classifier(device: str | torch.device = "cpu") -> tuple[Any, Any]:
-    """The classifier over `VARIETY_NAMES`: (transformers model, its image processor), float32, in eval mode."""
+    """Loads the classifier of the varieties of shapes, whose classes are `VARIETY_NAMES`.
+
+    Args:
+        device: The device of the model.
+
+    Returns:
+        A transformers image-classification model in float32 and in eval mode, and its image processor.
+
+    Raises:
+        FileNotFoundError: The weights are missing.
+    """
     from ..guidance.classifier import load_classifier as load
 
     return load(_folder("classifier"), device)

@@ -1,8 +1,9 @@
-"""How good the embedded models are, by the measure without networks: ``python -m doodl_fast.shapes.evaluate``.
+"""Measures how good the embedded models are: ``python -m doodl_fast.shapes.evaluate``.
 
-Prints the share of pictures that are wholly right for prompts of one object and of two objects, both for
-combinations that training saw and for those it left out, and what is wrong with the others; the classifier's accuracy
-on fresh renderings; and how often CLIP prefers the right caption to one changed in a single respect.
+It prints the share of pictures in which everything is right, by the measure without networks, for prompts of one object
+and of two objects, both those that training saw and those that it left out, and what is wrong with the other pictures.
+It also prints the accuracy of the classifier on new renderings, and how often CLIP prefers the right caption to one
+that differs from it in a single respect.
 """
 
 from __future__ import annotations
@@ -35,7 +36,18 @@ def generate(
     guidance_scale: float = GUIDANCE_SCALE,
     seed: int = 0,
 ) -> Tensor:
-    """Pictures (N, 3, 64, 64) in [-1, 1] by diffusers' own pipeline call (DDIM), one a prompt."""
+    """Makes one picture for each prompt by calling the diffusers pipeline.
+
+    Args:
+        pipeline: The pipeline.
+        texts: The prompts.
+        num_inference_steps: The number of sampling steps.
+        guidance_scale: The scale of classifier-free guidance.
+        seed: The seed of the noise.
+
+    Returns:
+        The pictures, of shape (N, 3, 64, 64), in [-1, 1].
+    """
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -52,19 +64,19 @@ def generate(
 
 
 def verdicts(pipeline: Any, wanted: Sequence[Prompt], **options: Any) -> list[Verdict]:
-    """What the measure says of one picture a prompt."""
+    """Makes one picture for each prompt, and returns the measure's verdicts. The options are those of `generate`."""
     images = generate(pipeline, [str(prompt) for prompt in wanted], **options)
     return [judge(image, prompt) for image, prompt in zip(images, wanted, strict=True)]
 
 
 def share_right(pipeline: Any, wanted: Sequence[Prompt], **options: Any) -> float:
-    """Share of prompts whose picture is wholly right."""
+    """Returns the share of prompts in whose pictures everything is right. The options are those of `generate`."""
     return float(np.mean([verdict.correct for verdict in verdicts(pipeline, wanted, **options)]))
 
 
 @torch.no_grad()
 def classifier_accuracy(count: int = 300, seed: int = 12345) -> float:
-    """Share of fresh pictures of one object whose variety the classifier names."""
+    """Returns the share of new renderings of one object whose variety the classifier recognises."""
     model, _ = load_classifier()
     rng = np.random.default_rng(seed)
     scenes = [sample(rng, num_objects=1) for _ in range(count)]
@@ -75,7 +87,7 @@ def classifier_accuracy(count: int = 300, seed: int = 12345) -> float:
 
 @torch.no_grad()
 def clip_preferences(count: int = 150, seed: int = 54321) -> dict[str, float]:
-    """For each kind of change, how often CLIP finds the picture's own caption nearer than the changed one."""
+    """Returns, for each kind of change, how often CLIP prefers a picture's own caption to the changed one."""
     from ..guidance import ClipText
 
     model, processor = load_clip()
@@ -106,6 +118,7 @@ def clip_preferences(count: int = 150, seed: int = 54321) -> dict[str, float]:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="prompts of each kind with two objects")
     parser.add_argument("--steps", type=int, default=20)

@@ -1,8 +1,8 @@
-"""Reads shapes, colours and relations off a picture's pixels, without any network.
+"""Reads shapes, colours and relations off the pixels of a picture, without any network.
 
-Guidance that is judged by the network that guided it would grade itself. This measure only knows geometry: it takes
-the border's median as the background, groups the pixels that differ from it into connected regions, and compares every
-region's outline with all varieties' (analysis by synthesis: intersection over union of normalised masks).
+A network that guided a picture cannot judge it fairly. This measure knows only geometry. It takes the median of the
+border as the background, groups the pixels that differ from it into connected regions, and compares the outline of each
+region with those of all varieties, by the intersection over union of normalised masks.
 """
 
 from __future__ import annotations
@@ -17,20 +17,30 @@ from numpy.typing import NDArray
 from .scenes import COLOURS, RELATIONS, SHAPE_OF, VARIETY_NAMES, Prompt, Thing, coverage
 
 CONTRAST = 0.16
-"""distance from the background, as a share of the RGB cube's diagonal, from which a pixel belongs to an object"""
+"""The distance from the background at which a pixel belongs to an object, as a share of the RGB cube's diagonal."""
 MIN_AREA = 24
-"""pixels; a smaller region is a speck"""
+"""The number of pixels that a region must have to be an object."""
 MIN_IOU = 0.72
-"""a region that fits no outline better than this has no shape"""
+"""The intersection over union that a region must have with an outline to be of its shape."""
 MAX_COLOUR_DISTANCE = 75.0
-"""Euclidean distance in RGB (0..255) from the palette, beyond which a region has no colour"""
+"""The largest distance of a region from a colour of the palette that it may have, Euclidean, in RGB from 0 to 255."""
 GRID = 36
-"""side of the normalised mask; the object's equal-area radius is GRID / 5"""
+"""The side of a normalised mask. The circle of the object's area has the radius GRID / 5 in it."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One object found: names are None where nothing fits; centre in pixels; ``iou`` of the best outline."""
+    """One object that was found in a picture.
+
+    Attributes:
+        colour: The name of its colour; None if no colour fits.
+        shape: The name of its shape; None if no outline fits.
+        variety: The variety of its shape; None if no outline fits.
+        x: The horizontal coordinate of its centre in pixels.
+        y: The vertical coordinate of its centre in pixels, downwards.
+        area: Its area in pixels.
+        iou: The intersection over union with the best outline.
+    """
 
     colour: str | None
     shape: str | None
@@ -43,8 +53,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A picture against a prompt: ``score`` is the share of its attributes that hold, ``faults`` names the kinds that
-    do not ("colour", "shape", "relation", "variety", "number").
+    """The result of comparing a picture with a prompt.
+
+    Attributes:
+        score: The share of the prompt's attributes that the picture has.
+        faults: The kinds of attributes that it does not have: "colour", "shape", "relation", "variety", "number".
+        readings: The objects that were found.
     """
 
     score: float
@@ -53,11 +67,19 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
+        """Whether the picture has every attribute of the prompt."""
         return not self.faults
 
 
 def as_pixels(image: object) -> NDArray[np.float64]:
-    """(H, W, 3) floats in 0..255 from a PIL image, a uint8 (H, W, 3) array, or a (3, H, W) tensor in [-1, 1]."""
+    """Returns the pixels of a picture as floats from 0 to 255, of shape (H, W, 3).
+
+    Args:
+        image: A PIL picture, a uint8 array of shape (H, W, 3), or a tensor of shape (3, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: The picture has another shape or dtype.
+    """
     if hasattr(image, "detach"):
         array = np.asarray(image.detach().float().cpu())
         if array.ndim != 3 or array.shape[0] != 3:
@@ -72,7 +94,7 @@ def as_pixels(image: object) -> NDArray[np.float64]:
 
 
 def read(image: object) -> tuple[Reading, ...]:
-    """All objects in a picture, largest first."""
+    """Returns all objects in a picture, the largest first. `as_pixels` says what a picture may be."""
     pixels = as_pixels(image)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background = np.median(border, 0)
@@ -82,10 +104,15 @@ def read(image: object) -> tuple[Reading, ...]:
 
 
 def judge(image: object, prompt: Prompt | str, variety: str | None = None) -> Verdict:
-    """Compares a picture with a prompt: as many objects as named, each colour and shape, and the relation of the
-    centres.
+    """Compares a picture with a prompt: the number of objects, each colour and shape, and the relation of the centres.
 
-    ``variety`` asks for one fine-grained variety besides (pictures of one object).
+    Args:
+        image: The picture; `as_pixels` says what it may be.
+        prompt: The prompt, or its text.
+        variety: A variety that the first object must have as well.
+
+    Raises:
+        ValueError: The text is no prompt, or the picture has another shape or dtype.
     """
     wanted = Prompt.parse(prompt) if isinstance(prompt, str) else prompt
     found = read(image)
@@ -104,7 +131,7 @@ def judge(image: object, prompt: Prompt | str, variety: str | None = None) -> Ve
 
 
 def related(a: Reading, b: Reading, relation: str) -> bool:
-    """Whether a's centre lies in the relation's direction from b's, and more so than sideways."""
+    """Returns whether the centre of a lies in the direction of a relation from that of b, and less far sideways."""
     dx, dy = a.x - b.x, a.y - b.y
     ux, uy = RELATIONS[relation]
     along, across = dx * ux + dy * uy, abs(dx * uy) + abs(dy * ux)
@@ -112,7 +139,7 @@ def related(a: Reading, b: Reading, relation: str) -> bool:
 
 
 def _match(prompt: Prompt, found: tuple[Reading, ...]) -> list[tuple[Thing, Reading | None]]:
-    """Assigns readings to the prompt's things so that most attributes (and the relation) hold."""
+    """Assigns objects to the things that a prompt names, so that most attributes and the relation hold."""
     padded: list[Reading | None] = [*found[:4], *[None] * len(prompt.things)]
     options: list[list[Reading | None]]
     if len(prompt.things) == 1:
@@ -134,7 +161,7 @@ def _match(prompt: Prompt, found: tuple[Reading, ...]) -> list[tuple[Thing, Read
 
 
 def _regions(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """4-connected regions of at least MIN_AREA pixels."""
+    """Returns the 4-connected regions of at least MIN_AREA pixels, as masks of the picture's shape."""
     todo = mask.copy()
     height, width = mask.shape
     regions = []
@@ -156,13 +183,15 @@ def _regions(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
 
 
 def _read_region(pixels: NDArray, distance: NDArray, region: NDArray[np.bool_]) -> Reading:
+    """Measures the colour, the shape and the place of one region."""
     core = region & (distance >= 0.8 * np.percentile(distance[region], 75))
     rgb = np.median(pixels[core], 0)
     contrast = np.median(distance[core])
     names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=float)
     gaps = np.sqrt(((palette - rgb) ** 2).sum(-1))
     colour = names[int(gaps.argmin())] if gaps.min() <= MAX_COLOUR_DISTANCE else None
-    # the share of each pixel that the object covers; its one-pixel rim lies below the contrast threshold
+    # The occupancy is the share of each pixel that the object covers. Pixels at its rim are below the contrast
+    # threshold, so a rim of one pixel is added to the region.
     rim = region | np.pad(region, 1)[2:, 1:-1] | np.pad(region, 1)[:-2, 1:-1] | np.pad(region, 1)[1:-1, 2:]
     rim |= np.pad(region, 1)[1:-1, :-2]
     occupancy = np.clip(distance / contrast, 0, 1) * rim
@@ -179,7 +208,7 @@ def _read_region(pixels: NDArray, distance: NDArray, region: NDArray[np.bool_]) 
 
 
 def _normalise(occupancy: NDArray, x: float, y: float, radius: float) -> NDArray[np.float64]:
-    """Resamples (bilinear) the region onto a grid in which it is centred and has equal-area radius GRID / 5."""
+    """Resamples a region bilinearly, so that it is centred and has the area of a circle of radius GRID / 5."""
     step = radius / (GRID / 5)
     offsets = (np.arange(GRID) + 0.5 - GRID / 2) * step
     padded = np.pad(occupancy, 2)
@@ -194,7 +223,7 @@ def _normalise(occupancy: NDArray, x: float, y: float, radius: float) -> NDArray
 
 @cache
 def _templates() -> NDArray[np.float64]:
-    """(varieties, angles, GRID, GRID): every outline drawn at several angles, then normalised like a region."""
+    """Returns all outlines, drawn at several angles and normalised like regions: (varieties, angles, GRID, GRID)."""
     size, radius = 96, 24.0
     ys, xs = np.mgrid[:size, :size] + 0.5
     stacks = []

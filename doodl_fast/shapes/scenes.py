@@ -1,8 +1,9 @@
-"""Captioned pictures of coloured shapes: the world that the embedded pipeline is trained on.
+"""Pictures of coloured shapes with captions, on which the embedded pipeline is trained.
 
-A scene holds one or two objects on a pale background. Its caption names colour, shape and relation ("a red star left of
-a blue circle"); the *variety* of a shape (how many points a star has, whether a circle is a disc or a ring) shows in
-the picture but never in the caption, so that a classifier has something fine-grained to steer.
+A scene has one or two objects on a pale background. Its caption names their colours, shapes and relation ("a red star
+left of a blue circle"). The variety of a shape, such as the number of a star's points, or whether a circle is a disc or
+a ring, is visible in the picture and never named in the caption. A classifier can therefore guide towards something
+that prompts cannot express.
 """
 
 from __future__ import annotations
@@ -40,18 +41,19 @@ SHAPES = tuple(VARIETIES)
 VARIETY_NAMES = tuple(variety for varieties in VARIETIES.values() for variety in varieties)
 SHAPE_OF = {variety: shape for shape, varieties in VARIETIES.items() for variety in varieties}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""relation -> direction of the first object seen from the second, in pixels (y grows downwards)"""
+"""The direction of the first object as seen from the second, as (x, y), where y points downwards."""
 
 RING_HOLE = 0.55
-"""inner radius of a ring, in units of its outer radius"""
+"""The inner radius of a ring, in units of its outer radius."""
 
 HELD_OUT_PAIRS = frozenset({("purple", "star"), ("yellow", "heart"), ("black", "triangle"), ("green", "circle")})
-"""(colour, shape) pairs that the diffusion model never saw in a picture of two objects (it saw them alone)"""
+"""The colours and shapes that the diffusion model never saw together in a picture of two objects. It saw such objects
+alone."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object as a caption names it."""
+    """One object as a caption names it, by its colour and its shape."""
 
     colour: str
     shape: str
@@ -62,7 +64,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a caption says: one thing, or two with a relation."""
+    """What a caption says.
+
+    Attributes:
+        things: One thing, or two.
+        relation: The relation of the first thing to the second, one of `RELATIONS`; None for one thing.
+    """
 
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -77,8 +84,11 @@ class Prompt:
 
     @property
     def layout(self) -> tuple[int, int, int, int, int]:
-        """What a picture of it shows, however it is said: axis (0 alone, 1 side by side, 2 one above the other), then
-        colour and shape, as indices, of the left or upper object and of the other one (of the only one, twice).
+        """The layout of a picture of this prompt, which is the same for prompts that say the same in another order.
+
+        The first number is the axis: 0 for one object, 1 for two side by side, 2 for one above the other. Then come the
+        colour and the shape of the left or upper object and those of the other one, as indices; a single object stands
+        for both.
         """
         dx, dy = RELATIONS[self.relation] if self.relation else (0, 0)
         near, far = self.things[0], self.things[-1]
@@ -90,7 +100,11 @@ class Prompt:
 
     @classmethod
     def parse(cls, text: str) -> Prompt:
-        """Reads a caption back. Raises ValueError, naming what can be said, for any other text."""
+        """Returns the prompt of a caption.
+
+        Raises:
+            ValueError: The text is no caption; the error says what captions look like.
+        """
         for relation in RELATIONS:
             if f" {relation} " in text:
                 left, right = text.split(f" {relation} ", 1)
@@ -99,6 +113,7 @@ class Prompt:
 
 
 def _thing(words: str, text: str) -> Thing:
+    """Returns the thing that some words of a caption name. Raises ValueError if they name none."""
     parts = words.split()
     if len(parts) == 3 and parts[0] == "a" and parts[1] in COLOURS and parts[2] in SHAPES:
         return Thing(parts[1], parts[2])
@@ -109,7 +124,15 @@ def _thing(words: str, text: str) -> Thing:
 
 
 def prompts(num_objects: int, held_out: bool | None = None) -> Iterator[Prompt]:
-    """All prompts with one or two objects; ``held_out`` keeps those that training left out (True) or saw (False)."""
+    """Yields all prompts with a number of objects.
+
+    Args:
+        num_objects: 1 or 2.
+        held_out: True for the prompts that training left out, False for those that it saw, None for all.
+
+    Raises:
+        ValueError: The number is another.
+    """
     if num_objects not in (1, 2):
         raise ValueError(f"num_objects: expected 1 or 2, got {num_objects!r}")
     things = [Thing(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -128,7 +151,17 @@ def prompts(num_objects: int, held_out: bool | None = None) -> Iterator[Prompt]:
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn object: centre and radius in pixels, angle in radians."""
+    """One object of a picture.
+
+    Attributes:
+        colour: The name of its colour.
+        variety: The variety of its shape.
+        x: The horizontal coordinate of its centre in pixels.
+        y: The vertical coordinate of its centre in pixels, downwards.
+        radius: Its radius in pixels.
+        angle: The angle by which it is turned, in radians.
+        rgb: Its exact colour, from 0 to 255; None for that of the palette.
+    """
 
     colour: str
     variety: str
@@ -137,16 +170,22 @@ class Object:
     radius: float
     angle: float = 0.0
     rgb: tuple[float, float, float] | None = None
-    """exact colour in [0, 255]; None for the palette's"""
 
     @property
     def thing(self) -> Thing:
+        """The object as a caption names it."""
         return Thing(self.colour, SHAPE_OF[self.variety])
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture to draw, and the prompt that describes it."""
+    """A picture that can be drawn, and the prompt that describes it.
+
+    Attributes:
+        prompt: The prompt.
+        objects: The objects, in the order of the prompt.
+        background: The colour of the background, from 0 to 255.
+    """
 
     prompt: Prompt
     objects: tuple[Object, ...]
@@ -155,7 +194,7 @@ class Scene:
 
 @cache
 def outline(variety: str) -> NDArray[np.float64]:
-    """The variety's polygon, (vertices, 2), centred on its centroid, in units of the object's radius."""
+    """Returns a variety's polygon, of shape (vertices, 2), around its centroid, in units of the object's radius."""
     if SHAPE_OF[variety] == "star":
         points = int(variety[0])
         inner = {4: 0.42, 5: 0.45, 6: 0.55, 8: 0.62}[points]
@@ -183,14 +222,22 @@ def outline(variety: str) -> NDArray[np.float64]:
     cross = x * ny - nx * y
     area = cross.sum() / 2
     centroid = np.array([((x + nx) * cross).sum(), ((y + ny) * cross).sum()]) / (6 * area)
-    # Halfway between equal reach and equal area: a thin star may reach further than a disc, but not swallow its
-    # neighbour.
+    # The unit is the geometric mean of the polygon's reach and the radius of a circle of its area. A thin star may
+    # reach further than a disc then, but not so far that it covers its neighbour.
     reach = np.hypot(*(polygon - centroid).T).max()
     return (polygon - centroid) / math.sqrt(reach * math.sqrt(abs(area) / math.pi))
 
 
 def coverage(variety: str, x: NDArray, y: NDArray, radius: float, angle: float) -> NDArray[np.float64]:
-    """How much of each pixel the object covers, in [0, 1]; x and y are pixel centres relative to the object's."""
+    """Returns the share of each pixel that an object covers, in [0, 1].
+
+    Args:
+        variety: The variety of the object's shape.
+        x: The horizontal distances of the pixels' centres from that of the object, of any shape.
+        y: The vertical distances, of the same shape.
+        radius: The radius of the object in pixels.
+        angle: The angle by which it is turned, in radians.
+    """
     if SHAPE_OF[variety] == "circle":
         from_centre = np.hypot(x, y)
         hole = np.clip(0.5 + RING_HOLE * radius - from_centre, 0, 1) if variety == "ring" else 0.0
@@ -210,7 +257,7 @@ def coverage(variety: str, x: NDArray, y: NDArray, radius: float, angle: float) 
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
-    """Draws a scene: (64, 64, 3) uint8, antialiased."""
+    """Draws a scene with antialiasing, and returns an array of shape (64, 64, 3), uint8."""
     picture = np.empty((SIZE, SIZE, 3))
     picture[:] = scene.background
     for thing in scene.objects:
@@ -239,7 +286,13 @@ def pixels(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 def sample(rng: np.random.Generator, num_objects: int | None = None, held_out: bool = False) -> Scene:
-    """Draws a random scene; ``held_out=True`` allows the combinations that the diffusion model must not see."""
+    """Returns a random scene.
+
+    Args:
+        rng: The random generator.
+        num_objects: 1 or 2; None for a random number.
+        held_out: Whether to allow the combinations that the training of the diffusion model leaves out.
+    """
     count = num_objects or (1 if rng.random() < 0.35 else 2)
     names = list(COLOURS)
     while True:
@@ -251,7 +304,13 @@ def sample(rng: np.random.Generator, num_objects: int | None = None, held_out: b
 
 
 def place(rng: np.random.Generator, prompt: Prompt, varieties: tuple[str, ...] | None = None) -> Scene:
-    """Puts the prompt's objects into a picture at random, apart from each other and inside the frame."""
+    """Returns a scene with the objects of a prompt at random places, apart from each other and inside the picture.
+
+    Args:
+        rng: The random generator.
+        prompt: The prompt.
+        varieties: The variety of each object; None for random ones.
+    """
     count = len(prompt.things)
     chosen = varieties or tuple(VARIETIES[t.shape][rng.integers(len(VARIETIES[t.shape]))] for t in prompt.things)
     while True:
