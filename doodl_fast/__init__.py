@@ -2,7 +2,7 @@
 
 Most programs need few of these names:
 
-- `EDICT`, `DDIM`, `BDIA`, `OBELM` and `Sampler` (the pipeline's own scheduler) are the solvers.
+- `EDICT`, `DDIM`, `BDIA`, `OBELM`, `Rex` and `Sampler` (the pipeline's own scheduler) are the solvers.
   `EDICT.from_pipeline(pipe, prompt)` makes a chain of a diffusers pipeline, with `chain.noise(seed=0)` and
   `chain.decode(latents)`.
 - `optimize(chain, latents, decode, loss)` optimises the starting noise. `guidance` has losses, and any function of
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .chain.exact.state import LatticeState
     from .chain.memory.profiling import profile
     from .chain.memory.strategies import Auto, Checkpoint, Naive, Reversible
+    from .chain.program import Coupling, Program
     from .chain.reversibility import Reversibility, check_reversibility
     from .diffusion.decoder import Decoder
     from .diffusion.denoiser import Denoiser
@@ -42,10 +43,12 @@ if TYPE_CHECKING:
     from .ops import backend
     from .optimization.loop import Result, StepInfo, optimize
     from .optimization.update import UpdateSettings
+    from .solvers.base import DiffusionChain
     from .solvers.bdia import BDIA
     from .solvers.ddim import DDIM
     from .solvers.edict import EDICT
     from .solvers.obelm import OBELM
+    from .solvers.rex import Rex
     from .solvers.sampler import LCM, DPMSolver, Sampler, UniPC
 
 __all__ = [
@@ -57,16 +60,20 @@ __all__ = [
     "Auto",
     "Chain",
     "Checkpoint",
+    "Coupling",
     "DPMSolver",
     "Decoder",
     "Denoiser",
+    "DiffusionChain",
     "Guided",
     "ImageTensor",
     "LatticeState",
     "Naive",
+    "Program",
     "Result",
     "Reversibility",
     "Reversible",
+    "Rex",
     "Sampler",
     "SamplerSteps",
     "Schedule",
@@ -87,14 +94,17 @@ _HOMES = {
     "Auto": "chain.memory.strategies",
     "Chain": "chain.chain",
     "Checkpoint": "chain.memory.strategies",
+    "Coupling": "chain.program",
     "Decoder": "diffusion.decoder",
     "Denoiser": "diffusion.denoiser",
+    "DiffusionChain": "solvers.base",
     "BDIA": "solvers.bdia",
     "DDIM": "solvers.ddim",
     "EDICT": "solvers.edict",
     "Guided": "diffusion.guided",
     "ImageTensor": "diffusion.images",
     "OBELM": "solvers.obelm",
+    "Rex": "solvers.rex",
     "DPMSolver": "solvers.sampler",
     "LCM": "solvers.sampler",
     "Sampler": "solvers.sampler",
@@ -102,6 +112,7 @@ _HOMES = {
     "UniPC": "solvers.sampler",
     "LatticeState": "chain.exact.state",
     "Naive": "chain.memory.strategies",
+    "Program": "chain.program",
     "Result": "optimization.loop",
     "Reversibility": "chain.reversibility",
     "Reversible": "chain.memory.strategies",

@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Schedule:
             picture, if there are sigmas.
         sigmas: Empty for a diffusion. For a flow n + 1 falling floats from 1 or less to 0 or more, and no alphas: the
             latent at a level is `(1 - sigma) * picture + sigma * noise`.
+        training_alphas: The cumulative alphas of all timesteps in training, if they are known. Solvers that evaluate
+            the network between the schedule's levels interpolate timesteps in them. Schedules are compared without.
 
     Raises:
         ValueError: The lengths differ, there is no step, a number is out of range, or the prediction type is unknown.
@@ -57,6 +59,7 @@ class Schedule:
     alphas_cumprod_prev: tuple[float, ...] = ()
     prediction_type: str = "epsilon"
     sigmas: tuple[float, ...] = ()
+    training_alphas: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 <= t < math.inf for t in self.timesteps):
@@ -187,6 +190,7 @@ class Schedule:
             alphas_cumprod=at_steps,
             alphas_cumprod_prev=(*at_steps[1:], last),
             prediction_type=str(setting(scheduler, "prediction_type", "epsilon")),
+            training_alphas=tuple(levels),
         )
         missing = left_out(scheduler, steps, timesteps, levels, last) if is_from_diffusers(scheduler) else []
         _warn_of(scheduler, missing, "DDIM")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..chain.chain import Chain
+from ..chain.evaluator import Evaluator
 from ..chain.memory.strategies import Memory
 from ..chain.program import Coupling
 from ..diffusion.decoder import Decoder
@@ -34,6 +35,8 @@ class DiffusionChain(Chain):
         denoiser: The network with its conditions.
         schedule: The noise levels and timesteps.
         make_program: Turns the schedule into the couplings of the solver.
+        evaluator: Makes the function f of the couplings of the denoiser, for solvers whose f is more than one call of
+            the network. None is the denoiser itself.
         options: Those of `Chain`.
 
     Raises:
@@ -52,6 +55,7 @@ class DiffusionChain(Chain):
         denoiser: Denoiser,
         schedule: Schedule,
         make_program: Callable[[Any], Sequence[Coupling]],
+        evaluator: Callable[[Denoiser], Evaluator] | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(denoiser, Denoiser):
@@ -61,7 +65,7 @@ class DiffusionChain(Chain):
         if not isinstance(schedule, self.schedule_type):
             name, got = self.schedule_type.__name__, type(schedule).__name__
             raise TypeError(f"schedule: expected a {name}, got {got}; use {name}.from_scheduler(scheduler, steps)")
-        super().__init__(denoiser, make_program(schedule), **options)
+        super().__init__(evaluator(denoiser) if evaluator else denoiser, make_program(schedule), **options)
         self._schedule = schedule
         self._space: LatentSpace | None = None
         self._decoder: Decoder | None = None

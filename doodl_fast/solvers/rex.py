@@ -1,0 +1,128 @@
+"""Rex: exactly invertible Runge-Kutta solvers of any order (arXiv 2502.08834), by McCallum and Foster's coupling."""
+
+from __future__ import annotations
+
+import itertools
+from typing import cast
+
+import torch
+
+from ..chain.memory.strategies import Memory
+from ..chain.program import Coupling, Program
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.schedule import Schedule
+from .base import DiffusionChain
+from .clock import Clock
+from .coefficients import levels
+from .runge_kutta import SCHEMES, RungeKuttaSlope, Stages, make_stages
+from .single import check_real
+
+
+def rex_program(schedule: Schedule, scheme: str = "midpoint", zeta: float = 0.999) -> Program:
+    """The couplings of Rex from noise to picture.
+
+    With `z = x / signal` and `s = noise / signal` (for a flow x and sigma as they stand), let `Psi_h(z)` be what an
+    explicit Runge-Kutta scheme adds to z in a step of length h of `dz/ds = eps`. A pair z, w takes the step
+
+        z' = zeta z + (1 - zeta) w + Psi_h(w)
+        w' = w - Psi_{-h}(z')
+
+    where Psi_h starts from the level before the step and Psi_{-h} from the level after it (McCallum and Foster, arXiv
+    2410.11648). Both are couplings, and the pair has the order of the scheme.
+
+    Args:
+        schedule: The noise levels, of any prediction type.
+        scheme: "euler", "midpoint", "heun" or "rk4", of orders 1, 2, 2 and 4.
+        zeta: In (0, 1]. 1 is an uncoupled leapfrog, the least stable; undoing a step divides by it.
+
+    Returns:
+        The program, whose picture is value 0, and whose tags are `Stages`. A step between equal noise levels is left
+        out. A network is never evaluated where there is no noise: a last step that leads there leaves w behind, and a
+        scheme that would evaluate the network at the end of that step is replaced by "midpoint" in it.
+
+    Raises:
+        ValueError: An option is out of range, or the schedule starts from zero terminal signal-to-noise.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: expected one of {', '.join(map(repr, SCHEMES))}, got {scheme!r}")
+    zeta = check_real("zeta", zeta, 0, 1, "0.999 is the paper's choice")
+    clock, passed = Clock(schedule), levels(schedule)
+    program: list[Coupling] = []
+    for step, (start, end) in enumerate(itertools.pairwise(passed)):
+        if start == end:
+            continue
+        to_picture = end.noise == 0
+        tableau = SCHEMES["midpoint" if to_picture and 1.0 in SCHEMES[scheme].nodes else scheme]
+        a, b = clock.scale(end) / clock.scale(start), clock.scale(end) * (clock.time(end) - clock.time(start))
+        program.append(Coupling(0, zeta * a, (1 - zeta) * a, b, step, make_stages(clock, start, end, tableau)))
+        if not to_picture:
+            program.append(Coupling(1, a, 0.0, b, step, make_stages(clock, end, start, tableau)))
+    return tuple(program)
+
+
+class Rex(DiffusionChain):
+    """Rex (arXiv 2502.08834): an exactly invertible sampler of first, second or fourth order.
+
+    A step of "euler" calls the network twice, of "midpoint" and "heun" 4 times, of "rk4" 8 times. Latents are (B, C,
+    ...) of fp16, bf16, fp32 or fp64; results and gradients have their dtype. Gradients are also given to the denoiser's
+    conditions that require grad, never to weights.
+
+    Args:
+        denoiser: The network with its conditions. It is given fractional timesteps between those of the schedule.
+        schedule: The noise levels. Its prediction type tells what the network returns.
+        scheme: "euler", "midpoint", "heun" or "rk4".
+        zeta: How much of itself the first latent keeps in a step, in (0, 1]. With arithmetic="exact" or "exact64" the
+            coefficients are rounded as those of other solvers are.
+        memory: What is kept for the gradient, see `Chain`. One evaluation of a program is a whole Runge-Kutta step, so
+            a kept graph is that of all its calls.
+        state_dtype: In which the latents and their cotangents are carried, see `Chain`.
+        arithmetic: "float", "exact" or "exact64", see `Chain`.
+        drift_tolerance: How far undone couplings may miss the start, see `Chain`.
+        memory_budget: For memory="auto", see `Chain`.
+
+    Raises:
+        TypeError: `denoiser` is no `Denoiser`, or `schedule` no `Schedule`.
+        ValueError: An option is out of range; the error names it.
+
+    Example:
+        >>> chain = Rex.from_pipeline(pipe, "a dog", num_inference_steps=20, scheme="midpoint")
+        >>> x0, w0 = chain(chain.noise(seed=0))  # x0 is the picture's latents
+        >>> xT, wT = chain.inverse(x0, w0)  # and back
+    """
+
+    num_starts = 1
+    num_pictures = 1
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        scheme: str = "midpoint",
+        zeta: float = 0.999,
+        memory: Memory = "checkpoint",
+        state_dtype: torch.dtype | None = None,
+        arithmetic: str = "float",
+        drift_tolerance: float | None = None,
+        memory_budget: int | str | None = None,
+    ) -> None:
+        super().__init__(
+            denoiser,
+            schedule,
+            lambda noise_levels: rex_program(noise_levels, scheme, zeta),
+            evaluator=RungeKuttaSlope,
+            memory=memory,
+            state_dtype=state_dtype,
+            arithmetic=arithmetic,
+            drift_tolerance=drift_tolerance,
+            memory_budget=memory_budget,
+        )
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network with its conditions, which the chain's evaluator calls."""
+        return cast(Denoiser, cast(RungeKuttaSlope, self.evaluator).network)
+
+    @property
+    def num_network_calls(self) -> int:
+        """How often one run calls the network, and its gradient with a graph again."""
+        return sum(len(cast(Stages, coupling.tag)) for coupling in self.program)
