@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +73,29 @@ def check_steps(count: Any) -> None:
     """Raises ValueError for a number of optimisation steps that is not a positive int."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"num_optimization_steps: expected an int of at least 1, got {count!r}")
+
+
+def check_randomness(seed: Any, generator: Any) -> None:
+    """Raises TypeError or ValueError for a seed or a generator that PyTorch does not take."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError, naming the argument, for what is no path of a folder; None and bools pass.
+
+    An empty text would be the current folder, which nobody means.
+    """
+    if value is None or isinstance(value, bool):
+        return
+    if not isinstance(value, (str, Path)):
+        raise TypeError(f"{name}: expected the path of a folder, got {type(value).__name__}")
+    if not str(value):
+        raise ValueError(f"{name}: expected the path of a folder, got an empty text; use '.' for the current folder")
 
 
 def as_pair(latents: Tensor | Pair) -> Pair:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import checkpoint, low_memory
-from .arguments import as_pair, check_functions, check_steps, renamed_arguments
+from .arguments import as_pair, check_functions, check_path, check_randomness, check_steps, renamed_arguments
 from .fingerprint import fingerprint
 from .folder_lock import FolderLock
 from .objective import Decode, Loss, Objective, decoder_dtype
@@ -106,6 +106,7 @@ def optimize(
     """
     check_functions(chain, decode, loss, callback_on_step_end)
     check_steps(num_optimization_steps)
+    check_randomness(seed, generator)
     settings = UpdateSettings(
         grad_scale, momentum, nesterov, clip_grad_value, tied_latents, renormalize_latents, perturbation_scale
     )
@@ -170,6 +171,8 @@ def descend(
 
 def _home(folder: str | Path | None, resume: bool | str | Path) -> Path | None:
     """The folder of the run, or None. Raises ValueError for arguments that contradict each other."""
+    check_path("folder", folder)
+    check_path("resume", resume)
     if resume is True and folder is None:
         raise ValueError("resume: expected folder= beside resume=True, got none; name the folder that holds the run")
     if isinstance(resume, bool):

@@ -69,8 +69,8 @@ class Progress:
         differs = differing(self.functions, tree["functions"])
         if differs is not None:
             raise ValueError(
-                f"resume: the run in {str(home)!r} was started with another {differs}; pass the same as then, or start "
-                "anew in another folder"
+                f"resume: the run in {str(home)!r} differs in its {differs}; pass the same as then, or start anew in "
+                "another folder"
             )
         self.step, self.best_step, self.best_loss = tree["step"], tree["best_step"], tree["best_loss"]
         self.pair_losses = [tuple(pair) for pair in tree["pair_losses"]]

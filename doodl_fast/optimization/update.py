@@ -40,6 +40,7 @@ class UpdateSettings:
         perturbation_scale: Standard deviation of the noise that is added to both latents at every update.
 
     Raises:
+        TypeError: A switch is neither True nor False.
         ValueError: A value is out of its range, or too large for float32.
     """
 
@@ -54,6 +55,9 @@ class UpdateSettings:
     def __post_init__(self) -> None:
         _check_number("grad_scale, formerly learning_rate", self.grad_scale, LARGEST)
         _check_number("perturbation_scale", self.perturbation_scale, LARGEST_DEVIATION)
+        for name in ("nesterov", "tied_latents", "renormalize_latents"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         momentum, clip = self.momentum, self.clip_grad_value
         if not isinstance(momentum, (int, float)) or isinstance(momentum, bool) or not 0 <= momentum < 1:
             raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")

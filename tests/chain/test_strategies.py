@@ -198,3 +198,10 @@ def test_a_copied_chain_plans_with_its_own_evaluator(copied):
     assert other.evaluator.calls == 4  # whole graphs are kept, and what was measured is remembered
     other.make_plan(latents(2, 3, 4)[0])
     assert other.evaluator.calls == 4 + 2 and chain.evaluator.calls == before
+
+
+@pytest.mark.parametrize("reserve", [-1, "1GiB", 1.5, True])
+def test_a_reserve_that_is_no_number_of_bytes_is_refused(reserve):
+    chain, (x, _) = tiny_chain(2, "auto"), latents(1, 3, 4)
+    with pytest.raises(ValueError, match="reserve: expected an int of at least 0, in bytes, or None, got "):
+        chain.make_plan(x, reserve)

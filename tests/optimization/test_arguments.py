@@ -38,6 +38,11 @@ ZERO = torch.cat([torch.ones(1, 4, 5, 5), torch.zeros(1, 4, 5, 5)])
             r"grad_scale, formerly .*: expected a number in \[0, 3.4e\+38\], got 1e\+3",
         ),
         ({"perturbation_scale": 1e308}, ValueError, r"perturbation_scale: expected a number in \[0, 1e\+37\], got 1e"),
+        ({"tied_latents": "no"}, TypeError, "tied_latents: expected True or False, got 'no'"),
+        ({"nesterov": None}, TypeError, "nesterov: expected True or False, got None"),
+        ({"seed": "a"}, TypeError, "seed: expected an int, got str"),
+        ({"seed": 2**64}, ValueError, "seed: expected an int of 64 bits, got 18446744073709551616"),
+        ({"generator": 5}, TypeError, "generator: expected a torch.Generator or None, got int"),
         ({"latents": ZERO}, ValueError, "latents: expected a positive norm .* got 0.0 for sample 1 of the mean of x"),
         ({"latents": (ZERO + 1, ZERO), "tied_latents": False}, ValueError, "got 0.0 for sample 1 of y"),
         ({"latents": (ZERO + 1, -ZERO - 1)}, ValueError, "got 0.0 for sample 0 of the mean of x and y"),
@@ -48,6 +53,24 @@ def test_refused(changes: dict[str, Any], error: type[Exception], message: str, 
     with pytest.raises(error, match=message):
         optimize(folder=tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"folder": ""}, ValueError, "folder: expected the path of a folder, got an empty text"),
+        ({"resume": ""}, ValueError, "resume: expected the path of a folder, got an empty text"),
+        ({"folder": 5}, TypeError, "folder: expected the path of a folder, got int"),
+    ],
+)
+def test_what_is_no_path_is_refused(
+    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty text would store the run in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        optimize(**changes)
+    assert not list(tmp_path.iterdir())
 
 
 def test_latents_of_norm_zero_need_no_renormalisation() -> None:

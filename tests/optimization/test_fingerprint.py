@@ -96,7 +96,7 @@ def with_one_weight_changed() -> doodl_fast.EDICT:
 )
 def test_another_function_is_refused(changes: dict[str, Any], what: str, tmp_path: Path) -> None:
     run(tmp_path, resume=False)
-    with pytest.raises(ValueError, match=f"resume: the run in .* was started with another {what}"):
+    with pytest.raises(ValueError, match=f"resume: the run in .* differs in its {what}"):
         run(tmp_path, **changes)
     assert len(run(tmp_path, steps=3).losses) == 3
 

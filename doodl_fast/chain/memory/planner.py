@@ -127,6 +127,8 @@ class Planner:
     def make_plan(self, x: Tensor, reserve: int | None = None) -> Plan:
         """See `Chain.make_plan`."""
         check_latents(x, None)
+        if reserve is not None and (isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 0):
+            raise ValueError(f"reserve: expected an int of at least 0, in bytes, or None, got {reserve!r}")
         case = self.case(x)
         if reserve is None:
             return case.current(self.reserve)
