@@ -83,7 +83,7 @@ class LayerNoise(Evaluator):
         for place, tensor in zip(self.places, self.tensors() if tensors is None else tensors, strict=True):
             extra[place] = tensor
         timestep = torch.full((), t, dtype=torch.int64, device=x.device)
-        predicted = self.layer.predict_noise(x.to(self.compute_dtype(x.dtype)), timestep, *extra)
+        predicted = self.layer.predict_noise(x.to(self.compute_dtype(x.dtype), copy=True), timestep, *extra)
         noise = as_tensor(predicted, "predict_noise")
         if noise.shape != x.shape:
             raise ValueError(f"predict_noise: expected a tensor of shape {tuple(x.shape)}, got {tuple(noise.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -42,6 +43,12 @@ class NetworkCall:
         if self._style == "named timestep":
             return self._target(x, timestep=t, encoder_hidden_states=cond, **self._options, **kwargs)
         return self._target(x, t, encoder_hidden_states=cond, **self._options, **kwargs)
+
+    def of(self, network: Callable[..., Any]) -> NetworkCall:
+        """Calls another network of the same kind in the same way."""
+        other = copy.copy(self)
+        other.network = network
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_target": None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .images import check_images
-from .networks import blocks_checkpointed, frozen, has_blocks, run_in_dtype
+from .module_copies import frozen_copy
+from .networks import has_blocks, run_in_dtype
 
 
 def vae_scale_factor(vae: Any) -> int:
@@ -102,8 +102,8 @@ class Decoder:
         factor = vae_scale_factor(self.vae)
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(f"images: expected height and width in multiples of {factor}, got {tuple(images.shape)}")
-        with frozen(self.vae):
-            output = self.vae.encode(images.to(self.vae.dtype))
+        with frozen_copy(self.vae) as vae:
+            output = vae.encode(images.to(vae.dtype))
         posterior = getattr(output, "latent_dist", None)
         if posterior is None:  # an autoencoder without a posterior, AutoencoderTiny for instance
             latents = output.latents
@@ -123,9 +123,8 @@ class Decoder:
 
     def _images(self, z: Tensor) -> Tensor:
         """Calls the VAE."""
-        blocks = blocks_checkpointed(self.vae) if self._checkpoints else contextlib.nullcontext()
-        with frozen(self.vae), blocks:
-            images: Tensor = self.vae.decode(z, return_dict=False)[0]
+        with frozen_copy(self.vae, self._checkpoints) as vae:
+            images: Tensor = vae.decode(z, return_dict=False)[0]
         return images
 
     def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

@@ -7,6 +7,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -14,18 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..chain.evaluator import Evaluator
+from .active_calls import Variant, active_call, calling_copies
 from .calling import NetworkCall, module_of
 from .conditions import Fit, map_tensors, tensors_of
-from .networks import (
-    FLOAT_DTYPES,
-    HALF_DTYPES,
-    as_tensor,
-    blocks_checkpointed,
-    has_blocks,
-    lock_of,
-    weights_cast,
-    without_weight_grad,
-)
+from .module_copies import why_not_copied
+from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks
 from .timesteps import Timesteps
 
 AUTO = "auto"
@@ -118,8 +112,8 @@ class Denoiser(Evaluator):
                 'vjp_dtype: expected "auto" or None for a callable without weights; cast inside the callable'
             )
         self._vjp_dtype: torch.dtype | str | None = vjp_dtype
-        self._cast_to: torch.dtype | None = None
-        self._checkpoints: bool = False
+        self._variant: Variant = Variant()
+        self._said: list[str] = []
         self._timestep: Timesteps = Timesteps()
 
     @property
@@ -165,38 +159,59 @@ class Denoiser(Evaluator):
 
     def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the network gets x: that of its weights, else the latents'."""
-        if self._cast_to is not None:
-            return self._cast_to
+        if self._variant.cast_to is not None:
+            return self._variant.cast_to
         weight = self._weight()
         return latents_dtype if weight is None else weight.dtype
 
     def _weight(self) -> Tensor | None:
         """The first of the network's weights that it computes with."""
-        if self._module is None:
-            return None
-        with lock_of(self._module):
-            # float8 and integer weights are storage formats that the module unpacks itself.
-            return next((weight for weight in self._module.parameters() if weight.dtype in FLOAT_DTYPES), None)
+        weights = () if self._module is None else self._module.parameters()
+        # float8 and integer weights are storage formats that the module unpacks itself.
+        return next((weight for weight in weights if weight.dtype in FLOAT_DTYPES), None)
 
     def for_vjp(self) -> Denoiser | None:
-        """The same in vjp_dtype, whose `running` casts the weights; None where VJPs need no other. For chains."""
+        """The same denoiser with weights in `vjp_dtype`; None where VJPs are taken of this one.
+
+        Raises:
+            ValueError: `vjp_dtype` names a dtype, and no copy of the network with cast weights can be made.
+        """
         dtype, weight = self._vjp_dtype, self._weight()
         if dtype == AUTO:
             slow = weight is not None and weight.device.type == "cpu" and weight.dtype in HALF_DTYPES
             dtype = torch.float32 if slow else None
         if not isinstance(dtype, torch.dtype) or self._module is None:
             return None
+        reason = why_not_copied(self._module, self._unet)
+        if reason is not None:
+            self._refuse_cast(reason)
+            return None
         other = copy.copy(self)
-        other._vjp_dtype, other._cast_to = None, dtype
+        other._vjp_dtype, other._variant = None, replace(self._variant, cast_to=dtype)
         return other
 
+    def _refuse_cast(self, reason: str) -> None:
+        """Says why VJPs cannot be taken in another dtype: by an error if that was asked for, else by one warning."""
+        what = f"vjp_dtype: VJPs in another dtype need a copy of the network, which cannot be made because {reason}"
+        if self._vjp_dtype != AUTO:
+            raise ValueError(f"{what}; use vjp_dtype=None, or cast the network's weights before")
+        if not self._said:
+            self._said.append(what)
+            warnings.warn(
+                f"{what}; they are taken in the network's own dtype. Use vjp_dtype=None to ask for that",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
     def for_blocks(self) -> Denoiser | None:
-        """The same, whose network keeps its blocks' inputs alone and computes the rest again; None if it has no blocks
-        that can. For chains."""
+        """The same denoiser, whose network keeps its blocks' inputs alone and computes the rest again for a gradient.
+
+        It is None if the network has no blocks that can be checkpointed.
+        """
         if not has_blocks(self._module):
             return None
         other = copy.copy(self)
-        other._checkpoints = True
+        other._variant = replace(self._variant, checkpoints=True)
         return other
 
     @property
@@ -208,26 +223,27 @@ class Denoiser(Evaluator):
         """The name and the tensor of each of the network's parameters and buffers."""
         if self._module is None:
             return ()
-        with lock_of(self._module):
-            return (*self._module.named_parameters(), *self._module.named_buffers())
+        return (*self._module.named_parameters(), *self._module.named_buffers())
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """For the length of a run: the network is checked to be deterministic, and its weights do not require grad.
+        """A context for the length of a run, in which this thread calls copies of the network that are made for it.
 
-        Without this autograd would keep the activations that only weight gradients need. The flags are restored
-        afterwards, also after an exception. Raises ValueError for active dropout or batch statistics.
+        The copies share the network's weights as they are now, but those do not require grad, as autograd would keep
+        the activations that only their gradients need. The network itself is not changed, so any number of threads may
+        run at once. Where copies would not do what the network does, because its `forward` was replaced, it is
+        compiled or wrapped for parallel use, or its weights are of a class of their own, the network itself is called,
+        and its weights do not require grad for the length of the context.
+
+        Raises:
+            ValueError: The network has active dropout or batch statistics.
         """
         if self._module is None:
             yield
             return
-        if self._cast_to is not None:
-            with weights_cast(self._module, self._cast_to):
-                yield
-            return
-        _refuse_stochastic(self._module)
-        blocks = blocks_checkpointed(self._module) if self._checkpoints else contextlib.nullcontext()
-        with without_weight_grad(self._module), blocks:
+        if self._variant.cast_to is None:
+            _refuse_stochastic(self._module)
+        with calling_copies(self._call, self._module, self._variant):
             yield
 
     def __call__(
@@ -286,10 +302,7 @@ class Denoiser(Evaluator):
         timestep = self._timestep(t, x.device)
         version = None if timestep.is_inference() else timestep._version
         kwargs = fit.extras(conditions["kwargs"])
-        # Another thread may have cast the weights for a VJP.
-        casts = fit.dtype in HALF_DTYPES or self.insists_on_vjps
-        with lock_of(self._module) if casts and self._module is not None else contextlib.nullcontext():
-            output = self._call(network_x, timestep, cond, kwargs)
+        output = active_call(self._call, self._variant)(network_x, timestep, cond, kwargs)
         if version is not None and timestep._version != version:
             self._timestep = Timesteps()  # The timestep is a view of a table, which is wrong now.
             raise RuntimeError("unet: expected it to leave its timestep as it is, got one that it changed in place")

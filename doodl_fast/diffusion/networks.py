@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,37 +61,85 @@ def loading(source: str, argument: str = "model") -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(*modules: Any) -> Iterator[None]:
-    """For its duration no weight requires grad and every module is in eval mode; both are restored, also after errors.
+    """Sets modules to eval mode, and their weights to not require grad, for the length of the context.
 
-    A graph that is built inside keeps no activations for weight gradients and never produces any. Objects that are not
-    modules are left alone.
+    A graph that is built inside keeps no activations for the gradients of weights. The flags are set on the modules
+    themselves, so other threads see them; `frozen_copy` leaves the modules alone, and is to be preferred. The contexts
+    of several threads may overlap in any order: the flags are restored when the last of them ends.
+
+    Args:
+        *modules: Modules; other objects are left alone.
     """
     networks = [module for module in modules if isinstance(module, nn.Module)]
-    training = [m for network in networks for m in network.modules() if m.training]
-    with without_weight_grad(*networks):
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    everything = [module for network in networks for module in network.modules()]
+    with without_weight_grad(*networks), _overridden((module, {"training": False}) for module in everything):
+        yield
 
 
 @contextlib.contextmanager
 def without_weight_grad(*networks: nn.Module) -> Iterator[None]:
-    """For its duration no weight requires grad; the flags are restored, also after errors."""
-    weights: list[Tensor] = []
-    for network in networks:
-        with lock_of(network):
-            weights += [p for p in network.parameters() if p.requires_grad and p.is_leaf]
+    """Sets the weights of modules to not require grad for the length of the context; else as `frozen`."""
+    weights = [weight for network in networks for weight in network.parameters() if weight.is_leaf]
+    with _overridden((weight, {"requires_grad": False}) for weight in weights):
+        yield
+
+
+class _Override:
+    """An attribute that is set for the length of one or more contexts.
+
+    Attributes:
+        target: The object, which stays alive with this.
+        before: The value that is restored at the end; `_MISSING` if the object has no such attribute of its own.
+        values: The value that each active context asks for, by the context's token. The latest one holds.
+    """
+
+    def __init__(self, target: Any, name: str) -> None:
+        self.target, self.name, self.values = target, name, dict[object, Any]()
+        own = isinstance(target, Tensor) or name in vars(target)
+        self.before = getattr(target, name) if own else _MISSING
+
+    def apply(self) -> None:
+        """Sets the attribute to what the active contexts ask for, or restores it if there are none."""
+        value = next(reversed(self.values.values()), self.before)
+        if value is _MISSING:
+            vars(self.target).pop(self.name, None)
+        elif isinstance(self.target, Tensor):
+            # The method requires_grad_ is refused under torch.func's transforms.
+            setattr(self.target, self.name, value)
+        else:
+            vars(self.target)[self.name] = value
+
+
+_MISSING = object()
+_OVERRIDES: dict[tuple[int, str], _Override] = {}
+_OVERRIDES_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def _overridden(settings: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
+    """Sets attributes of objects for the length of the context; contexts may overlap in any order, in any threads."""
+    token, keys = object(), []
     try:
-        for weight in weights:
-            weight.requires_grad = False  # The method requires_grad_ is refused under torch.func's transforms.
+        with _OVERRIDES_LOCK:
+            for target, values in settings:
+                for name, value in values.items():
+                    key = (id(target), name)
+                    override = _OVERRIDES.get(key) or _Override(target, name)
+                    if not override.values and override.before == value:
+                        continue
+                    _OVERRIDES[key] = override
+                    keys.append(key)
+                    override.values[token] = value
+                    override.apply()
         yield
     finally:
-        for weight in weights:
-            weight.requires_grad = True
+        with _OVERRIDES_LOCK:
+            for key in reversed(keys):
+                override = _OVERRIDES[key]
+                del override.values[token]
+                override.apply()
+                if not override.values:
+                    del _OVERRIDES[key]
 
 
 def as_tensor(output: Any, argument: str) -> Tensor:
@@ -118,27 +165,20 @@ def has_blocks(network: Any) -> bool:
 
 @contextlib.contextmanager
 def blocks_checkpointed(network: nn.Module) -> Iterator[None]:
-    """For its duration diffusers' own checkpointing of a network's blocks is on; all is restored, also after errors.
+    """Turns on diffusers' checkpointing of a network's blocks for the length of the context; else as `frozen`.
 
     Some versions of diffusers checkpoint in training mode alone, so the blocks are put into it, but not what is inside
-    them: no dropout wakes up. A block is `frozen` also when it is called again, which may be after the end of this.
+    them, so that no dropout wakes up. A block may be called again for a gradient after the end of the context; it is
+    set up in the same way for that call.
     """
-    blocks: list[Any] = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
-    names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
-    before = [{name: vars(block)[name] for name in names if name in vars(block)} for block in blocks]
-    try:
-        for block in blocks:
-            block.training = block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = _checkpoint
+    attributes = {"training": True, "gradient_checkpointing": True, "_gradient_checkpointing_func": _checkpoint}
+    blocks = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
+    with _overridden((block, attributes) for block in blocks):
         yield
-    finally:
-        for block, attributes in zip(blocks, before, strict=True):
-            for name in names:
-                vars(block).pop(name, None)
-            vars(block).update(attributes)
 
 
 def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
+    """Calls a block so that its activations are computed again for a gradient, by a block that is frozen then too."""
     from torch.utils.checkpoint import checkpoint
 
     def call(*args: Any) -> Any:
@@ -191,46 +231,3 @@ class _UnscaleGradient(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         wide = torch.promote_types(ctx.dtype, torch.float32)
         return (grad_outputs[0].to(wide) * ctx.power[0]).to(ctx.dtype), None, None
-
-
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[valid-type]
-
-
-def lock_of(network: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """The lock that a thread holds while it calls a network or has cast its weights: one for each network."""
-    lock: contextlib.AbstractContextManager[Any] = _locks.setdefault(network, threading.RLock())
-    return lock
-
-
-@contextlib.contextmanager
-def weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For its duration the floating weights and buffers of a network are copies in another dtype.
-
-    No other thread calls the network through a `Denoiser`, or casts its weights, until it ends.
-    """
-    with lock_of(network):
-        yield from _cast_weights(network, dtype)
-
-
-def _cast_weights(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Replaces the weights and buffers, pauses, and puts the originals back."""
-    replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    copies: dict[Tensor, Tensor] = {}  # shared weights stay shared
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype not in FLOAT_DTYPES:
-            return tensor
-        if tensor not in copies:
-            copies[tensor] = tensor.detach().to(dtype)
-        return copies[tensor]
-
-    try:
-        for module in network.modules():
-            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for tensors in tables:
-                replaced.append((tensors, dict(tensors)))
-                tensors.update({name: cast(tensor) for name, tensor in tensors.items()})
-        yield
-    finally:
-        for tensors, originals in replaced:
-            tensors.update(originals)

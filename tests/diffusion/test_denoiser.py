@@ -118,8 +118,12 @@ def test_wrapped_unets_are_seen_through(wrap):
     unet = golden_unet()
     denoiser = Denoiser(wrap(unet), golden("models")["embedding_conditional"])
     assert denoiser.compute_dtype(torch.float16) == torch.float32
+    seen = []
+    handle = unet.conv_in.register_forward_hook(lambda module, args, out: seen.append(module.weight.requires_grad))
     with denoiser.running():
-        assert not any(p.requires_grad for p in unet.parameters())
+        denoiser(golden("models")["check/unet_in"], 500)
+    handle.remove()
+    assert seen == [False] and all(p.requires_grad for p in unet.parameters())
     assert denoiser._call(
         golden("models")["check/unet_in"], torch.tensor(500), golden("models")["embedding_conditional"], {}
     )[0].shape == (1, 4, 16, 16)
@@ -238,19 +242,34 @@ def test_tensors_and_their_replacements():
     assert not torch.equal(denoiser(x, 5), other(x, 5))
 
 
-def test_weights_are_frozen_and_restored():
-    net = TinyNet()
+def test_weights_are_frozen_in_the_call_and_nowhere_else():
+    seen = []
+
+    class Seeing(TinyNet):
+        def forward(self, x, t, cond=None):
+            seen.append([p.requires_grad for p in self.parameters()])
+            if len(seen) == 2:
+                raise KeyError
+            return super().forward(x, t, cond)
+
+    net = Seeing()
     net.outside.requires_grad_(False)
+    parameters = dict(net.named_parameters())
     denoiser = Denoiser(net, None)
+    x, _ = latents(1, 3, 4, dtype=torch.float32, grad=True)
 
     def fail() -> None:
         with denoiser.running():
-            assert not any(p.requires_grad for p in net.parameters())
-            raise KeyError
+            eps = denoiser(x, 1)
+            assert [p.requires_grad for p in net.parameters()] == [True, False, True]
+            eps.sum().backward()
+            denoiser(x, 1)
 
     with pytest.raises(KeyError):
         fail()
+    assert seen == [[False] * 3] * 2 and x.grad is not None
     assert [p.requires_grad for p in net.parameters()] == [True, False, True]
+    assert all(p is parameters[name] and p.grad is None for name, p in net.named_parameters())
 
 
 @pytest.mark.parametrize(

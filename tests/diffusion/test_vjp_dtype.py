@@ -197,21 +197,32 @@ def test_block_checkpointing_in_the_network():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_shared_weights_stay_shared_and_come_back_after_an_error():
-    network = TinyNet().half()
-    network.alias = network.inside
+def test_shared_weights_stay_shared_and_the_network_is_untouched_after_an_error():
+    seen = []
+
+    class Shared(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.alias = self.inside
+
+        def forward(self, x, t, cond=None):
+            assert self.alias is self.inside and self.inside.dtype == torch.float32
+            seen.append({p.dtype for p in network.parameters()})
+            raise KeyError("stop")
+
+    network = Shared().half()
     before = dict(network.named_parameters(remove_duplicate=False))
     denoiser = Denoiser(network, None, vjp_dtype=torch.float32).for_vjp()
 
     def fail():
         with denoiser.running():
-            assert network.alias is network.inside and network.inside.dtype == torch.float32
-            raise KeyError("stop")
+            denoiser(torch.zeros(1, 3, 4), 1)
 
     with pytest.raises(KeyError, match="stop"):
         fail()
     after = dict(network.named_parameters(remove_duplicate=False))
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    assert seen == [{torch.float16}]
 
 
 def test_refusals():

@@ -1,0 +1,212 @@
+"""Copies of a module tree that share its weights, so that a caller's module is never changed for the length of a run.
+
+A run calls a network whose weights do not require grad, because autograd would keep the activations that only their
+gradients need. The network's blocks may be checkpointed, and its weights cast to another dtype. To set this on the
+caller's own module would change it while other threads use it; `torch.func.functional_call` sets attributes of the
+module as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .networks import FLOAT_DTYPES, blocks_checkpointed, frozen
+
+DEPTH = 3
+"""How deep in lists, tuples and dicts of a module's attributes references to modules and weights are looked for."""
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class ModuleCopies:
+    """One shallow copy of each module of a tree, with the same weights, which do not require grad.
+
+    A copy shares every attribute with its original, but for references to modules and weights of the tree: those lead
+    to the copies. The weights share their storage and their version counters with the originals, unless they are cast.
+    They are those of the moment at which the copies are made, so copies are made anew for each run. Non-leaf tensors in
+    place of weights stay connected to their graph.
+
+    Many threads may call the same copies, or copies of the same module, if the network's own `forward` allows that.
+
+    Args:
+        root: The module at the top of the tree.
+        dtype: The dtype of floating weights and buffers; None keeps theirs.
+        evaluation: Whether the copies are in eval mode.
+        checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
+    """
+
+    def __init__(
+        self, root: nn.Module, dtype: torch.dtype | None = None, evaluation: bool = False, checkpoints: bool = False
+    ) -> None:
+        self._dtype = dtype
+        self._pairs: list[tuple[nn.Module, nn.Module]] = []
+        self._copies: dict[int, Any] = {}
+        self._originals: dict[int, Any] = {}
+        for module in root.modules():
+            copied = object.__new__(type(module))
+            copied.__dict__.update(module.__dict__)
+            self._pairs.append((module, copied))
+            self._note(module, copied)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and id(tensor) not in self._copies:
+                    self._note(tensor, self._weight(tensor))
+        for module, copied in self._pairs:
+            for name in TABLES:
+                copied.__dict__[name] = {key: self._copy_of(value) for key, value in getattr(module, name).items()}
+            for name, value in module.__dict__.items():
+                if name not in TABLES:
+                    copied.__dict__[name] = rebound(value, self._copies)
+            if evaluation:
+                copied.training = False
+            if checkpoints and hasattr(copied, "gradient_checkpointing"):
+                # Some versions of diffusers checkpoint in training mode alone. What is inside the block stays as it is.
+                copied.__dict__.update(
+                    training=True, gradient_checkpointing=True, _gradient_checkpointing_func=_checkpoint
+                )
+        self._before = [dict(copied.__dict__, **{"_buffers": dict(copied._buffers)}) for _, copied in self._pairs]
+
+    def of(self, network: Any) -> Any:
+        """Returns a module, a bound method or a partial with every module of the tree in it replaced by its copy."""
+        return rebound(network, self._copies)
+
+    def write_back(self) -> None:
+        """Gives the originals what the network's own calls have assigned to attributes of the copies.
+
+        A network may count its calls, or keep an intermediate result for its user. Of cast copies no tensors are.
+        """
+        for (module, copied), before in zip(self._pairs, self._before, strict=True):
+            self._write_table(module.__dict__, copied.__dict__, before)
+            if self._dtype is None:
+                self._write_table(module._buffers, copied._buffers, before["_buffers"])
+
+    def release(self) -> None:
+        """Lets go of all weights, even if the copies refer to each other in a cycle. They cannot be called again."""
+        for _, copied in self._pairs:
+            for name in TABLES:
+                copied.__dict__[name].clear()
+        self._copies.clear()
+        self._originals.clear()
+        self._before.clear()
+        self._pairs.clear()
+
+    def _write_table(self, table: dict[str, Any], changed: dict[str, Any], before: dict[str, Any]) -> None:
+        """Writes the entries that have changed to the original's table, in terms of the originals."""
+        for name, value in changed.items():
+            if name in TABLES or (name in before and before[name] is value):
+                continue
+            if self._dtype is None or not isinstance(value, Tensor):
+                table[name] = rebound(value, self._originals)
+
+    def _note(self, original: Any, copied: Any) -> None:
+        self._copies[id(original)], self._originals[id(copied)] = copied, original
+
+    def _copy_of(self, value: Any) -> Any:
+        return None if value is None else self._copies[id(value)]
+
+    def _weight(self, tensor: Tensor) -> Tensor:
+        """Returns what the copies have in place of a weight or a buffer."""
+        if self._dtype is not None and tensor.dtype in FLOAT_DTYPES:
+            return tensor.detach().to(self._dtype)
+        return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
+
+
+def rebound(value: Any, table: dict[int, Any], depth: int = DEPTH) -> Any:
+    """Returns a value with every reference to a key of the table replaced, or the value itself if there is none.
+
+    Args:
+        value: An object whose `id` is a key, a bound method, a partial, or a list, tuple or dict of such. Other
+            objects, closures for instance, are not looked into.
+        table: What replaces an object, by the object's `id`.
+        depth: How deep to look.
+    """
+    if id(value) in table:
+        return table[id(value)]
+    if depth == 0:
+        return value
+    inner = functools.partial(rebound, table=table, depth=depth - 1)
+    if isinstance(value, types.MethodType):
+        owner = inner(value.__self__)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if type(value) is functools.partial:
+        parts = (value.func, value.args, value.keywords)
+        function, args, keywords = found = tuple(map(inner, parts))
+        same = all(a is b for a, b in zip(found, parts, strict=True))
+        return value if same else functools.partial(function, *args, **keywords)
+    if type(value) in (list, tuple):
+        items = [inner(item) for item in value]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
+    if type(value) in (dict, OrderedDict):
+        entries = {key: inner(item) for key, item in value.items()}
+        return value if all(entries[key] is item for key, item in value.items()) else type(value)(entries)
+    return value
+
+
+def why_not_copied(root: nn.Module, network: Any = None) -> str | None:
+    """Returns why copies of a module tree would not do what it does, or None if they do.
+
+    Args:
+        root: The module at the top of the tree.
+        network: What is called, if that is not the module itself: a bound method of it for instance.
+    """
+    table: dict[int, Any] = {id(module): nn.Identity for module in root.modules()}  # Only the keys matter.
+    if network is not None and rebound(network, table) is network:
+        return f"it is wrapped in {type(network).__name__}"
+    for name, module in root.named_modules():
+        where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{where} is compiled by TorchScript"
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
+            return f"{where} wraps another module"
+        attributes = module.__dict__
+        if attributes.get("_compiled_call_impl") is not None:
+            return f"{where} is compiled in place"
+        forward = attributes.get("forward")
+        if attributes.get("_hf_hook") is not None or (forward is not None and rebound(forward, table) is forward):
+            return f"the forward method of {where} was replaced, by a hook that moves its weights for instance"
+        if any(getattr(kind, "__slots__", ()) for kind in type(module).__mro__):
+            return f"{where} has attributes in slots"
+        for key, weight in module._parameters.items():
+            if weight is not None and (
+                nn.parameter.is_lazy(weight)
+                or (weight.requires_grad and weight.is_leaf and type(weight) not in (nn.Parameter, Tensor))
+            ):
+                return f"{where} has a weight {key!r} of type {type(weight).__name__}"
+    return None
+
+
+def _checkpoint(block: Any, *args: Any) -> Any:
+    """Calls a block so that its activations are computed again for a gradient."""
+    return checkpoint(block, *args, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def frozen_copy(network: Any, checkpoints: bool = False) -> Iterator[Any]:
+    """Yields a copy of a module in eval mode whose weights do not require grad, and leaves the module as it is.
+
+    It is safe in threads. A graph that is made with the copy may be differentiated after the context has ended. Where
+    copies would not do what the module does (see `why_not_copied`), the module itself is yielded, and has its flags set
+    for the length of the context; so many threads may use it in this way at once, but each sees the flags.
+
+    Args:
+        network: A module; any other object is yielded as it is.
+        checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
+    """
+    if not isinstance(network, nn.Module):
+        yield network
+    elif why_not_copied(network) is None:
+        copies = ModuleCopies(network, evaluation=True, checkpoints=checkpoints)
+        try:
+            yield copies.of(network)
+        finally:
+            copies.write_back()
+    else:
+        with frozen(network), blocks_checkpointed(network) if checkpoints else contextlib.nullcontext():
+            yield network
