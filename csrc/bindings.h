@@ -29,10 +29,10 @@
 #define SCHEMA_COUPLING_MIX_VJP                                                                                   \
   "coupling_mix_vjp(Tensor(a!) out_target, Tensor(b!) out_source, Tensor(c!)? out_eps, Tensor grad_target, Tensor " \
   "grad_source, Tensor? scale, " DF_MIXING DF_COUPLING ") -> ()"
-#define SCHEMA_LATENT_UPDATE                                                                                           \
-  "latent_update(Tensor(a!) x, Tensor(b!) y, Tensor(c!) mx, Tensor(d!) my, Tensor in_x, Tensor in_y, Tensor in_mx, "  \
-  "Tensor in_my, Tensor gx, Tensor gy, Tensor? noise, Tensor? starts, float rate, float clip, float momentum, bool " \
-  "nesterov, bool tied, float sigma) -> ()"
+#define SCHEMA_LATENT_UPDATE                                                                                         \
+  "latent_update(Tensor(a!) out_x, Tensor(b!) out_y, Tensor(c!) out_mx, Tensor(d!) out_my, Tensor x, Tensor y, "     \
+  "Tensor mx, Tensor my, Tensor gx, Tensor gy, Tensor? noise, Tensor? starts, float rate, float clip, float "        \
+  "momentum, bool nesterov, bool tied, float sigma) -> ()"
 
 namespace {
 

@@ -119,13 +119,13 @@ void rescale(const UpdateCall& call, const std::vector<double>& sums, int64_t pi
   });
 }
 
-void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, Tensor in_x, Tensor in_y, Tensor in_mx, Tensor in_my,
+void latent_update(Tensor out_x, Tensor out_y, Tensor out_mx, Tensor out_my, Tensor x, Tensor y, Tensor mx, Tensor my,
                    Tensor gx, Tensor gy, MaybeTensor noise, MaybeTensor starts, double rate, double clip,
                    double momentum, bool nesterov, bool tied, double sigma) {
-  UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise, starts);
+  UpdateCall call = update_call({out_x, out_y, out_mx, out_my}, {x, y, mx, my, gx, gy}, noise, starts);
   call.rate = rate, call.clip = clip, call.momentum = momentum, call.sigma = sigma;
   call.nesterov = nesterov, call.tied = tied;
-  advise(x), advise(y), advise(mx), advise(my);
+  advise(out_x), advise(out_y), advise(out_mx), advise(out_my);
   const int64_t pieces = (call.sample + PIECE - 1) / PIECE;
   std::vector<double> sums(starts ? 2 * call.batch * pieces : 0);
   torch::stable::parallel_for(0, call.batch * pieces, GRAIN / PIECE, [&](int64_t first, int64_t last) {

@@ -111,15 +111,15 @@ void launch_update(const UpdateCall& call, double* sums, int64_t pieces, cudaStr
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void latent_update(Tensor x, Tensor y, Tensor mx, Tensor my, Tensor in_x, Tensor in_y, Tensor in_mx, Tensor in_my,
+void latent_update(Tensor out_x, Tensor out_y, Tensor out_mx, Tensor out_my, Tensor x, Tensor y, Tensor mx, Tensor my,
                    Tensor gx, Tensor gy, MaybeTensor noise, MaybeTensor starts, double rate, double clip,
                    double momentum, bool nesterov, bool tied, double sigma) {
-  const torch::stable::accelerator::DeviceGuard guard(in_x.get_device());
-  UpdateCall call = update_call({x, y, mx, my}, {in_x, in_y, in_mx, in_my, gx, gy}, noise, starts);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  UpdateCall call = update_call({out_x, out_y, out_mx, out_my}, {x, y, mx, my, gx, gy}, noise, starts);
   call.rate = rate, call.clip = clip, call.momentum = momentum, call.sigma = sigma;
   call.nesterov = nesterov, call.tied = tied;
   const int64_t pieces = (call.sample + PIECE - 1) / PIECE;
-  const cudaStream_t stream = stream_of(in_x);
+  const cudaStream_t stream = stream_of(x);
   MaybeTensor room;
   double* sums = nullptr;
   if (starts) {

@@ -1,20 +1,22 @@
-"""The coupling: `target <- a target + c source + b eps`, its inverse and its vector-Jacobian product, one pass each.
+"""The coupling `target <- a target + c source + b eps`, its inverse and its vector-Jacobian product (VJP).
 
-With classifier-free guidance (arXiv 2207.12598) eps is the network's batched output `[uncond; cond]` of shape (2B,
-...), and `eps = eps_u + g (eps_c - eps_u)` is formed on the way.
+Each is computed in one pass over memory. With classifier-free guidance (arXiv 2207.12598), eps is the network's output
+for the batch `[uncond; cond]`, of shape (2B, ...), and the pass forms `eps_u + g (eps_c - eps_u)` on the way.
 
-Arithmetic. In float64 if any operand is float64, else in float32; coefficients are rounded to that dtype first; no
-multiplication is ever contracted with an addition into a fused multiply-add. In this order, `.` a rounding:
+Arithmetic: it is done in float64 if any operand is float64, else in float32. Coefficients are first rounded to that
+dtype. A multiplication is never contracted with an addition into a fused multiply-add. The operations have this order,
+where `.` is a multiplication and every operation rounds its result:
 
     coupling      r = a.t ;  r = r + c.s ;  e = u + g.(c - u) ;  r = r + b.e ;  out = round(r)
-    vjp           out_t = a.gt ;  out_s = c.gt ;  q = (b.gt).scale ;  guided: h = g.q,  [uncond; cond] = [q - h; h]
+    VJP           out_t = a.gt ;  out_s = c.gt ;  q = (b.gt).scale ;  guided: h = g.q,  [uncond; cond] = [q - h; h]
 
-Terms whose coefficient is zero (c, b) or whose operand is None are left out; every output is rounded once to its dtype,
-to nearest even. All backends follow this order, so they agree bit for bit.
+A term is left out if its coefficient (c or b) is zero or its operand is None. Every output is rounded once to its own
+dtype, to nearest even. All backends follow this order, so they agree bit for bit.
 
-Shapes: target and source (B, ...), alike in dtype; eps (B, ...) or (2B, ...), of its own dtype; any rank, empty
-included. Outputs are contiguous, or channels_last where the target is. Sources: EDICT (arXiv 2211.12446), DOODL (arXiv
-2303.13703).
+Shapes: target and source are (B, ...) and have one dtype; eps is (B, ...) or (2B, ...) and may have another. Any number
+of dimensions is allowed, and tensors may be empty. Outputs are contiguous, or channels_last where the target is.
+
+The coupling is the step of EDICT (arXiv 2211.12446), which DOODL (arXiv 2303.13703) differentiates.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.registry import backend, choice, eager, select
+from .backends.registry import eager, select
 from .layout import (
     check_floating,
     check_operands,
@@ -35,7 +37,9 @@ from .layout import (
     new,
     store,
 )
-from .transforms import cast, is_plain, is_transformed, needs_formula, refuse_tangents
+from .registration import register
+from .signatures import COUPLING, COUPLING_VJP
+from .transforms import cast, is_plain, is_transformed, needs_formula
 
 Cotangents = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -53,12 +57,30 @@ def coupling(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`a target + c source + b (eps_u + g (eps_c - eps_u))`, or `b eps` without g; differentiable in its tensors.
+    """Computes `a target + c source + b e`, where e is eps, or `eps_u + g (eps_c - eps_u)` under guidance.
 
-    target, source: (B, ...) of one dtype. eps: (B, ...), or (2B, ...) = [uncond; cond] when g is given.
-    out: where the result is written, dense memory of its own like target; not where a gradient is wanted.
-    Returns a tensor of target's shape and dtype, `out` or a new one.
-    Raises ValueError or TypeError, naming the argument.
+    It is differentiable in target, source and eps, in every mode and to any order.
+
+    Args:
+        target: Latents (B, ...) in float16, bfloat16, float32 or float64.
+        source: Latents of target's shape, dtype and device, or None.
+        eps: The network's output, in any of the four dtypes: (B, ...), or with `g` (2B, ...) = [uncond; cond]; or None.
+        a: The factor of target.
+        c: The factor of source.
+        b: The factor of e.
+        g: The guidance scale, or None if eps is not a guided batch.
+        out: A tensor like target that the result is written into. Its memory must be dense and its own. It cannot be
+            given where a gradient is wanted.
+
+    Returns:
+        A tensor of target's shape and dtype: `out`, or a new one.
+
+    Raises:
+        ValueError: Shapes or devices do not fit together, or `out` cannot be written into.
+        TypeError: A dtype does not fit.
+
+    Example:
+        >>> x = ops.coupling(x, None, eps, a=0.9, b=-0.1, g=7.5)  # One guided DDIM step.
     """
     if out is not None:
         check_out(target, {"out": out}, (target, source, eps))
@@ -67,7 +89,7 @@ def coupling(
     if is_transformed(target, source, eps, out):
         if out is not None:
             raise ValueError("out: expected None under forward-mode differentiation and torch.func's transforms")
-        return _coupling_formula(target, source, eps, a, c, b, g)
+        return _coupling_formula(COUPLING.call(target, source, eps, a, c, b, g))
     result: Tensor = torch.ops.doodl_fast.coupling(target, source, eps, a, c, b, g)
     return result if out is None else out.copy_(result)
 
@@ -81,10 +103,26 @@ def coupling_inverse(
     b: float = 0.0,
     g: float | None = None,
 ) -> Tensor:
-    """What `coupling` was given as target, from its result: `(target - c source - b eps) / a`, by the same kernel.
+    """Computes the target that `coupling` was given, from its result: `(target - c source - b e) / a`.
 
-    It is the coupling with `1/a, -c/a, -b/a`, so it is off by the rounding of those, a few ulp. Raises ValueError for
-    `a = 0`, and as `coupling`.
+    It is the coupling with the coefficients `1/a, -c/a, -b/a`, whose rounding makes the result differ from the original
+    in its last bits.
+
+    Args:
+        target: The result of `coupling`, (B, ...).
+        source: As in `coupling`.
+        eps: As in `coupling`.
+        a: As in `coupling`, but not 0.
+        c: As in `coupling`.
+        b: As in `coupling`.
+        g: As in `coupling`.
+
+    Returns:
+        A new tensor of target's shape and dtype.
+
+    Raises:
+        ValueError: `a` is 0, or as in `coupling`.
+        TypeError: As in `coupling`.
     """
     if a == 0:
         raise ValueError("a: expected a number other than 0: such a coupling cannot be undone")
@@ -101,20 +139,33 @@ def coupling_vjp(
     eps_dtype: torch.dtype | None = None,
     want_source: bool = False,
 ) -> Cotangents:
-    """The vector-Jacobian product of `coupling`: from the cotangent of its result to those of target, source and eps.
+    """Computes the vector-Jacobian product of `coupling`: the cotangents of target, source and eps.
 
-    grad: (B, ...). scale: a 0-dim tensor on its device that multiplies eps's cotangent, a power of two that keeps a
-    half-precision network's backward pass in range. eps_dtype: the network's dtype; None when eps's cotangent is not
-    wanted. want_source: whether the source's is.
-    Returns (a grad, c grad or None, b grad scale or None), the last in eps's dtype and layout: (2B, ...) when g is
-    given.
+    Args:
+        grad: The cotangent (B, ...) of the coupling's result.
+        a: As in `coupling`.
+        c: As in `coupling`.
+        b: As in `coupling`.
+        g: As in `coupling`.
+        scale: A 0-dim tensor on grad's device that multiplies the cotangent of eps, or None. A power of two keeps the
+            backward pass of a half-precision network in range.
+        eps_dtype: The network's dtype, or None if the cotangent of eps is not wanted.
+        want_source: Whether the cotangent of source is wanted.
+
+    Returns:
+        The cotangents of target, source (or None) and eps (or None). That of eps has the network's dtype, and the shape
+        (2B, ...) if `g` is given.
+
+    Raises:
+        ValueError: `scale` is not a 0-dim tensor on grad's device.
+        TypeError: grad's dtype is not one of the four.
     """
     if is_plain(grad, scale):
         return _coupling_vjp_forward(grad, a, c, b, g, scale, eps_dtype, want_source)
     if needs_formula(grad, scale):
-        return _coupling_vjp_formula(grad, a, c, b, g, scale, eps_dtype, want_source)
-    outs = torch.ops.doodl_fast.coupling_vjp(grad, a, c, b, g, scale, eps_dtype, want_source)
-    return unpack(outs, want_source, eps_dtype is not None)
+        return _coupling_vjp_formula(COUPLING_VJP.call(grad, a, c, b, g, scale, eps_dtype, want_source))
+    outs = iter(torch.ops.doodl_fast.coupling_vjp(grad, a, c, b, g, scale, eps_dtype, want_source))
+    return next(outs), next(outs) if want_source else None, next(outs) if eps_dtype is not None else None
 
 
 # From tensors of any layout to a backend's kernel
@@ -130,8 +181,8 @@ def _coupling_forward(
     g: float | None,
     out: Tensor | None = None,
 ) -> Tensor:
+    """Checks the operands, brings them to one layout and calls the backend's kernel."""
     check_operands(target, source, eps, g)
-    refuse_tangents("coupling", target, source, eps)
     layout = dense_format(target)
     if out is None:
         out = torch.empty_like(target, memory_format=layout)
@@ -141,12 +192,15 @@ def _coupling_forward(
             target.contiguous(memory_format=layout),
             None if source is None or c == 0 else source.contiguous(memory_format=layout),
             None if eps is None or b == 0 else eps.contiguous(memory_format=layout),
-            a,
-            c,
-            b,
-            None if b == 0 else g,
+            *(a, c, b, None if b == 0 else g),
         )
     return out
+
+
+def _coupling_fake(call: Any) -> Tensor:
+    """Returns the output of `_coupling_forward` without its values."""
+    check_operands(call.target, call.source, call.eps, call.g)
+    return torch.empty_like(call.target, memory_format=dense_format(call.target))
 
 
 def _coupling_vjp_forward(
@@ -159,8 +213,8 @@ def _coupling_vjp_forward(
     eps_dtype: torch.dtype | None,
     want_source: bool,
 ) -> Cotangents:
+    """Checks the cotangent, brings it to a dense layout and calls the backend's kernel."""
     check_floating(grad=grad)
-    refuse_tangents("coupling_vjp", grad, scale)
     outs = _new_cotangents(grad, g, eps_dtype, want_source)
     if grad.numel():
         grad = grad.contiguous(memory_format=dense_format(grad))
@@ -169,20 +223,21 @@ def _coupling_vjp_forward(
 
 
 def _new_cotangents(grad: Tensor, g: float | None, eps_dtype: torch.dtype | None, want_source: bool) -> Cotangents:
+    """Returns uninitialised tensors for the cotangents that are wanted."""
     layout = dense_format(grad)
     to_target = torch.empty_like(grad, memory_format=layout)
     return to_target, torch.empty_like(to_target) if want_source else None, new_eps(grad, eps_dtype, g, layout)
 
 
 def new_eps(grad: Tensor, eps_dtype: torch.dtype | None, g: float | None, layout: torch.memory_format) -> Tensor | None:
-    """An empty cotangent for the network, in its dtype and batch."""
+    """Returns an uninitialised cotangent of eps, in the network's dtype and batch, or None if it is not wanted."""
     if eps_dtype is None:
         return None
     return new(eps_shape(grad, g is not None), eps_dtype, grad, layout)
 
 
 def prepared_scale(scale: Tensor | None, grad: Tensor, eps_dtype: torch.dtype | None) -> Tensor | None:
-    """The scale in the dtype of the arithmetic. Raises ValueError unless it is 0-dim and on grad's device."""
+    """Returns the scale in the dtype of the arithmetic. Raises ValueError unless it is 0-dim and on grad's device."""
     if scale is None or eps_dtype is None:
         return None
     if scale.ndim or scale.device != grad.device:
@@ -190,17 +245,11 @@ def prepared_scale(scale: Tensor | None, grad: Tensor, eps_dtype: torch.dtype | 
     return scale.to(compute_dtype(grad.dtype, eps_dtype))
 
 
-def unpack(outs: list[Tensor], want_source: bool, want_eps: bool) -> Cotangents:
-    """A registered op returns a list, as a schema knows no optional outputs."""
-    rest = iter(outs[1:])
-    return outs[0], next(rest) if want_source else None, next(rest) if want_eps else None
-
-
-# The reference kernels
+# The arithmetic in plain torch operations, which the eager kernels and the formulas share
 
 
 def combined(eps: Tensor, g: float | None, dtype: torch.dtype) -> Tensor:
-    """eps, or `eps_u + g (eps_c - eps_u)` of a batch of both, in the dtype of the arithmetic."""
+    """Returns eps, or `eps_u + g (eps_c - eps_u)` of a guided batch, in the dtype of the arithmetic."""
     if g is None:
         return eps.to(dtype)
     uncond, cond = eps.to(dtype).chunk(2)
@@ -215,7 +264,7 @@ def moved(
     g: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The coupling before it is rounded; its operands are promoted to `dtype`."""
+    """Returns the result of the coupling in `dtype`, the dtype of the arithmetic, before it is rounded."""
     a, c, b = coefficients
     result = target.to(dtype)
     if a != 1:
@@ -228,7 +277,7 @@ def moved(
 
 
 def halves(cotangent: Tensor, g: float | None) -> tuple[Tensor, ...]:
-    """The network's cotangent: one tensor, or those of the unconditional and the conditional half of a guided batch."""
+    """Returns the cotangent of eps, or those of the unconditional and the conditional half of a guided batch."""
     if g is None:
         return (cotangent,)
     to_cond = g * cotangent
@@ -236,137 +285,84 @@ def halves(cotangent: Tensor, g: float | None) -> tuple[Tensor, ...]:
 
 
 def store_eps(out: Tensor, cotangent: Tensor, g: float | None) -> None:
-    """Writes eps's cotangent, for both halves of a guided batch."""
+    """Writes the cotangent of eps, in both halves of a guided batch."""
     parts = halves(cotangent, g)
     for place, part in zip(out.chunk(len(parts)), parts, strict=True):
         store(place, part)
 
 
 def eps_formula(cotangent: Tensor, scale: Tensor | None, g: float | None, eps_dtype: torch.dtype) -> Tensor:
-    """eps's cotangent as a new tensor, in plain torch."""
+    """Returns the cotangent of eps as a new tensor, which can be differentiated again."""
     cotangent = cotangent if scale is None else cotangent * scale
     return torch.cat([cast(part, eps_dtype) for part in halves(cotangent, g)])
 
 
-def _coupling_formula(
-    target: Tensor,
-    source: Tensor | None,
-    eps: Tensor | None,
-    a: float,
-    c: float,
-    b: float,
-    g: float | None,
-) -> Tensor:
-    """The coupling in plain torch operations, which can be transformed and differentiated in any mode."""
-    check_operands(target, source, eps, g)
-    source = None if c == 0 else source
-    eps = None if b == 0 else eps
+def _coupling_formula(call: Any) -> Tensor:
+    """Returns the result of the coupling by operations that can be transformed and differentiated in any mode."""
+    check_operands(call.target, call.source, call.eps, call.g)
+    target: Tensor = call.target
+    source = None if call.c == 0 else call.source
+    eps = None if call.b == 0 else call.eps
     dtype = compute_dtype(target.dtype, target.dtype if eps is None else eps.dtype)
-    result = cast(moved(target, source, eps, (a, c, b), g, dtype), target.dtype)
+    result = cast(moved(target, source, eps, (call.a, call.c, call.b), call.g, dtype), target.dtype)
     return result.clone() if result is target else result
 
 
-def _coupling_vjp_formula(
-    grad: Tensor,
-    a: float,
-    c: float,
-    b: float,
-    g: float | None,
-    scale: Tensor | None,
-    eps_dtype: torch.dtype | None,
-    want_source: bool,
-) -> Cotangents:
-    """The vector-Jacobian product in plain torch operations."""
+def _coupling_vjp_formula(call: Any) -> Cotangents:
+    """Returns the cotangents by operations that can be transformed and differentiated in any mode."""
+    grad, eps_dtype = call.grad, call.eps_dtype
     check_floating(grad=grad)
-    scale = prepared_scale(scale, grad, eps_dtype)
+    scale = prepared_scale(call.scale, grad, eps_dtype)
     wide = grad.to(compute_dtype(grad.dtype, grad.dtype if eps_dtype is None else eps_dtype))
-    to_target = cast(wide * a, grad.dtype)
-    to_source = cast(wide * c, grad.dtype) if want_source else None
-    return to_target, to_source, None if eps_dtype is None else eps_formula(wide * b, scale, g, eps_dtype)
+    to_target = cast(wide * call.a, grad.dtype)
+    to_source = cast(wide * call.c, grad.dtype) if call.want_source else None
+    return to_target, to_source, None if eps_dtype is None else eps_formula(wide * call.b, scale, call.g, eps_dtype)
 
 
-@eager
-def _coupling(
-    out: Tensor,
-    target: Tensor,
-    source: Tensor | None,
-    eps: Tensor | None,
-    a: float,
-    c: float,
-    b: float,
-    g: float | None,
-) -> None:
-    dtype = compute_dtype(target.dtype, target.dtype if eps is None else eps.dtype)
-    store(out, moved(target, source, eps, (a, c, b), g, dtype))
+# The eager kernels
 
 
-@eager
-def _coupling_vjp(
-    out: Tensor,
-    to_source: Tensor | None,
-    to_eps: Tensor | None,
-    grad: Tensor,
-    scale: Tensor | None,
-    a: float,
-    c: float,
-    b: float,
-    g: float | None,
-) -> None:
-    grad = grad.to(compute_dtype(grad.dtype, grad.dtype if to_eps is None else to_eps.dtype))
-    store(out, grad * a)
-    if to_source is not None:
-        store(to_source, grad * c)
-    if to_eps is not None:
-        cotangent = grad * b
-        store_eps(to_eps, cotangent if scale is None else cotangent * scale, g)
+@eager(COUPLING)
+def _coupling_eager(call: Any) -> None:
+    """Fills `out`."""
+    dtype = compute_dtype(call.target.dtype, call.target.dtype if call.eps is None else call.eps.dtype)
+    store(call.out, moved(call.target, call.source, call.eps, (call.a, call.c, call.b), call.g, dtype))
 
 
-# Registration
+@eager(COUPLING_VJP)
+def _coupling_vjp_eager(call: Any) -> None:
+    """Fills `out`, and those of `out_source` and `out_eps` that are not None."""
+    narrow = call.grad.dtype
+    grad = call.grad.to(compute_dtype(narrow, narrow if call.out_eps is None else call.out_eps.dtype))
+    store(call.out, grad * call.a)
+    if call.out_source is not None:
+        store(call.out_source, grad * call.c)
+    if call.out_eps is not None:
+        cotangent = grad * call.b
+        store_eps(call.out_eps, cotangent if call.scale is None else cotangent * call.scale, call.g)
 
 
-_coupling_op = torch.library.custom_op(
-    "doodl_fast::coupling",
-    mutates_args=(),
-    schema="(Tensor target, Tensor? source, Tensor? eps, float a, float c, float b, float? g) -> Tensor",
-)(_coupling_forward)
+# Gradient and registration
 
 
-@_coupling_op.register_fake
-def _(target: Tensor, source: Tensor | None, eps: Tensor | None, *coefficients: Any) -> Tensor:
-    check_operands(target, source, eps, coefficients[-1])
-    return torch.empty_like(target, memory_format=dense_format(target))
+def _remember(ctx: Any, call: Any) -> None:
+    """Keeps what the backward pass of `coupling` needs."""
+    ctx.coefficients = call.a, call.c, call.b, call.g
+    ctx.eps_dtype = None if call.eps is None else call.eps.dtype
 
 
-@torch.library.custom_op(
-    "doodl_fast::coupling_vjp",
-    mutates_args=(),
-    schema="(Tensor grad, float a, float c, float b, float? g, Tensor? scale, ScalarType? eps_dtype, bool want_source)"
-    " -> Tensor[]",
-)
-def _coupling_vjp_op(*arguments: Any) -> list[Tensor]:
-    return [out for out in _coupling_vjp_forward(*arguments) if out is not None]
-
-
-@_coupling_vjp_op.register_fake
-def _(grad: Tensor, *rest: Any) -> list[Tensor]:
-    *_, g, _, eps_dtype, want_source = rest
-    return [out for out in _new_cotangents(grad, g, eps_dtype, want_source) if out is not None]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, eps, *ctx.coefficients = inputs
-    ctx.eps_dtype = None if eps is None else eps.dtype
-    ctx.backend = choice()  # autograd may run the backward pass in a thread of its own, which has no context
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Returns the cotangents of target, source and eps."""
     needs_target, needs_source, needs_eps, *_ = ctx.needs_input_grad
     a, c, b, g = ctx.coefficients
-    with backend(ctx.backend):
-        to_target, to_source, to_eps = coupling_vjp(
-            grad, a, c, b, g, eps_dtype=ctx.eps_dtype if needs_eps else None, want_source=needs_source
-        )
-    return to_target if needs_target else None, to_source, to_eps, None, None, None, None
+    eps_dtype = ctx.eps_dtype if needs_eps else None
+    to_target, to_source, to_eps = coupling_vjp(grad, a, c, b, g, eps_dtype=eps_dtype, want_source=needs_source)
+    return to_target if needs_target else None, to_source, to_eps
 
 
-_coupling_op.register_autograd(_backward, setup_context=_setup)
+register(COUPLING, _coupling_forward, _coupling_fake, remember=_remember, gradient=_gradient)
+register(
+    COUPLING_VJP,
+    _coupling_vjp_forward,
+    lambda call: _new_cotangents(call.grad, call.g, call.eps_dtype, call.want_source),
+)

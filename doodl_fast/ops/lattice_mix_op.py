@@ -1,25 +1,26 @@
-"""A lattice coupling and the mixing after it in one pass, exactly undone; and the mixing alone.
+"""A lattice coupling and the mixing after it in one pass, which can be undone exactly; and the mixing alone.
 
-EDICT's mixing (arXiv 2211.12446) multiplies: `first <- p first + (1-p) second`, then the other way. On a lattice p is a
-fraction by / over, and what the division leaves over goes into an information buffer, an integer beside each element
-(Maclaurin, Duvenaud and Adams, arXiv 1502.03492). For an integer n and its buffer m >= 0 one multiplication is
+EDICT's mixing (arXiv 2211.12446) multiplies: `first <- p first + (1-p) second`, then the other way round. On a lattice
+p is a fraction by / over. What the division leaves over is kept in an information buffer, an integer for each element
+(Maclaurin, Duvenaud and Adams, arXiv 1502.03492). For an integer n and its buffer m >= 0, one multiplication M is
 
     u = m mod by ;   m = m div by ;   n, v = divmod(n by + u, over) ;   m = m over + v            (floor division)
 
-a bijection on (n, m): the same lines with by and over exchanged undo it. n is off by less than one unit (multiplying
-after the division instead would cost up to `over` units), and m grows by log2(over / by) bits. It is held in words of
-31 bits, int32, the lowest first: (words, B, ...). That they suffice is known before a run, from
-`doodl_fast.chain.exact.lattice.words_needed`; an op drops what does not fit into the last word, which then is 0.
+This is a bijection on (n, m): the same lines with by and over exchanged undo it. n is off by less than one unit, while
+multiplying after the division would make an error of up to `over` units. m grows by log2(over / by) bits. It is stored
+in words of 31 bits, in int32, the lowest word first: (words, B, ...). How many words are enough is known before a run
+(`doodl_fast.chain.exact.lattice.words_needed`); the op drops whatever does not fit into the last word.
 
-With t the coupling's target, s its source, "." a rounding of float64 and M the multiplication above:
+With t the target of the coupling, s its source, and `.` a multiplication in float64:
 
     t by `lattice_coupling` (c, b, eps, g)
     target first:  t = M0 t ;  t = t + rint(c0.s) ;  s = M1 s ;  s = s + rint(c1.t)        source first: t, s exchanged
-    undo:          the coupling subtracts; each pair is undone, in the order given:  t = t - rint(c0.s) ;  t = M0 t
+    undo:          the coupling subtracts; then each pair is undone, in the order given:  t = t - rint(c0.s) ;  t = M0 t
 
-With undo the factors given must be those that undo: `LatticeMixing.inverse` exchanges by and over, and the order. So a
-fused pass of an inverse program undoes a coupling, then the mixing of the step before. Faults, range, shapes and
-layouts as in `lattice_coupling`; the range is checked after every line that has a `rint`, and after M when undoing.
+With `undo`, the given factors must be those that undo; `LatticeMixing.inverse` exchanges by and over, and the order.
+One pass of an inverse program therefore undoes a coupling, and then the mixing of the step before it. Faults, range,
+shapes and layouts are those of `lattice_coupling`. The range is checked after every line that has a `rint`, and with
+`undo` after M as well.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from torch import Tensor
 
 from .backends.registry import eager, select
 from .lattice_coupling_op import check_lattice, coupled, moved, within
+from .registration import register
+from .signatures import LATTICE_MIX
 from .transforms import is_plain, refuse_transforms
 
 LARGEST_FACTOR = 10000
@@ -39,10 +42,16 @@ _MASK = (1 << WORD_BITS) - 1
 
 
 class LatticeMixing(NamedTuple):
-    """Two network-free lattice couplings, in the order in which they are done or undone.
+    """Two lattice couplings without a network, in the order in which they are done or undone.
 
-    target_first: whether the first changes t, the target of the coupling before it. by, over: ints from 1 to 10000; c:
-    units of the changed value per unit of the other.
+    Attributes:
+        target_first: Whether the first one changes t, the target of the coupling before it.
+        by0: The numerator of the first one's factor, from 1 to 10000.
+        over0: The denominator of the first one's factor, from 1 to 10000.
+        c0: Units of the value that the first one changes per unit of the other value.
+        by1: As by0, for the second one.
+        over1: As over0, for the second one.
+        c1: As c0, for the second one.
     """
 
     target_first: bool
@@ -54,7 +63,7 @@ class LatticeMixing(NamedTuple):
     c1: float = 0.0
 
     def inverse(self) -> LatticeMixing:
-        """What undoes it, with `undo` exchanged."""
+        """Returns the mixing that undoes this one, if `undo` is changed as well."""
         return LatticeMixing(not self.target_first, self.over1, self.by1, self.c1, self.over0, self.by0, self.c0)
 
 
@@ -75,13 +84,32 @@ def lattice_mix(
     g: float | None = None,
     undo: bool = False,
 ) -> Four:
-    """`lattice_coupling`, then the mixing: new (target, source, target_buffer, source_buffer).
+    """Computes a lattice coupling and the mixing after it. Without eps, and with c = 0, it is the mixing alone.
 
-    target_buffer, source_buffer: (words, B, ...) int32. With eps = None and c = 0 it is the mixing alone.
-    Raises ValueError or TypeError, naming the argument, and RuntimeError where a derivative is asked for.
+    Args:
+        target: As in `lattice_coupling`.
+        source: As in `lattice_coupling`.
+        target_buffer: The information buffer of target, (words, B, ...) of int32, on the same device.
+        source_buffer: The information buffer of source, of the same shape.
+        eps: As in `lattice_coupling`.
+        faults: As in `lattice_coupling`.
+        row: As in `lattice_coupling`.
+        mixing: The mixing, or with `undo` the inverse of the one that is to be undone.
+        c: As in `lattice_coupling`.
+        b: As in `lattice_coupling`.
+        g: As in `lattice_coupling`.
+        undo: Whether to undo an earlier coupling, and then an earlier mixing.
+
+    Returns:
+        New contiguous tensors: target, source, target_buffer and source_buffer.
+
+    Raises:
+        ValueError: Shapes, devices or numbers do not fit.
+        TypeError: A dtype does not fit.
+        RuntimeError: A derivative or a batched call is asked for.
     """
     if is_plain(target, source, target_buffer, source_buffer, eps, faults):
-        return _forward(target, source, target_buffer, source_buffer, eps, faults, row, mixing, c, b, g, undo)
+        return _forward(target, source, target_buffer, source_buffer, eps, faults, row, *mixing, c, b, g, undo)
     refuse_transforms("lattice_mix", eps)
     four: Four = torch.ops.doodl_fast.lattice_mix(
         target, source, target_buffer, source_buffer, eps, faults, row, *mixing, c, b, g, undo
@@ -90,6 +118,7 @@ def lattice_mix(
 
 
 def _check_buffers(target: Tensor, target_buffer: Tensor, source_buffer: Tensor, mixing: LatticeMixing) -> None:
+    """Raises ValueError, which names the argument, if the buffers or the factors do not fit."""
     words = target_buffer.shape[0] if target_buffer.ndim else 0
     for name, buffer in (("target_buffer", target_buffer), ("source_buffer", source_buffer)):
         if buffer.dtype != torch.int32 or words < 1 or buffer.shape != (words, *target.shape):
@@ -110,14 +139,11 @@ def _forward(
     eps: Tensor | None,
     faults: Tensor,
     row: int,
-    mixing: LatticeMixing,
-    c: float,
-    b: float,
-    g: float | None,
-    undo: bool,
+    *numbers: Any,
 ) -> Four:
-    check_lattice(target, source, eps, faults, row, g)
-    _check_buffers(target, target_buffer, source_buffer, mixing)
+    """Checks the operands, makes them contiguous and calls the kernel. numbers: the mixing, then c, b, g and undo."""
+    check_lattice(target, source, eps, faults, row, numbers[-2])
+    _check_buffers(target, target_buffer, source_buffer, LatticeMixing(*numbers[:7]))
     inputs = (target, source, target_buffer, source_buffer)
     outs = _empty(*inputs)
     if target.numel():
@@ -125,26 +151,28 @@ def _forward(
             *outs,
             *(tensor.contiguous() for tensor in inputs),
             None if eps is None else eps.contiguous(),
-            faults,
-            row,
-            *mixing,
-            c,
-            b,
-            g,
-            undo,
+            *(faults, row, *numbers),
         )
     return outs
 
 
-def _empty(*like: Tensor) -> Any:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like)
+def _fake(call: Any) -> Four:
+    """Returns the outputs of `_forward` without their values."""
+    check_lattice(call.target, call.source, call.eps, call.faults, call.row, call.g)
+    return _empty(call.target, call.source, call.target_buffer, call.source_buffer)
 
 
-# The reference kernel
+def _empty(*like: Tensor) -> Four:
+    """Returns four uninitialised contiguous tensors like those that are given."""
+    first, second, third, fourth = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in like)
+    return first, second, third, fourth
+
+
+# The eager kernel
 
 
 def _scaled(n: Tensor, buffer: Tensor, out: Tensor, by: int, over: int) -> Tensor:
-    """The multiplication M of n (int64) and a buffer, which goes to `out`."""
+    """Multiplies n (int64) by the fraction by / over. Returns the product, and writes the new buffer into `out`."""
     rest = torch.zeros_like(n)
     for word, quotient in zip(reversed(buffer.unbind()), reversed(out.unbind()), strict=True):
         part = (rest << WORD_BITS) + word
@@ -159,68 +187,23 @@ def _scaled(n: Tensor, buffer: Tensor, out: Tensor, by: int, over: int) -> Tenso
     return torch.div(whole, over, rounding_mode="floor")
 
 
-@eager
-def _lattice_mix(
-    out_target: Tensor,
-    out_source: Tensor,
-    out_target_buffer: Tensor,
-    out_source_buffer: Tensor,
-    target: Tensor,
-    source: Tensor,
-    target_buffer: Tensor,
-    source_buffer: Tensor,
-    eps: Tensor | None,
-    faults: Tensor,
-    row: int,
-    *rest: Any,
-) -> None:
-    mixing, (c, b, g, undo) = LatticeMixing(*rest[:7]), rest[7:]
-    dtype = target.dtype
-    values = [coupled(target, source, eps, faults, row, c, b, g, undo), source.long()]
-    buffers = [(target_buffer, out_target_buffer), (source_buffer, out_source_buffer)]
-    order = (0, 1) if mixing.target_first else (1, 0)
-    for which, by, over, factor in zip(order, mixing[1::3], mixing[2::3], mixing[3::3], strict=True):
-        n, v = values[which], values[1 - which].double() * factor
-        if undo:
+@eager(LATTICE_MIX)
+def _lattice_mix_eager(call: Any) -> None:
+    """Fills the four outputs, and notes faults."""
+    dtype, faults, row = call.target.dtype, call.faults, call.row
+    values = [coupled(call), call.source.long()]
+    buffers = [(call.target_buffer, call.out_target_buffer), (call.source_buffer, call.out_source_buffer)]
+    stages = ((call.by0, call.over0, call.c0), (call.by1, call.over1, call.c1))
+    for which, (by, over, c) in zip((0, 1) if call.target_first else (1, 0), stages, strict=True):
+        n, v = values[which], values[1 - which].double() * c
+        if call.undo:
             n = moved(n, v, True, dtype, faults, row)
             n = within(_scaled(n, *buffers[which], by, over), None, dtype, faults, row)
         else:
             n = moved(_scaled(n, *buffers[which], by, over), v, False, dtype, faults, row)
         values[which] = n
-    out_target.copy_(values[0])
-    out_source.copy_(values[1])
+    call.out_target.copy_(values[0])
+    call.out_source.copy_(values[1])
 
 
-# Registration
-
-
-@torch.library.custom_op(
-    "doodl_fast::lattice_mix",
-    mutates_args=("faults",),
-    schema="(Tensor target, Tensor source, Tensor target_buffer, Tensor source_buffer, Tensor? eps, Tensor(a!) faults, "
-    "int row, bool target_first, int by0, int over0, float c0, int by1, int over1, float c1, float c, float b, "
-    "float? g, bool undo) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _lattice_mix_op(
-    target: Tensor,
-    source: Tensor,
-    target_buffer: Tensor,
-    source_buffer: Tensor,
-    eps: Tensor | None,
-    faults: Tensor,
-    row: int,
-    target_first: bool,
-    *rest: Any,
-) -> Four:
-    mixing = LatticeMixing(target_first, *rest[:6])
-    return _forward(target, source, target_buffer, source_buffer, eps, faults, row, mixing, *rest[6:])
-
-
-@_lattice_mix_op.register_fake
-def _(
-    target: Tensor, source: Tensor, target_buffer: Tensor, source_buffer: Tensor, eps: Tensor | None, *rest: Any
-) -> Four:
-    faults, row, *numbers = rest
-    check_lattice(target, source, eps, faults, row, numbers[-2])
-    four: Four = _empty(target, source, target_buffer, source_buffer)
-    return four
+register(LATTICE_MIX, _forward, _fake)

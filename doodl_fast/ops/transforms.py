@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor  # what is_grads_batched and vectorised jacobians are made of
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from .layout import rounded
@@ -26,7 +26,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_dynamo_compiling():
         return False
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:  # all() of a generator costs twice as much
@@ -41,7 +41,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether a transform of torch.func is active, or one of the tensors carries a forward-mode tangent."""
     if torch.compiler.is_dynamo_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         return True
     return has_tangent(*tensors) or any(z is not None and is_legacy_batchedtensor(z) for z in tensors)
 
@@ -73,7 +73,7 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError if a derivative or a batched call is asked of an op that has none."""
     if torch.compiler.is_dynamo_compiling():
         return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         raise RuntimeError(f"{op}: expected a call outside torch.func's transforms (vmap, grad, jvp, ...); it has none")
     if has_tangent(*tensors) or wants_gradient(*tensors):
         raise RuntimeError(

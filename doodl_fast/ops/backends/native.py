@@ -1,7 +1,7 @@
 """The native backend: C++ kernels for the CPU and CUDA kernels, built by setup.py against torch's stable ABI.
 
-Nothing is compiled or loaded at import: the libraries are looked for when a backend is first chosen. What was tried,
-and what came of it, is kept for the messages and for `doodl-fast doctor`.
+Importing this module compiles and loads nothing: the libraries are looked for when a backend is first chosen. Why a
+library is not there is kept, for error messages and for `doodl-fast doctor`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,20 @@ from typing import Any
 
 import torch
 
+from ..signatures import TABLE
 from .registry import Kernel
 
 PACKAGE = Path(__file__).resolve().parents[2]
 LIBRARIES = {"cpu": "_native", "cuda": "_native_cuda"}
 REPORT = "_native_build.json"
-OPS = (
-    "coupling",
-    "coupling_vjp",
-    "coupling_mix",
-    "coupling_mix_vjp",
-    "latent_update",
-    "lattice_coupling",
-    "lattice_mix",
-)
+OPS = tuple(signature.name for signature in TABLE)
 
 
 def build_report() -> dict[str, str]:
-    """What setup.py wrote down: for each library "built" or why not; empty without an install."""
+    """Returns what setup.py recorded: for each type of device "built", or why its library was not built.
+
+    It is empty if setup.py has not run.
+    """
     try:
         report: dict[str, str] = json.loads((PACKAGE / REPORT).read_text())
     except (OSError, ValueError):
@@ -40,11 +36,11 @@ def build_report() -> dict[str, str]:
 
 @functools.cache
 def load(device_type: str) -> str | None:
-    """Loads the library of a device type, once. Returns None, or every attempt and why it failed."""
+    """Loads the library of a type of device, once. Returns None, or the reason for which there is none."""
     if device_type not in LIBRARIES:
         return f"there are native kernels for {' and '.join(LIBRARIES)} only"
     if device_type == "cuda":
-        why_not_cpu = load("cpu")  # it holds the schemas
+        why_not_cpu = load("cpu")  # The CPU's library defines the schemas.
         if why_not_cpu is not None:
             return why_not_cpu
     name = LIBRARIES[device_type]
@@ -53,7 +49,7 @@ def load(device_type: str) -> str | None:
     for path in files:
         try:
             torch.ops.load_library(str(path))
-        except Exception as error:  # whatever a foreign binary does at load must not break the package
+        except Exception as error:  # A foreign binary may fail in any way, and must not break the package.
             attempts.append(f"{path.name}: {type(error).__name__}: {error}")
             continue
         if device_type == "cpu":
@@ -67,20 +63,20 @@ def load(device_type: str) -> str | None:
 
 
 def why_not(device_type: str) -> str | None:
-    """Why it cannot compute on a device type; None when it can."""
+    """Returns the reason for which this backend cannot compute on a type of device, or None if it can."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return load("cuda") or "torch sees no CUDA device"
     return load(device_type)
 
 
 def kernels() -> dict[str, Kernel]:
-    """The kernels; torch's dispatcher tells the CPU's from CUDA's."""
+    """Returns the kernels by name. PyTorch's dispatcher chooses between those for the CPU and those for CUDA."""
     namespace: Any = torch.ops.doodl_fast_native
     return {name: getattr(namespace, name).default for name in OPS}
 
 
 def instruction_set() -> str | None:
-    """Which CPU kernels run here ("avx2", "baseline"); None when they are not there."""
+    """Returns which CPU kernels run here, "avx2" or "baseline", or None if there are none."""
     if load("cpu") is not None:
         return None
     name: str = torch.ops.doodl_fast_native.instruction_set()
@@ -88,9 +84,10 @@ def instruction_set() -> str | None:
 
 
 def _register_fakes() -> None:
+    """Registers fake implementations, so that `torch.compile` can trace calls of the native kernels."""
     for name in OPS:
         torch.library.register_fake(f"doodl_fast_native::{name}", _returns_nothing)
 
 
 def _returns_nothing(*_: Any) -> None:
-    """All outputs are arguments that the kernels fill."""
+    """The fake implementation of every kernel: a kernel fills its arguments and returns nothing."""

@@ -1,8 +1,8 @@
-"""Which backend computes an op: one registry, asked at every call with the tensors' device.
+"""The registry of backends, which says at every call of an op which backend computes it.
 
-A backend is a table of kernels, one a name, that fill outputs which the op has allocated. The automatic choice takes
-the first backend that works on the device; an explicit choice, by `with backend("triton"):` or the environment variable
-`DOODL_FAST_BACKEND`, is used or refused with the reason.
+A backend is a table of kernels by the names of the ops. A kernel fills outputs that the op has allocated. The
+automatic choice takes the first backend that works on the tensors' device. An explicit choice, by
+`with backend("triton"):` or the environment variable `DOODL_FAST_BACKEND`, is used, or refused with the reason.
 """
 
 from __future__ import annotations
@@ -16,63 +16,91 @@ from typing import Any
 
 from torch import Tensor
 
+from ..signatures import Signature
+
 Kernel = Callable[..., None]
 
 NAMES = ("eager", "triton", "native")
 AUTO = "auto"
 VARIABLE = "DOODL_FAST_BACKEND"
-# native before triton: at the size of latents a launch costs more than the arithmetic, and Triton's is the dearer one
+# Native kernels come before Triton's: at the size of latents a launch costs more than the arithmetic, and a launch by
+# Triton costs the most.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "eager"), "cuda": ("native", "triton", "eager")}
 _MODULES = {"triton": ".triton", "native": ".native"}
 
 EAGER: dict[str, Kernel] = {}
-"""The reference kernels, entered by the ops' own files."""
+"""The eager kernels by the names of their ops. The files of the ops enter them."""
 
 
 class _Entry:
-    """One `with backend(name):` that is in force. It is told from others of the same name by its identity."""
+    """One `with backend(name):` block that has begun and not ended. Two of the same name are different objects."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 _entries: contextvars.ContextVar[tuple[_Entry, ...]] = contextvars.ContextVar("doodl_fast_backend", default=())
-"""The choices in force in this context, the innermost last. Another thread, or another asyncio task, has its own."""
+"""The blocks that this context is inside of, the innermost last. Each thread and each asyncio task has its own."""
 
 _environment = os.environ.get(VARIABLE, "").strip().lower()
 _chosen: dict[tuple[str, str], dict[str, Kernel]] = {}
 
 
 class BackendUnavailable(RuntimeError):
-    """An explicitly chosen backend cannot serve the tensors' device; the message says why, and what can."""
+    """The explicitly chosen backend cannot compute on the tensors' device. The message says why, and which can."""
 
 
-def eager(kernel: Kernel) -> Kernel:
-    """Decorator: enters a reference kernel under its function's name, without a leading underscore."""
-    EAGER[kernel.__name__.lstrip("_")] = kernel
-    return kernel
+def eager(signature: Signature) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Decorator: makes a function the eager kernel of an op.
+
+    Args:
+        signature: The op's row in the table of signatures.
+
+    Returns:
+        A decorator for a function that takes one named tuple, `signature.kernel_call`, and fills its outputs.
+    """
+
+    def enter(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        EAGER[signature.name] = signature.kernel(function)
+        return function
+
+    return enter
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """`with backend("triton"):` computes every op with that backend, or raises `BackendUnavailable` at the first op.
+    """Context manager: every op inside the block is computed by one backend.
 
-    name: "eager", "triton", "native", or "auto" for the automatic choice. It holds for this thread (or asyncio task)
-    and wins over `DOODL_FAST_BACKEND`. A thread that must have the same choice, such as one in which autograd runs a
-    backward pass, enters it again: `chosen = choice()` here, `with backend(chosen):` there. Raises ValueError for
-    another name.
+    The choice holds for this thread (or asyncio task) and has precedence over `DOODL_FAST_BACKEND`. A thread that must
+    have the same choice, such as one in which autograd runs a backward pass, enters it again: `chosen = choice()` here,
+    `with backend(chosen):` there. If the backend cannot compute on a device, the first op there raises
+    `BackendUnavailable`.
+
+    Args:
+        name: "eager", "triton" or "native"; or "auto" for the automatic choice.
+
+    Raises:
+        ValueError: There is no backend of that name.
+
+    Example:
+        >>> with ops.backend("eager"):
+        ...     x = ops.coupling(x, y, eps, a=0.9, b=-0.1)
     """
     _check_name(name, "backend")
     entry = _Entry(name)
     _entries.set((*_entries.get(), entry))
     try:
         yield
-    finally:  # only this entry goes, so that blocks may end in any order
+    finally:  # Only this block's own entry is removed, so that blocks may end in any order.
         _entries.set(tuple(other for other in _entries.get() if other is not entry))
 
 
 def choice() -> str:
-    """The explicit choice in force, or "auto". Raises ValueError when `DOODL_FAST_BACKEND` names no backend."""
+    """Returns the name of the backend that is explicitly chosen, or "auto".
+
+    Raises:
+        ValueError: The environment variable `DOODL_FAST_BACKEND` names no backend.
+    """
     entries = _entries.get()
     if entries:
         return entries[-1].name
@@ -83,7 +111,15 @@ def choice() -> str:
 
 
 def select(op: str, tensor: Tensor) -> Kernel:
-    """The kernel that computes `op` on a tensor's device. Raises BackendUnavailable where an explicit choice cannot."""
+    """Returns the kernel that computes an op on a tensor's device.
+
+    Args:
+        op: The op's name.
+        tensor: One of its tensors.
+
+    Raises:
+        BackendUnavailable: The explicitly chosen backend cannot compute on that device.
+    """
     device_type = "cpu" if tensor.is_cpu else tensor.device.type
     entries = _entries.get()
     key = (device_type, entries[-1].name if entries else _environment)
@@ -94,7 +130,11 @@ def select(op: str, tensor: Tensor) -> Kernel:
 
 
 def resolve(device_type: str) -> str:
-    """The name of the backend that serves a device type now. Raises as `select`."""
+    """Returns the name of the backend that computes on a type of device, such as "cuda", at present.
+
+    Raises:
+        BackendUnavailable: The explicitly chosen backend cannot compute on that device.
+    """
     name = choice()
     if name == AUTO:
         order = PREFERENCE.get(device_type, ("eager",))
@@ -110,7 +150,7 @@ def resolve(device_type: str) -> str:
 
 
 def why_not(name: str, device_type: str) -> str | None:
-    """Why a backend cannot compute on a device type; None when it can."""
+    """Returns the reason for which a backend cannot compute on a type of device, or None if it can."""
     if name == "eager":
         return None
     reason: str | None = import_module(_MODULES[name], __package__).why_not(device_type)
@@ -118,6 +158,7 @@ def why_not(name: str, device_type: str) -> str | None:
 
 
 def _table(name: str) -> dict[str, Kernel]:
+    """Returns the kernels of a backend."""
     if name == "eager":
         return EAGER
     module: Any = import_module(_MODULES[name], __package__)
@@ -126,5 +167,6 @@ def _table(name: str) -> dict[str, Kernel]:
 
 
 def _check_name(name: str, argument: str) -> None:
+    """Raises ValueError, which names the argument, unless a backend has that name."""
     if name not in (*NAMES, AUTO):
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, (*NAMES, AUTO)))}, got {name!r}")

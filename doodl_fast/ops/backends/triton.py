@@ -1,6 +1,10 @@
-"""The Triton backend: CUDA devices, and with `TRITON_INTERPRET=1` the CPU, in Triton's interpreter (slow, for tests).
+"""The Triton backend: for CUDA devices, and with `TRITON_INTERPRET=1` for the CPU, in Triton's interpreter.
 
-Nothing is autotuned: the kernels stream through memory once, and one block size gives the widest loads for every dtype.
+The interpreter is slow and meant for tests. Nothing is autotuned: the kernels read and write memory once, and one block
+size gives the widest loads for every dtype.
+
+Each function that launches a kernel takes the arguments of one call as a named tuple (`Signature.kernel_call`), whose
+first fields are the outputs to be filled.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import signatures
 from ..lattice_coupling_op import limit
 from ..layout import compute_dtype, vanishes
 from .registry import Kernel
@@ -21,10 +26,10 @@ WARPS = 4
 
 
 def why_not(device_type: str) -> str | None:
-    """Why it cannot compute on a device type; None when it can."""
+    """Returns the reason for which this backend cannot compute on a type of device, or None if it can."""
     try:
         import triton
-    except Exception as error:  # a broken install raises whatever it likes
+    except Exception as error:  # A broken installation may raise anything.
         return f"triton cannot be imported ({type(error).__name__}: {error})"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
@@ -38,25 +43,18 @@ def why_not(device_type: str) -> str | None:
 
 
 def kernels() -> dict[str, Kernel]:
-    """The kernels behind the registry's names."""
-    return {
-        "coupling": coupling,
-        "coupling_vjp": coupling_vjp,
-        "coupling_mix": coupling_mix,
-        "coupling_mix_vjp": coupling_mix_vjp,
-        "latent_update": latent_update,
-        "lattice_coupling": lattice_coupling,
-        "lattice_mix": lattice_mix,
-    }
+    """Returns the kernels by the names of their ops."""
+    return {signature.name: signature.kernel(function) for signature, function in _KERNELS}
 
 
 def _launch(
     name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, block: int = BLOCK, **constants: Any
 ) -> None:
+    """Launches a kernel on the device of a tensor. arguments: its pointers and numbers; constants: its constexprs."""
     from . import triton_kernels, triton_lattice
 
     kernel = getattr(triton_lattice if name == "lattice_kernel" else triton_kernels, name)
-    if like.is_cpu:  # the interpreter
+    if like.is_cpu:  # The interpreter takes no options of the compiler.
         kernel[grid](*arguments, **constants, BLOCK=block)
         return
     with torch.cuda.device(like.device):
@@ -64,7 +62,7 @@ def _launch(
 
 
 def _arithmetic(*tensors: Tensor | None, **coefficients: float) -> dict[str, Any]:
-    """The kernels' constants: the dtype of the arithmetic, and which of the coefficients are not zero in it."""
+    """Returns constants of a kernel: the dtype of the arithmetic, and which of the coefficients are not zero in it."""
     import triton.language as tl
 
     dtype = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None))
@@ -73,94 +71,72 @@ def _arithmetic(*tensors: Tensor | None, **coefficients: float) -> dict[str, Any
 
 
 def _blocks(n: int) -> int:
+    """Returns the number of blocks that cover n elements."""
     return -(-n // BLOCK)
 
 
-def coupling(
-    out: Tensor,
-    target: Tensor,
-    source: Tensor | None,
-    eps: Tensor | None,
-    *coefficients: Any,
-    out_source: Tensor | None = None,
-    mixing: tuple[Any, ...] = (True, 1.0, 0.0, 1.0, 0.0),
-) -> None:
-    """Fills `out`, and `out_source` when the mixing is to follow."""
-    a, c, b, g = coefficients
-    target_first, a0, c0, a1, c1 = mixing
-    n = target.numel()
+def _floats(*numbers: float | None) -> list[float]:
+    """Returns the numbers as a kernel takes them: as floats, with 0 for None."""
+    return [float(number or 0.0) for number in numbers]
+
+
+_NO_MIXING = (1.0, 0.0, 1.0, 0.0)
+
+
+def _coupling(call: Any, mixes: bool = False) -> None:
+    """Launches `coupling` or, with `mixes`, `coupling_mix`."""
+    n = call.target.numel()
+    outs = (call.out_target, call.out_source) if mixes else (call.out, None)
+    a0, c0, a1, c1 = (call.a0, call.c0, call.a1, call.c1) if mixes else _NO_MIXING
     _launch(
         "coupling_kernel",
         (_blocks(n),),
-        target,
-        *(out, out_source, target, source, eps, n),
-        *(float(number) for number in (a, c, b, g or 0.0, a0, c0, a1, c1)),
-        **_arithmetic(target, eps, c0=c0, c1=c1),
-        SOURCE=source is not None and c != 0,
-        EPS=eps is not None,
-        GUIDED=g is not None,
-        MIXES=out_source is not None,
-        TARGET_FIRST=target_first,
+        call.target,
+        *(*outs, call.target, call.source, call.eps, n),
+        *_floats(call.a, call.c, call.b, call.g, a0, c0, a1, c1),
+        **_arithmetic(call.target, call.eps, c0=c0, c1=c1),
+        SOURCE=call.source is not None and call.c != 0,
+        EPS=call.eps is not None,
+        GUIDED=call.g is not None,
+        MIXES=mixes,
+        TARGET_FIRST=call.target_first if mixes else True,
     )
 
 
-def coupling_mix(
-    out_target: Tensor, out_source: Tensor, target: Tensor, source: Tensor, eps: Tensor | None, *numbers: Any
-) -> None:
-    """Fills both outputs."""
-    coupling(out_target, target, source, eps, *numbers[5:], out_source=out_source, mixing=numbers[:5])
+def _coupling_mix(call: Any) -> None:
+    """Launches `coupling_mix`."""
+    _coupling(call, mixes=True)
 
 
-def coupling_vjp(
-    out: Tensor,
-    to_source: Tensor | None,
-    to_eps: Tensor | None,
-    grad: Tensor,
-    scale: Tensor | None,
-    *coefficients: Any,
-    grad_source: Tensor | None = None,
-    mixing: tuple[Any, ...] = (True, 1.0, 0.0, 1.0, 0.0),
-) -> None:
-    """Fills the cotangents that are given."""
-    a, c, b, g = coefficients
-    target_first, a0, c0, a1, c1 = mixing
+def _coupling_vjp(call: Any, mixes: bool = False) -> None:
+    """Launches `coupling_vjp` or, with `mixes`, `coupling_mix_vjp`."""
+    grad, grad_source = (call.grad_target, call.grad_source) if mixes else (call.grad, None)
     n = grad.numel()
+    a0, c0, a1, c1 = (call.a0, call.c0, call.a1, call.c1) if mixes else _NO_MIXING
     _launch(
         "vjp_kernel",
         (_blocks(n),),
         grad,
-        *(out, to_source, to_eps, grad, grad_source, scale, n),
-        *(float(number) for number in (a, c, b, g or 0.0, a0, c0, a1, c1)),
-        **_arithmetic(grad, to_eps, c=c, c0=c0, c1=c1),
-        SOURCE=to_source is not None,
-        EPS=to_eps is not None,
-        SCALED=scale is not None,
-        GUIDED=g is not None,
-        MIXES=grad_source is not None,
-        TARGET_FIRST=target_first,
+        *(call.out_target if mixes else call.out, call.out_source, call.out_eps, grad, grad_source, call.scale, n),
+        *_floats(call.a, call.c, call.b, call.g, a0, c0, a1, c1),
+        **_arithmetic(grad, call.out_eps, c=call.c, c0=c0, c1=c1),
+        SOURCE=call.out_source is not None,
+        EPS=call.out_eps is not None,
+        SCALED=call.scale is not None,
+        GUIDED=call.g is not None,
+        MIXES=mixes,
+        TARGET_FIRST=call.target_first if mixes else True,
     )
 
 
-def coupling_mix_vjp(
-    to_target: Tensor,
-    to_source: Tensor,
-    to_eps: Tensor | None,
-    grad_target: Tensor,
-    grad_source: Tensor,
-    scale: Tensor | None,
-    *numbers: Any,
-) -> None:
-    """Fills the cotangents that are given."""
-    coupling_vjp(
-        *(to_target, to_source, to_eps, grad_target, scale, *numbers[5:]), grad_source=grad_source, mixing=numbers[:5]
-    )
+def _coupling_mix_vjp(call: Any) -> None:
+    """Launches `coupling_mix_vjp`."""
+    _coupling_vjp(call, mixes=True)
 
 
-def latent_update(*arguments: Any) -> None:
-    """Fills x, y, mx, my."""
-    outs, inputs, noise, starts = arguments[:4], arguments[4:10], arguments[10], arguments[11]
-    rate, clip, momentum, nesterov, tied, sigma = arguments[12:]
-    x = inputs[0]
+def _latent_update(call: Any) -> None:
+    """Launches the update and, if start norms are given, the scaling of the samples."""
+    x, starts = call.x, call.starts
     batch = x.shape[0]
     sample = x.numel() // batch
     grid = (_blocks(sample), batch)
@@ -169,69 +145,72 @@ def latent_update(*arguments: Any) -> None:
         "update_kernel",
         grid,
         x,
-        *(*outs, sums, *inputs, noise, sample),
-        *(float(number) for number in (rate, clip, momentum, sigma)),
+        *(call.out_x, call.out_y, call.out_mx, call.out_my, sums),
+        *(x, call.y, call.mx, call.my, call.gx, call.gy, call.noise, sample),
+        *_floats(call.rate, call.clip, call.momentum, call.sigma),
         **_arithmetic(x),
         SQUARES=sums is not None,
-        NESTEROV=nesterov,
-        TIED=tied,
-        NOISY=noise is not None,
+        NESTEROV=call.nesterov,
+        TIED=call.tied,
+        NOISY=call.noise is not None,
     )
     if starts is not None and sums is not None:
         factors = (starts / sums.sum(2).sqrt()).to(x.dtype)
-        _launch("scale_kernel", grid, x, outs[0], outs[1], factors, sample)
+        _launch("scale_kernel", grid, x, call.out_x, call.out_y, factors, sample)
 
 
-def lattice_coupling(
-    out: Tensor,
-    target: Tensor,
-    source: Tensor,
-    eps: Tensor | None,
-    faults: Tensor,
-    row: int,
-    c: float,
-    b: float,
-    g: float | None,
-    undo: bool,
-) -> None:
-    """Fills `out`, and a row of faults."""
-    _lattice((out, None, None, None), (target, source, None, None), eps, faults, row, (True,), (c, b, g, undo))
+def _lattice_coupling(call: Any) -> None:
+    """Launches `lattice_coupling`."""
+    _lattice(call, (call.out, None, None, None), (None, None), (True, 1, 1, 0.0, 1, 1, 0.0), words=0)
 
 
-def lattice_mix(*arguments: Any) -> None:
-    """Fills the four outputs, and a row of faults."""
-    eps, faults, row = arguments[8:11]
-    _lattice(arguments[:4], arguments[4:8], eps, faults, row, arguments[11:18], arguments[18:])
+def _lattice_mix(call: Any) -> None:
+    """Launches `lattice_mix`."""
+    _lattice(
+        call,
+        (call.out_target, call.out_source, call.out_target_buffer, call.out_source_buffer),
+        (call.target_buffer, call.source_buffer),
+        (call.target_first, call.by0, call.over0, call.c0, call.by1, call.over1, call.c1),
+        words=call.target_buffer.shape[0],
+    )
 
 
 def _lattice(
+    call: Any,
     outs: tuple[Tensor | None, ...],
-    inputs: tuple[Any, ...],
-    eps: Tensor | None,
-    faults: Tensor,
-    row: int,
+    buffers: tuple[Tensor | None, ...],
     mixing: tuple[Any, ...],
-    numbers: tuple[Any, ...],
+    words: int,
 ) -> None:
+    """Launches the kernel of both lattice ops. words: the number of words of a buffer, or 0 without the mixing."""
     from .triton_lattice import BLOCK as SMALL
 
-    target, buffer = inputs[0], inputs[2]
-    target_first, by0, over0, c0, by1, over1, c1 = mixing if buffer is not None else (True, 1, 1, 0.0, 1, 1, 0.0)
-    c, b, g, undo = numbers
-    n = target.numel()
+    target_first, by0, over0, c0, by1, over1, c1 = mixing
+    n = call.target.numel()
     _launch(
         "lattice_kernel",
         (-(-n // SMALL),),
-        target,
-        *(*outs, *inputs, eps, faults, n, row, by0, over0, by1, over1),
-        *(float(number) for number in (c, b, g or 0.0, c0, c1)),
+        call.target,
+        *(*outs, call.target, call.source, *buffers, call.eps, call.faults, n, call.row, by0, over0, by1, over1),
+        *_floats(call.c, call.b, call.g, c0, c1),
         block=SMALL,
-        EPS=eps is not None,
-        GUIDED=g is not None,
-        UNDO=undo,
-        MIXES=buffer is not None,
+        EPS=call.eps is not None,
+        GUIDED=call.g is not None,
+        UNDO=call.undo,
+        MIXES=words > 0,
         TARGET_FIRST=target_first,
-        WORDS=0 if buffer is None else buffer.shape[0],
-        LIMIT=limit(target.dtype),
-        DIGITS=2 if target.dtype == torch.int32 else 4,
+        WORDS=words,
+        LIMIT=limit(call.target.dtype),
+        DIGITS=2 if call.target.dtype == torch.int32 else 4,
     )
+
+
+_KERNELS = (
+    (signatures.COUPLING, _coupling),
+    (signatures.COUPLING_VJP, _coupling_vjp),
+    (signatures.COUPLING_MIX, _coupling_mix),
+    (signatures.COUPLING_MIX_VJP, _coupling_mix_vjp),
+    (signatures.LATENT_UPDATE, _latent_update),
+    (signatures.LATTICE_COUPLING, _lattice_coupling),
+    (signatures.LATTICE_MIX, _lattice_mix),
+)
