@@ -34,6 +34,8 @@ def reference(folder: str, setting: Any, steps: int) -> Callable[[Tensor], tuple
     """
     if len(setting.x) != 1:
         raise ReferenceUnavailable(f"the reference takes one image, got a batch of {len(setting.x)}; use --batch 1")
+    if setting.denoiser.uncond is None:
+        raise ReferenceUnavailable("the reference always guides; use a --guidance-scale above 1")
     found = definitions(Path(folder), setting.x.device)
     try:
         memcnn: Any = importlib.import_module("memcnn")

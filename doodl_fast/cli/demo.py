@@ -8,14 +8,13 @@ paper's baseline) and with DOODL; beside the guide's own loss stands a measure t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import options
+from . import files, options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,16 +103,20 @@ def guide(task: Task) -> Callable[[Tensor], Tensor]:
 def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimization_steps: int) -> Report:
     import torch
 
-    from ..diffusion.pipeline import Decoder, initial_latents
-    from ..diffusion.schedule import Schedule
     from ..optimization import one_step
     from ..optimization.loop import optimize
     from ..solvers.edict import EDICT
 
-    denoiser = options.denoiser(pipeline, task.prompt, GUIDANCE_SCALE)
-    chain = EDICT(denoiser, Schedule.from_scheduler(pipeline.scheduler, num_inference_steps), MIX_WEIGHT)
-    latents = torch.cat([initial_latents(pipeline, seed=seed) for seed in task.seeds])
-    decode, loss = Decoder(pipeline.vae), guide(task)
+    chain = EDICT.from_pipeline(
+        pipeline,
+        task.prompt,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=GUIDANCE_SCALE,
+        memory="checkpoint",
+        mix_weight=MIX_WEIGHT,
+    )
+    latents = torch.cat([chain.noise(seed) for seed in task.seeds])
+    decode, loss = chain.decode, guide(task)
     outcomes = []
 
     def note(method: str, images: Tensor, start: float) -> None:
@@ -201,7 +204,7 @@ def contact_sheet(reports: list[Report], path: Path) -> None:
                 if row == 0:
                     axis.set_title(title, fontsize=7.5)
         part.subplots_adjust(top=0.85, bottom=0.06, hspace=0.32, wspace=0.08, left=0.02, right=0.98)
-    figure.savefig(path, dpi=110)
+    files.replace(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
 def loss_curves(reports: list[Report], path: Path) -> None:
@@ -215,7 +218,7 @@ def loss_curves(reports: list[Report], path: Path) -> None:
         axis.title.set_fontsize(9)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    files.replace(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
 def run_tasks(out: Path, num_inference_steps: int, num_optimization_steps: int) -> list[Report]:
@@ -240,7 +243,7 @@ def run_tasks(out: Path, num_inference_steps: int, num_optimization_steps: int) 
         }
         for r in reports
     ]
-    (out / "figures.json").write_text(json.dumps(figures, indent=2))
+    files.write_json(out / "figures.json", figures)
     print(f"\nright, score: read off the pixels without any network. {time.perf_counter() - started:.0f} s in all.")
     print(f"pictures: {out / 'contact_sheet.png'}, {out / 'losses.png'}; figures: {out / 'figures.json'}")
     return reports

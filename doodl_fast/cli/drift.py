@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import options
+from . import files, options
+from .checks import check_sizes
+from .files import write_json
+from .solvers import check_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=options.integer(), nargs="+", default=list(STEPS), help="diffusion steps, one or more"
     )
-    options.add_chain(parser)
+    options.add_guidance_scale(parser)
+    options.add_mix_weight(parser)
     parser.add_argument("--seed", type=options.integer(options.SEEDS), default=0)
     options.add_device(parser)
     options.add_dtype(parser)
@@ -94,27 +97,26 @@ def run(args: argparse.Namespace) -> int:
     options.check_folder(args.out)
     if min(args.steps) < 1:
         raise ValueError(f"--steps: expected numbers of at least 1, got {min(args.steps)}")
-    from ..diffusion.pipeline import initial_latents
+    options.check_model(args.model)
+    check_share("mix_weight", args.mix_weight)
+    check_sizes(args, args.steps, option="--steps")
+    from ..solvers.edict import EDICT
 
     pipeline = options.load_pipeline(args)
     scheduler = options.without_offset(pipeline.scheduler)
-    if max(args.steps) > scheduler.config.num_train_timesteps:
-        most = scheduler.config.num_train_timesteps
-        raise ValueError(f"--steps: expected at most the scheduler's {most} timesteps, got {max(args.steps)}")
     steps = sorted(set(args.steps))
-    denoiser = options.denoiser(pipeline, args.prompt, args.guidance_scale)
-    x = initial_latents(pipeline, None, None, args.seed)
+    chain = EDICT.from_pipeline(pipeline, args.prompt, num_inference_steps=steps[0], guidance_scale=args.guidance_scale)
     print(f"{'steps':<6}" + "".join(f"{count:>10}" for count in steps), flush=True)
 
     def report(name: str, count: int, error: float) -> None:
         start = f"{name:<6}" if count == steps[0] else ""
         print(start + f"{_cell(error):>10}", end="\n" if count == steps[-1] else "", flush=True)
 
-    table = measure(denoiser, scheduler, x, steps, args.mix_weight, report)
+    table = measure(chain.denoiser, scheduler, chain.noise(args.seed), steps, args.mix_weight, report)
     args.out.mkdir(parents=True, exist_ok=True)
     stored = options.as_json(args)
     errors = {name: [None if math.isnan(error) else error for error in row] for name, row in table.items()}
-    (args.out / TABLE).write_text(json.dumps({"steps": steps, "errors": errors, "options": stored}, indent=1) + "\n")
+    write_json(args.out / TABLE, {"steps": steps, "errors": errors, "options": stored})
     draw(args.out / FIGURE, steps, table)
     print(f"relative error of noise -> image -> noise; {FIGURE} and {TABLE} in {args.out}")
     return 0
@@ -143,4 +145,4 @@ def draw(path: Path, steps: Sequence[int], table: Table) -> None:
     axes.set_ylabel("relative error of noise \N{RIGHTWARDS ARROW} image \N{RIGHTWARDS ARROW} noise")
     axes.grid(alpha=0.3)
     axes.legend(title="arithmetic")
-    figure.savefig(path, format="png", dpi=120)
+    files.replace(path, lambda partial: figure.savefig(partial, format="png", dpi=120))

@@ -1,8 +1,8 @@
-"""`doodl-fast invert` and `doodl-fast generate`: a picture taken to noise by exact EDICT, made again, and edited.
+"""What `doodl-fast invert` and `doodl-fast generate` share: a picture is taken to noise, made again, and edited.
 
 A picture is inverted under a prompt that describes it and generated under another (EDICT, Wallace et al., CVPR 2023,
-arXiv 2211.12446). On the lattice of exact arithmetic the same prompt gives the encoded latents back to the bit, which
-is checked; what a reconstruction then still lacks is the VAE's.
+arXiv 2211.12446). In exact arithmetic the same prompt gives the encoded latents back bit for bit, which is checked, so
+all that a reconstruction has lost was lost by the VAE.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import options
+from . import options, solvers
+from .solvers import EDICT, INVERTIBLE
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..chain.exact.state import LatticeState
-    from ..solvers.edict import EDICT
+    from ..diffusion.decoder import Decoder
+    from ..solvers.base import DiffusionChain
 
 PICTURE, ENCODED, NOISE, IMAGE, INDEX = (
     "picture.png",
@@ -43,14 +45,18 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "strength": float,
     "guidance_scale": float,
-    "mix_weight": float,
+    "solver": str,
+    "mix_weight": (float, type(None)),
+    "gamma": (float, type(None)),
     "arithmetic": str,
     "height": int,
     "width": int,
 }
-"""what generate must know of invert, and its type in the file"""
-LOUD, PARTED = 1.5, 1.0
-"""Standard deviation of the noise, and |x - y| / |x| of the image, above which edits were mostly poor"""
+"""The options of `invert` that `generate` must know, and the types that they have in the file."""
+OLD_STATES = {"solver": EDICT, "gamma": None}
+"""Settings of states that were stored before there was a choice of solvers."""
+LARGEST_DEVIATION, LARGEST_DIFFERENCE = 1.5, 1.0
+"""Edits were mostly poor if the noise had a larger standard deviation, or the image a larger |x - y| / |x|."""
 
 
 def open_image(path: Path) -> Image.Image:
@@ -85,59 +91,75 @@ def picture_error(images: Tensor, truth: Tensor) -> float:
 
 
 def picture_size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """Pixels of the picture. Raises ValueError for what the VAE cannot have."""
-    from ..diffusion.pipeline import initial_latents, vae_scale_factor
+    """The height and width of the picture in pixels. Raises ValueError for a size that the VAE cannot have."""
+    from ..diffusion.latent_space import latent_space
 
-    factor = vae_scale_factor(pipeline.vae)
-    rows, columns = initial_latents(pipeline, height, width).shape[-2:]
-    return rows * factor, columns * factor
+    space = latent_space(pipeline, height, width)
+    return space.height, space.width
 
 
-def make_chain(pipeline: Any, settings: dict[str, Any]) -> EDICT:
-    """The exact chain that the settings of an inversion describe."""
+def make_chain(pipeline: Any, settings: dict[str, Any]) -> tuple[DiffusionChain, Decoder]:
+    """Makes the exact chain that the settings of an inversion describe, and the decoder and encoder of its VAE."""
     args = argparse.Namespace(**settings)
-    return options.edict(args, pipeline, settings["strength"], arithmetic=settings["arithmetic"])
+    whole = solvers.make_chain(args, pipeline)
+    schedule = options.last_part(whole.schedule, settings["strength"])
+    own: dict[str, Any] = {"arithmetic": settings["arithmetic"], **solvers.solver_options(args)}
+    chain: DiffusionChain = solvers.solver_class(args.solver)(whole.denoiser, schedule, **own)
+    return chain, whole.decode
 
 
 @contextmanager
 def in_range(advice: str) -> Iterator[None]:
-    """Says what to do on a command line when the lattice overflows."""
+    """Adds to the error of an overflow what to do about it on a command line."""
     try:
         yield
     except OverflowError as error:
         raise ValueError(f"overflow: {error}. {advice}") from error
 
 
-def advice(settings: dict[str, Any], chain: EDICT) -> str:
-    """What may be done when an inversion overflows."""
+def advice(settings: dict[str, Any], chain: DiffusionChain) -> str:
+    """Says what may be done when an inversion overflows."""
     wider = ", or --arithmetic exact64" if settings["arithmetic"] == "exact" else ""
-    return (
-        "On the way to noise EDICT multiplies x - y by 1 / mix weight^2 a step, here "
-        f"{chain.mix_weight ** (-2 * len(chain.schedule)):.2g} times: try fewer --steps, a lower --strength or "
-        f"--guidance-scale, a --mix-weight nearer to 1{wider}"
-    )
+    name, steps = settings["solver"], len(chain.schedule)
+    cause, remedy = "O-BELM's steps amplify what differs between its two latents", ""
+    if name == EDICT:
+        growth = settings["mix_weight"] ** (-2 * steps)
+        cause = f"EDICT multiplies x - y by 1 / mix weight^2 a step, here {growth:.2g} times"
+        remedy = ", a --mix-weight nearer to 1"
+    elif name == "bdia":
+        growth = settings["gamma"] ** -steps
+        cause = f"BDIA divides a latent by gamma in every step, here {growth:.2g} times"
+        remedy = ", a --gamma nearer to 1"
+    return f"On the way to noise {cause}: try fewer --steps, a lower --strength or --guidance-scale{remedy}{wider}"
 
 
-def make_decoder(pipeline: Any) -> Any:
-    """The decoder and encoder of a pipeline's VAE."""
-    from ..diffusion.pipeline import Decoder
+def picture_of(chain: DiffusionChain, state: LatticeState) -> Tensor:
+    """The latents of the picture in a state at the image's end, (1, C, h, w).
 
-    return Decoder(pipeline.vae)
+    EDICT's are the first ones. A solver whose two latents take turns has them where its last step wrote.
+    """
+    index = 0 if chain.num_starts == 2 else chain.program[-1].target
+    return state.latents()[index]
 
 
-def decoded(decode: Any, state: LatticeState) -> Tensor:
-    """The picture of a state's first latent."""
+def decoded(decode: Decoder, latents: Tensor) -> Tensor:
+    """The picture of latents, without a gradient."""
     import torch
 
     with torch.no_grad():
-        images: Tensor = decode(state.latents()[0])
-    return images
+        return decode(latents)
 
 
-def describe(state: LatticeState) -> dict[str, float]:
-    """The standard deviation of x, and |x - y| / |x|."""
+def describe(chain: DiffusionChain, state: LatticeState) -> dict[str, float]:
+    """Measures the two latents x and y of a state.
+
+    Returns:
+        "deviation" is the standard deviation of x. "parted" is |x - y| / |x|; at the noise of a solver that starts from
+        one latent it is |y| / |x|, as y is 0 there if x alone leads to the picture.
+    """
     x, y = (latent.double() for latent in state.latents())
-    return {"deviation": float(x.std()), "parted": float((x - y).norm() / x.norm())}
+    apart = y if chain.num_starts == 1 and state.end == "noise" else x - y
+    return {"deviation": float(x.std()), "parted": float(apart.norm() / x.norm())}
 
 
 def differing(state: LatticeState, other: LatticeState) -> float:
@@ -148,7 +170,10 @@ def differing(state: LatticeState, other: LatticeState) -> float:
 
 
 def fingerprint(pipeline: Any) -> str:
-    """Of the weights of a pipeline's networks, in any place: names, shapes, dtypes and the sum of each one's bits."""
+    """A hash of the weights of a pipeline's networks: names, shapes, dtypes and the sum of each one's bits.
+
+    It does not depend on the folder or device in which they lie.
+    """
     import torch
 
     integers: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -163,6 +188,16 @@ def fingerprint(pipeline: Any) -> str:
 
 @dataclass(frozen=True)
 class Stored:
+    """What the folder of an inversion holds.
+
+    Attributes:
+        settings: The options of `invert`, see `SETTINGS`.
+        weights: The fingerprint of the networks.
+        report: What `invert` measured.
+        noise: The state at the noise's end.
+        image: The state at the image's end.
+    """
+
     settings: dict[str, Any]
     weights: str
     report: dict[str, float]
@@ -176,13 +211,17 @@ def check_settings(settings: dict[str, Any]) -> None:
         if not isinstance(settings[name], kind) or isinstance(settings[name], bool):
             raise TypeError(f"{name} is {settings[name]!r}")
         if isinstance(settings[name], str):
-            settings[name].encode()  # a ValueError for what is no text
+            settings[name].encode()  # This raises a ValueError for what is no text.
             if "\0" in settings[name]:
                 raise ValueError(f"{name} is {settings[name]!r}")
     if settings["dtype"] not in options.DTYPES or settings["arithmetic"] not in ("exact", "exact64"):
         raise ValueError(f"dtype is {settings['dtype']!r}, arithmetic is {settings['arithmetic']!r}")
-    if not 0 < settings["strength"] <= 1:
-        raise ValueError(f"strength is {settings['strength']!r}")
+    if settings["solver"] not in INVERTIBLE:
+        raise ValueError(f"solver is {settings['solver']!r}")
+    own = solvers.SOLVERS[settings["solver"]].options
+    for name in ("strength", *own):
+        if settings[name] is None or not 0 < settings[name] <= 1:
+            raise ValueError(f"{name} is {settings[name]!r}")
     for name in ("height", "width"):
         if not 0 < settings[name] <= options.LARGEST_SIDE:
             raise ValueError(f"{name} is {settings[name]!r}")
@@ -218,6 +257,7 @@ def read_state(folder: Path) -> Stored:
     try:
         index = json.loads((folder / INDEX).read_text())
         settings, weights, report = index["settings"], index["weights"], index["report"]
+        settings = {**OLD_STATES, **settings}
         check_settings(settings)
         report = {"vae_error": float(report["vae_error"])}
         states = [LatticeState.load(_regular(folder / name)) for name in (NOISE, IMAGE)]

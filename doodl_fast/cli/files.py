@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,10 +28,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary name beside `path` and renames it, so that `path` never holds half a file."""
-    partial = path.with_name(path.name + ".tmp")
-    write(partial)
-    os.replace(partial, path)
+    """Calls `write` with a temporary name beside `path` and renames it, so that `path` never holds half a file.
+
+    The name cannot be guessed, so that no other process waits there with a symbolic link. After an error the temporary
+    file is deleted.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .edit import (
     EDITED,
     ENCODED,
     INDEX,
-    PARTED,
+    LARGEST_DIFFERENCE,
     PICTURE,
     SAME,
     check_shape,
@@ -21,11 +22,12 @@ from .edit import (
     fingerprint,
     in_range,
     make_chain,
-    make_decoder,
     picture_error,
+    picture_of,
     read_state,
 )
 from .files import write_json, write_picture
+from .solvers import INVERTIBLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="(default: the inverted one, which gives the picture back)")
     parser.add_argument("--negative-prompt", help="(default: the inverted one)")
     parser.add_argument("--guidance-scale", type=options.number, help="(default: the inverted one)")
+    parser.add_argument("--solver", choices=INVERTIBLE, help="must be the inversion's (default: the inversion's)")
     parser.add_argument("--model", type=options.text, help="where the same model lies now (default: where it was)")
     options.add_device(parser)
     parser.add_argument("--out", type=options.folder, metavar="PNG", help=f"(default: {SAME} or {EDITED} in STATE)")
@@ -42,8 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs an inverted picture's noise forward; 1 if the same settings did not lead back to the same bits."""
     stored = read_state(args.state)
+    if args.solver not in (None, stored.settings["solver"]):
+        raise ValueError(
+            f"--solver: {str(args.state)!r} was inverted with {stored.settings['solver']}, got {args.solver}; omit it, "
+            f"or invert the picture again with --solver {args.solver}"
+        )
     given = {name: getattr(args, name) for name in ("prompt", "negative_prompt", "guidance_scale")}
     settings = stored.settings | {name: value for name, value in given.items() if value is not None}
+    if not math.isfinite(settings["guidance_scale"]):
+        raise ValueError(f"guidance_scale: expected a finite number, got {settings['guidance_scale']}")
     same = settings == stored.settings
     out = args.out or args.state / (SAME if same else EDITED)
     if not out.parent.is_dir() or out.is_dir() or out.suffix != ".png":
@@ -58,32 +68,33 @@ def run(args: argparse.Namespace) -> int:
             "with the folder of the model that it was made with"
         )
     check_shape(stored, pipeline)
-    chain, decode = make_chain(pipeline, settings), make_decoder(pipeline)
+    chain, decode = make_chain(pipeline, settings)
     noise, image = (state.to(pipeline.unet.device) for state in (stored.noise, stored.image))
     with in_range("Try a lower --guidance-scale, or invert with --arithmetic exact64"):
         reached = chain.forward_state(noise)
-    pixels, encoded = decoded(decode, reached), decoded(decode, image)
+    pixels, encoded = (decoded(decode, picture_of(chain, state)) for state in (reached, image))
     equal = reached.equals(image)
     report = {
         "equal": equal,
         "differing": differing(reached, image),
         "vae_error": stored.report["vae_error"],
         "change": picture_error(pixels, encoded),
-        "parted": describe(reached)["parted"],
+        "parted": describe(chain, reached)["parted"],
     }
     write_picture(out, pixels)
     write_json(out.with_suffix(".json"), {"settings": settings, "same_settings": same, "report": report})
-    print(_said(report, same, out))
+    print(_said(report, settings["solver"], same, out))
     return int(same and not equal)
 
 
-def _said(report: dict[str, Any], same: bool, out: Path) -> str:
+def _said(report: dict[str, Any], solver: str, same: bool, out: Path) -> str:
     """What the command prints about its result."""
     vae, change = (f"{report[name]:.3g} of 255 (rms)" for name in ("vae_error", "change"))
     if not same:
         said = f"edited: the picture changed by {change}, |x - y| / |x| = {report['parted']:.2g}; {out}"
-        if report["parted"] > PARTED:
-            said += "\nthe two latents have parted: invert with a lower --mix-weight, less guidance or more --steps"
+        if report["parted"] > LARGEST_DIFFERENCE:
+            lower = {"edict": "a lower --mix-weight, ", "bdia": "a lower --gamma, "}.get(solver, "")
+            said += f"\nthe two latents have parted: invert with {lower}less guidance or more --steps"
         return said
     if report["equal"]:
         return (

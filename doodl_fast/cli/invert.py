@@ -1,4 +1,4 @@
-"""`doodl-fast invert`: takes a picture to the noise that leads to it. See `edit` for what it shares with generate."""
+"""`doodl-fast invert`: takes a picture to the noise that leads to it. What it shares with `generate` is in `edit`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 from . import options
+from .checks import check_sizes
 from .edit import (
     ENCODED,
     IMAGE,
     INDEX,
-    LOUD,
+    LARGEST_DEVIATION,
     NOISE,
     PICTURE,
     SETTINGS,
@@ -23,12 +24,13 @@ from .edit import (
     fit,
     in_range,
     make_chain,
-    make_decoder,
     open_image,
     picture_error,
+    picture_of,
     picture_size,
 )
 from .files import new_folder, write_json, write_picture
+from .solvers import EDICT, INVERTIBLE, add_solver, check_solver
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength", type=options.number, default=0.8, help="share of the schedule that is gone through"
     )
-    options.add_chain(parser, guidance_scale=3.0)
+    options.add_guidance_scale(parser, default=3.0)
+    add_solver(parser, INVERTIBLE)
     parser.add_argument("--arithmetic", choices=("exact", "exact64"), default="exact", help="integers of 32 or 64 bits")
     options.add_size(parser)
     options.add_device(parser)
@@ -59,20 +62,22 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected a new or empty folder, got {str(args.out)!r}, which is taken")
     if not 0 < args.strength <= 1:
         raise ValueError(f"--strength: expected a number in (0, 1], got {args.strength}")
+    check_solver(args)
     options.check_model(args.model)
+    check_sizes(args, [args.steps], ("height", "width"))
     picture = open_image(args.image)
     pipeline = options.load_pipeline(args)
     height, width = picture_size(pipeline, args.height, args.width)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"height": height, "width": width}
     if args.model != options.EMBEDDED and Path(args.model).expanduser().is_dir():
         settings["model"] = os.path.abspath(Path(args.model).expanduser())
-    chain, decode = make_chain(pipeline, settings), make_decoder(pipeline)
+    chain, decode = make_chain(pipeline, settings)
     pixels = as_tensor(fit(picture, height, width)).to(pipeline.unet.device)
     with in_range(advice(settings, chain)):
         image = chain.state(decode.encode(pixels), end="image")
         noise = chain.inverse_state(image)
-    encoded = decoded(decode, image)
-    report = {"vae_error": picture_error(encoded, pixels), **describe(noise)}
+    encoded = decoded(decode, picture_of(chain, image))
+    report = {"vae_error": picture_error(encoded, pixels), **describe(chain, noise)}
     with new_folder(args.out) as folder:
         noise.save(folder / NOISE)
         image.save(folder / IMAGE)
@@ -80,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
         write_picture(folder / ENCODED, encoded)
         index = {"settings": settings, "image": str(args.image), "weights": fingerprint(pipeline), "report": report}
         write_json(folder / INDEX, index)
-    print(f"the noise: standard deviation {report['deviation']:.3g}, |x - y| / |x| = {report['parted']:.2g}")
-    if report["deviation"] > LOUD:
+    apart = "|x - y| / |x|" if args.solver == EDICT else "|y| / |x|"
+    print(f"the noise: standard deviation {report['deviation']:.3g}, {apart} = {report['parted']:.2g}")
+    if report["deviation"] > LARGEST_DEVIATION:
         print(
             "that is louder than noise that the model knows, so edits may be poor: try a prompt that describes the "
             "picture better, or a lower --guidance-scale or --strength"

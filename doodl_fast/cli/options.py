@@ -1,4 +1,4 @@
-"""What the commands share: common options, the loading of models, and the assembly of a chain from a pipeline."""
+"""What the commands share: common options and the loading of models."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from ..diffusion.denoiser import Denoiser
     from ..diffusion.schedule import Schedule
-    from ..solvers.edict import EDICT
 
 EMBEDDED = "shapes"
 """The name of the embedded pipeline and of its guides, as a value of --model and --guidance-model."""
@@ -70,9 +68,18 @@ def add_model(parser: Parser, default: str | None = None) -> None:
     parser.add_argument("--variant", type=text, help="of the model's weight files, e.g. fp16")
 
 
-def add_chain(parser: Parser, guidance_scale: float = 7.5) -> None:
-    """Adds --guidance-scale and --mix-weight."""
-    parser.add_argument("--guidance-scale", type=number, default=guidance_scale, help="of classifier-free guidance")
+def add_guidance_scale(parser: Parser, default: float = 7.5) -> None:
+    """Adds --guidance-scale."""
+    parser.add_argument(
+        "--guidance-scale",
+        type=number,
+        default=default,
+        help="of classifier-free guidance; with at most 1 the prompt alone is used",
+    )
+
+
+def add_mix_weight(parser: Parser) -> None:
+    """Adds --mix-weight to a command that knows EDICT alone."""
     parser.add_argument("--mix-weight", type=number, default=0.93, help="EDICT's p")
 
 
@@ -155,34 +162,6 @@ def load_pipeline(args: argparse.Namespace) -> Any:
     from ..diffusion.pipeline import load_pipeline
 
     return load_pipeline(args.model, device, dtype, args.variant)
-
-
-def denoiser(pipeline: Any, prompt: str, guidance_scale: float, negative_prompt: str = "", **sizes: Any) -> Denoiser:
-    """A pipeline's UNet under a prompt. sizes: height, width (pixels) and batch, as `encode_prompt` takes them."""
-    from ..diffusion.denoiser import Denoiser
-    from ..diffusion.pipeline import encode_prompt
-
-    cond, uncond, extra = encode_prompt(pipeline, prompt, negative_prompt, **sizes)
-    return Denoiser(pipeline.unet, cond, uncond, guidance_scale, **extra)
-
-
-def edict(args: argparse.Namespace, pipeline: Any, part: float = 1.0, **options: Any) -> EDICT:
-    """The chain that a command's options describe.
-
-    Args:
-        args: The command line: prompt, negative_prompt, guidance_scale, mix_weight, steps, height, width.
-        pipeline: The diffusers pipeline, loaded.
-        part: The share of the schedule, nearest to the image, that the chain goes through.
-        options: Further arguments of EDICT.
-    """
-    from ..diffusion.schedule import Schedule
-    from ..solvers.edict import EDICT
-
-    network = denoiser(
-        pipeline, args.prompt, args.guidance_scale, args.negative_prompt, height=args.height, width=args.width
-    )
-    schedule = last_part(Schedule.from_scheduler(pipeline.scheduler, args.steps), part)
-    return EDICT(network, schedule, args.mix_weight, **options)
 
 
 def last_part(schedule: Schedule, share: float) -> Schedule:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import options
+from . import files, options
+from .checks import check_sizes
+from .solvers import check_share
 
 if TYPE_CHECKING:
     from ..chain.memory.profiling import MemoryReport
@@ -52,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_dtype(parser)
     options.add_model(parser, options.EMBEDDED)
     parser.add_argument("--prompt", default="a red circle")
-    options.add_chain(parser)
+    options.add_guidance_scale(parser)
+    options.add_mix_weight(parser)
     parser.add_argument(
         "--steps",
         type=options.integer(),
@@ -90,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"batch: expected an int of at least 1, got {args.batch}")
     if args.memory_budget is not None:
         parse_bytes(args.memory_budget)
+    options.check_model(args.model)
+    check_share("mix_weight", args.mix_weight)
+    check_sizes(args, steps, ("resolution",), "--steps")
     setting = _setting(args, options.load_pipeline(args))
     print(f"{'':<22}{'steps':>6}{'peak':>12}{'held':>12}{'peak RSS':>12}{'seconds':>10}{'CPU s':>10}", flush=True)
     rows: list[Row] = []
@@ -134,14 +139,20 @@ def _names(against: str | None) -> list[str]:
 
 
 def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
-    from ..diffusion.pipeline import initial_latents
+    """The model, its prompt and the start that all ways of taking a gradient share."""
+    from ..solvers.edict import EDICT
     from .baselines import Setting
 
-    size = args.resolution
-    denoiser = options.denoiser(pipeline, args.prompt, args.guidance_scale, height=size, width=size, batch=args.batch)
-    x = initial_latents(pipeline, args.resolution, args.resolution, batch=args.batch)
+    chain = EDICT.from_pipeline(
+        pipeline,
+        args.prompt,
+        num_inference_steps=min(args.steps),
+        guidance_scale=args.guidance_scale,
+        height=args.resolution,
+        width=args.resolution,
+    )
     scheduler = options.without_offset(pipeline.scheduler)
-    return Setting(denoiser, scheduler, args.mix_weight, x, args.memory_budget)
+    return Setting(chain.denoiser, scheduler, args.mix_weight, chain.noise(batch=args.batch), args.memory_budget)
 
 
 def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[Row, MemoryReport]:
@@ -221,9 +232,10 @@ def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, MemoryR
         "options": options.as_json(args),
         "versions": {"doodl_fast": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
     }
-    (args.out / TABLE).write_text(json.dumps(result) + "\n")
+    files.write_json(args.out / TABLE, result)
     draw(args.out / FIGURE, rows, "seconds" if reports[rows[0].name].device.startswith("cuda") else "cpu_seconds")
-    draw_timelines(args.out / TIMELINES, {label(name): report for name, report in reports.items()})
+    labelled = {label(name): report for name, report in reports.items()}
+    files.replace(args.out / TIMELINES, lambda partial: draw_timelines(partial, labelled))
 
 
 def draw(path: Path, rows: Sequence[Row], clock: str) -> None:
@@ -248,4 +260,4 @@ def draw(path: Path, rows: Sequence[Row], clock: str) -> None:
         axes.set(xlabel="diffusion steps")
         axes.grid(alpha=0.3)
     figure.legend(*memory.get_legend_handles_labels(), loc="outside right")
-    figure.savefig(path, format="png", dpi=120)
+    files.replace(path, lambda partial: figure.savefig(partial, format="png", dpi=120))

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import options
+from .checks import check_sizes
 from .files import replace, write_json, write_picture
 from .guides import GUIDES, check_guide
 from .guides import add_arguments as add_guide_arguments
+from .solvers import EDICT, add_solver, check_solver, make_chain
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..optimization.loop import Result, StepInfo
+    from ..solvers.base import DiffusionChain
 
 SETTINGS, RESULT, STATE = "run.json", "result.json", "state"
 OUTPUTS = ("before.png", "after.png", "best.png", "losses.png", SETTINGS, RESULT, STATE)
 MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "memory_budget", "device")
 """The options with which a run may be continued differently from how it began."""
+
+OLD_RUNS = {"solver": EDICT, "gamma": None}
+"""Options of runs that were stored before there was a choice of solvers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--prompt", required=True)
     model.add_argument("--negative-prompt", default="")
     model.add_argument("--steps", type=options.integer(), default=50, help="diffusion steps")
-    options.add_chain(model)
+    options.add_guidance_scale(model)
+    add_solver(model)
     options.add_size(model)
     model.add_argument("--seed", type=options.integer(options.SEEDS), default=0)
     options.add_device(model)
@@ -78,28 +87,29 @@ def _memory(text: str) -> str | int:
 def run(args: argparse.Namespace) -> int:
     """Runs the optimisation and writes its results; gives the exit code."""
     check_guide(args)
+    check_solver(args)
     settings = options.as_json(args)
     continued = _check_out(args, settings)
     options.quiet_libraries()
     import torch
 
-    from ..diffusion.pipeline import Decoder, initial_latents
     from ..optimization.loop import optimize
 
     device, dtype = options.find_device(args.device), options.find_dtype(args.dtype)
     _check_numbers(args)
     options.check_model(args.model)
+    check_sizes(args, [args.steps], ("height", "width"))
     loss = GUIDES[args.guidance](args, device, dtype)  # before the larger model, so that its mistakes show early
     pipeline = options.load_pipeline(args)
-    latents = initial_latents(pipeline, args.height, args.width, args.seed)
-    chain = options.edict(args, pipeline, memory=args.memory, memory_budget=args.memory_budget)
+    chain = make_chain(args, pipeline, memory=args.memory, memory_budget=args.memory_budget)
+    latents = draw_noise(chain, args.seed)
     began = time.perf_counter()
     # the losses' random cutouts come from the global generator
     torch.manual_seed(args.seed)
     result = optimize(
         chain,
         latents,
-        Decoder(pipeline.vae),
+        chain.decode,
         loss,
         args.optimization_steps,
         grad_scale=args.learning_rate,
@@ -121,6 +131,22 @@ def run(args: argparse.Namespace) -> int:
         f"{result.best_step} steps; pictures and {RESULT} in {args.out}"
     )
     return 0
+
+
+def draw_noise(chain: DiffusionChain, seed: int) -> Tensor:
+    """Draws the starting latents and, for a sampler that adds noise in its steps, that noise as well.
+
+    Both are drawn from one generator, as diffusers' pipelines do, so that no noise is drawn twice.
+    """
+    import torch
+
+    from ..solvers.sampler import Sampler
+
+    generator = torch.Generator().manual_seed(seed)
+    latents = chain.noise(generator=generator)
+    if isinstance(chain, Sampler):
+        chain.step_noise = chain.draw_noise(latents, generator=generator)
+    return latents
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -164,6 +190,7 @@ def _check_out(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
             raise ValueError(f"it holds a {type(stored).__name__}, not an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--resume: {str(out / SETTINGS)!r} is damaged ({error}); start in another folder") from error
+    stored = {**OLD_RUNS, **stored}
     for key, value in settings.items():
         if key not in MAY_CHANGE and stored.get(key) != value:
             raise ValueError(

@@ -1,0 +1,148 @@
+"""The solvers that a command line may name: their options, the checks of those, and the chains that they make."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .options import Parser, number
+
+if TYPE_CHECKING:
+    from ..solvers.base import DiffusionChain
+
+EDICT = "edict"
+DEFAULTS = {"mix_weight": 0.93, "gamma": 1.0}
+"""What a solver's option is when it is not given. The parser does not know these, so that a given one can be told."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What the command line knows of a solver.
+
+    Attributes:
+        invertible: Whether `invert` and `generate` may use it.
+        has_two_latents: Whether it starts from two latents and makes two pictures, as EDICT does.
+        options: The arguments of its class that have an option of their own.
+    """
+
+    invertible: bool = False
+    has_two_latents: bool = False
+    options: tuple[str, ...] = ()
+
+
+SOLVERS = {
+    EDICT: Solver(invertible=True, has_two_latents=True, options=("mix_weight",)),
+    "ddim": Solver(),
+    "bdia": Solver(invertible=True, options=("gamma",)),
+    "obelm": Solver(invertible=True),
+    "sampler": Solver(),
+    "dpm-solver": Solver(),
+    "unipc": Solver(),
+}
+INVERTIBLE = tuple(name for name, solver in SOLVERS.items() if solver.invertible)
+
+
+def add_solver(parser: Parser, names: Sequence[str] = tuple(SOLVERS)) -> None:
+    """Adds --solver and the options that belong to one solver each."""
+    parser.add_argument(
+        "--solver",
+        choices=tuple(names),
+        default=EDICT,
+        help="of the steps" + ("; sampler is the pipeline's own scheduler" if "sampler" in names else ""),
+    )
+    parser.add_argument("--mix-weight", type=number, help=f"for edict: its p (default: {DEFAULTS['mix_weight']})")
+    parser.add_argument(
+        "--gamma",
+        type=number,
+        help=f"for bdia: lower is stabler and less accurate, in (0, 1] (default: {DEFAULTS['gamma']})",
+    )
+
+
+def check_solver(args: argparse.Namespace) -> None:
+    """Checks the options of the solver before anything is loaded, and fills in their defaults.
+
+    Args:
+        args: The command line: solver, mix_weight, gamma; of `run` also tied, first_image_only and memory.
+
+    Raises:
+        ValueError: An option belongs to another solver, or is out of range.
+    """
+    solver = SOLVERS[args.solver]
+    for name, default in DEFAULTS.items():
+        value = getattr(args, name)
+        if name not in solver.options and value is not None:
+            owner = next(other for other, kind in SOLVERS.items() if name in kind.options)
+            raise _misplaced(name, owner, args.solver)
+        if name in solver.options:
+            value = default if value is None else value
+            check_share(name, value)
+            setattr(args, name, value)
+    if solver.has_two_latents:
+        return
+    for name, is_given in (
+        ("no_tied", not getattr(args, "tied", True)),
+        ("first_image_only", getattr(args, "first_image_only", False)),
+    ):
+        if is_given:
+            raise _misplaced(name, EDICT, args.solver)
+    if not solver.invertible and hasattr(args, "memory"):
+        from ..chain.memory.strategies import strategy_of
+
+        if strategy_of(args.memory).needs_invertible:
+            raise ValueError(
+                f"--memory: expected checkpoint, naive or auto with --solver {args.solver}, whose steps cannot be "
+                f"undone, got {args.memory}"
+            )
+
+
+def _misplaced(name: str, owner: str, solver: str) -> ValueError:
+    """The error for an option of another solver."""
+    flag = name.replace("_", "-")
+    return ValueError(f"--{flag}: expected --solver {owner} with it, got --solver {solver}; omit it")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raises ValueError unless an option is a number in (0, 1]."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}: expected a number in (0, 1], got {value}")
+
+
+def make_chain(args: argparse.Namespace, pipeline: Any, **options: Any) -> DiffusionChain:
+    """Makes the chain that a command's options describe.
+
+    Args:
+        args: The command line: solver and its options, prompt, negative_prompt, guidance_scale, steps, height, width.
+        pipeline: The diffusers pipeline, loaded.
+        options: Further arguments of the solver's class: memory, memory_budget, arithmetic.
+    """
+    chain: DiffusionChain = solver_class(args.solver).from_pipeline(
+        pipeline,
+        args.prompt,
+        args.negative_prompt,
+        args.steps,
+        args.guidance_scale,
+        height=args.height,
+        width=args.width,
+        **solver_options(args),
+        **options,
+    )
+    return chain
+
+
+def solver_class(name: str) -> Any:
+    """The class of a solver."""
+    from ..solvers.bdia import BDIA
+    from ..solvers.ddim import DDIM
+    from ..solvers.edict import EDICT as Edict
+    from ..solvers.obelm import OBELM
+    from ..solvers.sampler import DPMSolver, Sampler, UniPC
+
+    classes = (Edict, DDIM, BDIA, OBELM, Sampler, DPMSolver, UniPC)
+    return dict(zip(SOLVERS, classes, strict=True))[name]
+
+
+def solver_options(args: argparse.Namespace) -> dict[str, float]:
+    """The arguments of the solver's class that the command line gives."""
+    return {name: getattr(args, name) for name in SOLVERS[args.solver].options}
