@@ -1,0 +1,207 @@
+"""What each solver costs and how good its pictures are, on the embedded pipeline; and how stable each is.
+
+    python bench/solvers.py [--out solvers.json] [--prompts 40] [--seeds 4] [--steps 4 8 20 50] [--rounds 3] [--quick]
+
+A row is one solver with one number of steps: the seconds of a gradient (CPU time, beside EDICT's measured in turn, as
+other programs may be busy), its peak memory, how many pictures are wholly right by the measure without networks
+(`doodl_fast.shapes.judge`), and how perturbations grow. The results are written to a JSON file after every row, and a
+run that was stopped goes on where it was. The tables of docs/solvers.md, of all rows in the file, are printed at the
+end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import doodl_fast
+from doodl_fast import shapes
+from doodl_fast.chain.memory.tracker import Tracker
+
+GUIDANCE_SCALE = 4.0
+PERTURBATION = 1e-3
+"""Of each value of the latents, which have unit variance. Large enough for a network in float32."""
+STARTS = 4
+"""How many starts the growth of perturbations is a median of."""
+SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "EDICT": (doodl_fast.EDICT, {}),
+    "DDIM": (doodl_fast.DDIM, {}),
+    "BDIA": (doodl_fast.BDIA, {}),
+    "BDIA, gamma 0.5": (doodl_fast.BDIA, {"gamma": 0.5}),
+    "O-BELM": (doodl_fast.OBELM, {}),
+    "DPM++ 2M": (doodl_fast.DPMSolver, {}),
+    "UniPC": (doodl_fast.UniPC, {}),
+    "Rex, Euler": (doodl_fast.Rex, {"scheme": "euler"}),
+    "Rex, midpoint": (doodl_fast.Rex, {"scheme": "midpoint"}),
+    "Rex, RK4": (doodl_fast.Rex, {"scheme": "rk4"}),
+}
+
+
+def make(pipe: Any, name: str, steps: int, prompts: list[str]) -> Any:
+    """The chain of a solver for a batch of prompts."""
+    solver, options = SOLVERS[name]
+    return solver.from_pipeline(pipe, prompts, "", steps, GUIDANCE_SCALE, memory="checkpoint", **options)
+
+
+def gradient(chain: Any, x: Tensor) -> Tensor:
+    """The gradient of a simple loss of the pictures that the chain makes."""
+    leaf = x.clone().requires_grad_()
+    loss = torch.stack([end.square().sum() for end in chain(leaf)[: chain.num_pictures]]).sum()
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def cost(pipe: Any, name: str, steps: int, rounds: int) -> dict[str, float]:
+    """Seconds of CPU time of a gradient, its ratio to EDICT's, and the most bytes that were alive in it."""
+    chains = {key: make(pipe, key, steps, ["a red circle"]) for key in (name, "EDICT")}
+    x = chains[name].noise()
+    with Tracker("cpu") as tracker:
+        gradient(chains[name], x)
+    seconds: dict[str, list[float]] = {key: [] for key in chains}
+    for _ in range(rounds):
+        for key, chain in chains.items():
+            began = time.process_time()
+            gradient(chain, x)
+            seconds[key].append(time.process_time() - began)
+    ratios = [mine / edict for mine, edict in zip(seconds[name], seconds["EDICT"], strict=True)]
+    calls = chains[name].num_network_calls
+    return {
+        "calls": calls,
+        "seconds": statistics.median(seconds[name]),
+        "ratio to EDICT": statistics.median(ratios),
+        "peak": tracker.peak,
+    }
+
+
+@torch.no_grad()
+def right_pictures(pipe: Any, name: str, steps: int, prompts: list[str], seeds: int) -> int:
+    """How many pictures of prompts x seeds are wholly right. Latents that are not finite are wrong."""
+    chain, right = make(pipe, name, steps, prompts), 0
+    for seed in range(seeds):
+        try:
+            latents = chain(chain.noise(seed=seed))[0]
+        except FloatingPointError:
+            continue
+        images = chain.decode(latents.nan_to_num(0).clamp(-100, 100))
+        right += sum(shapes.judge(image, prompt).correct for image, prompt in zip(images, prompts, strict=True))
+    return right
+
+
+@torch.no_grad()
+def stability(pipe: Any, name: str, steps: int) -> dict[str, float | None]:
+    """How much a small change of the start has grown in the picture, and how far the two latents of a pair part.
+
+    Each is a median over `STARTS` starts. "first" is the growth of a change of the noise. "second" is that of a change
+    of the second latent alone, where a solver has one: EDICT's y, Rex's w, and what BDIA and O-BELM start from 0.
+    """
+    chain = make(pipe, name, steps, ["a red circle"] * STARTS)
+    x = chain.noise(0).double()
+    change = PERTURBATION * torch.randn(x.shape, generator=torch.Generator().manual_seed(99), dtype=x.dtype)
+
+    def grown(after: Tensor, before: Tensor) -> float:
+        return float(((after - before).flatten(1).norm(dim=1) / change.flatten(1).norm(dim=1)).median())
+
+    ends = chain(x)
+    found: dict[str, float | None] = {"first": grown(chain(x + change)[0], ends[0]), "second": None, "apart": None}
+    if len(ends) == 2:
+        # EDICT and Rex start from y = x, the others from y = 0.
+        is_pair = isinstance(chain, (doodl_fast.EDICT, doodl_fast.Rex))
+        start = x if is_pair else torch.zeros_like(x)
+        found["second"] = grown(chain(x, start + change)[0], ends[0])
+        if is_pair:
+            apart = (ends[0] - ends[1]).flatten(1).norm(dim=1) / ends[0].flatten(1).norm(dim=1)
+            found["apart"] = float(apart.median())
+    return found
+
+
+def chosen_prompts(count: int) -> list[str]:
+    """Half of them of one object and half of two, always the same."""
+    rng = random.Random(0)
+    one, two = list(shapes.prompts(1)), list(shapes.prompts(2))
+    return [str(prompt) for prompt in (*rng.sample(one, count - count // 2), *rng.sample(two, count // 2))]
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    setting, rows = results["setting"], results["rows"]
+    steps = sorted({row["steps"] for row in rows})
+    total = setting["prompts"] * setting["seeds"]
+    by = {(row["solver"], row["steps"]): row for row in rows}
+
+    def table(title: str, show: Any) -> list[str]:
+        lines = [
+            f"{title}:",
+            "",
+            f"| solver | {' | '.join(f'{n} steps' for n in steps)} |",
+            "|---" * (len(steps) + 1) + "|",
+        ]
+        for name in SOLVERS:
+            cells = [show(by[name, n]) if (name, n) in by else "" for n in steps]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return [*lines, ""]
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2g}"
+
+    return "\n".join(
+        [
+            *table(f"Right pictures, of {total} ({setting['prompts']} prompts x {setting['seeds']} seeds)",
+                   lambda row: str(row["right"])),
+            *table("CPU seconds of a gradient, and their ratio to EDICT's in the same run",
+                   lambda row: f"{row['seconds']:.2f} ({row['ratio to EDICT']:.2f})"),
+            *table("Network calls of a forward run, and the peak memory of a gradient in MiB",
+                   lambda row: f"{row['calls']}, {row['peak'] / 2**20:.1f}"),
+            *table("Growth of a change of the starting noise", lambda row: number(row["first"])),
+            *table("Growth of a change of the second latent alone", lambda row: number(row["second"])),
+            *table("Distance of the two latents at the end, relative", lambda row: number(row["apart"])),
+        ]
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost, pictures and stability by solver.")
+    parser.add_argument("--out", type=Path, default=Path("solvers.json"))
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20, 50])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
+    parser.add_argument(
+        "--quick", action="store_true", help="2 prompts, 1 seed, 1 round, 4 steps: a test of the script"
+    )
+    args = parser.parse_args()
+    if args.quick:
+        args.prompts, args.seeds, args.rounds, args.steps = 2, 1, 1, [4]
+    setting = {"prompts": args.prompts, "seeds": args.seeds, "rounds": args.rounds}
+    results: dict[str, Any] = {"setting": setting, "rows": []}
+    if args.out.exists():
+        results = json.loads(args.out.read_text())
+        if results["setting"] != setting:
+            parser.error(f"{args.out} has rows of another setting, {results['setting']}; name another file by --out")
+    torch.set_num_threads(1)
+    pipe, prompts = shapes.load_pipeline(), chosen_prompts(args.prompts)
+    done = {(row["solver"], row["steps"]) for row in results["rows"]}
+    for steps in args.steps:
+        for name in args.solvers:
+            if (name, steps) in done:
+                continue
+            row = {"solver": name, "steps": steps, **cost(pipe, name, steps, args.rounds)}
+            row |= stability(pipe, name, steps)
+            row["right"] = right_pictures(pipe, name, steps, prompts, args.seeds)
+            results["rows"].append(row)
+            partial = args.out.with_suffix(".part")
+            partial.write_text(json.dumps(results, indent=1))
+            partial.replace(args.out)
+            print(row, flush=True)
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The script that compares the solvers runs from end to end, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "solvers.py"
+
+
+def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--quick", "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_script(tmp_path: Path) -> None:
+    out = tmp_path / "solvers.json"
+    first = run(out, "--solvers", "DDIM")
+    assert first.returncode == 0, first.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["solver"], row["steps"], row["calls"]) == ("DDIM", 4, 4)
+    assert row["peak"] > 0 and row["seconds"] > 0 and row["first"] > 0 and 0 <= row["right"] <= 2
+    second = run(out, "--solvers", "DDIM", "Rex, Euler")
+    assert second.returncode == 0, second.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[0] == row and [other["solver"] for other in rows] == ["DDIM", "Rex, Euler"]
+    assert "Right pictures, of 2 (2 prompts x 1 seeds):" in second.stdout and rows[1]["apart"] > 0
+    results = json.loads(out.read_text())
+    out.write_text(json.dumps({**results, "setting": {"prompts": 7}}))
+    assert "has rows of another setting" in run(out).stderr
