@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.solvers.edict import EDICT
 
 GOLDEN = Path(__file__).parent / "golden"
+BACKENDS = ("eager", "native", "triton")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 MEMORIES = ("checkpoint", 1, 3, "reversible")
 DEVICE = torch.device(os.environ.get("DOODL_FAST_TEST_DEVICE", "cpu"))
@@ -41,6 +45,13 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 def golden(name: str) -> dict[str, Tensor]:
     """The tensors of one recorded file. Shared: clone before changing."""
     return {key: value.to(DEVICE) for key, value in load_file(GOLDEN / f"{name}.safetensors").items()}
+
+
+@cache
+def golden_meta(stage: str) -> dict[str, Any]:
+    """The numbers and settings that were recorded beside the tensors of one stage."""
+    meta: dict[str, Any] = json.loads((GOLDEN / "manifest.json").read_text())["stages"][stage]["meta"]
+    return meta
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -104,6 +115,13 @@ class TinyNet(nn.Module):
         return torch.einsum("ch,bh...->bc...", self.outside, torch.tanh(hidden))
 
 
+class DependsOnGradMode(TinyNet):
+    """A network whose values depend on grad mode, as those of some kernels do."""
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return super().forward(*args) * (1.01 if torch.is_grad_enabled() else 1)
+
+
 class Counting(nn.Module):
     """A network that records each call: (batch size, with a graph?)."""
 
@@ -130,6 +148,17 @@ def latents(
     generator = torch.Generator().manual_seed(seed)
     both = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     return both[0].clone().requires_grad_(grad), both[1].clone().requires_grad_(grad)
+
+
+def randn(*shape: int, seed: int = 0, **options: Any) -> Tensor:
+    """Standard normal numbers in float64, on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, **options)
+
+
+def smooth_pictures(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Pictures (batch, 3, height, width) in [-1, 1] that are neither noise nor constant."""
+    coarse = torch.rand(batch, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return F.interpolate(coarse, (height, width), mode="bilinear")
 
 
 def tiny_chain(
@@ -160,3 +189,36 @@ def pull(outputs: tuple[Tensor, Tensor], inputs: list[Tensor], seed: int = 3) ->
     weights = weights_of(outputs, seed)
     loss = sum((out.double() * weight).sum() for out, weight in zip(outputs, weights, strict=True))
     return torch.autograd.grad(loss, inputs, retain_graph=True)  # conditions may have a graph of their own
+
+
+def pickled(value: Any) -> Any:
+    """What pickle makes of an object."""
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend of the operators, which is chosen for the length of a test."""
+    from ops_cases import require
+
+    from doodl_fast import ops
+
+    require(request.param)
+    with ops.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny Stable Diffusion XL pipeline."""
+    import tiny_pipeline
+
+    return tiny_pipeline.stable_diffusion_xl(tmp_path_factory.mktemp("xl"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A tiny CLIP model and its processor."""
+    import tiny_pipeline
+
+    return tiny_pipeline.clip(tmp_path_factory.mktemp("clip"))

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import BACKENDS as BACKENDS
 from conftest import DEVICE, DTYPES
 from torch import Tensor
 
 from doodl_fast import ops
-
-BACKENDS = ("eager", "native", "triton")
 
 # How far a result may be from the float64 truth, in units in the last place *of the sum of the terms' magnitudes* (an
 # ulp of the result itself would be unfair where terms cancel). Provenance: half an ulp for the one rounding to the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_pipeline
 import torch
-from conftest import GOLDEN, golden, golden_denoiser, golden_unet, relative, sd_scheduler
+from conftest import golden, golden_denoiser, golden_meta, golden_unet, relative, sd_scheduler
 from PIL import Image
 from recorded_guide import tiny_guide
 from torch import Tensor
@@ -28,9 +27,8 @@ from doodl_fast.diffusion.pipeline import Decoder
 from doodl_fast.optimization import OneStepGuidance
 
 
-@cache
 def meta() -> dict[str, Any]:
-    return json.loads((GOLDEN / "manifest.json").read_text())["stages"]["gen"]["meta"]
+    return golden_meta("gen")
 
 
 def pipeline(dtype: torch.dtype = torch.float32) -> Any:

@@ -18,6 +18,7 @@ from conftest import (
     tiny_chain,
     weights_of,
 )
+from tolerances import FP64
 from torch import nn
 
 from doodl_fast.chain.chain import Chain
@@ -68,7 +69,7 @@ def test_runs_inside_and_after_inference_mode(make, memory):
         x, y = latents(1, 3, 4)
         forth = chain(x, y)
         for got, want in zip(chain.inverse(*forth), (x, y), strict=True):
-            assert relative(got, want) < 1e-12
+            assert relative(got, want) < FP64
     z, _ = latents(1, 3, 4, grad=True)
     pull(chain(z, x), [z])  # an inference tensor beside one that requires grad
 
@@ -285,7 +286,7 @@ def test_block_checkpointing_in_the_network():
     finally:
         unet.disable_gradient_checkpointing()
         unet.eval()
-    assert relative(got[0], expected[0]) < 1e-12 and relative(got[1], expected[1]) < 1e-12
+    assert relative(got[0], expected[0]) < FP64 and relative(got[1], expected[1]) < FP64
 
 
 # Layouts
@@ -299,9 +300,9 @@ def test_strided_latents(memory):
     last = [t.detach().to(memory_format=torch.channels_last).requires_grad_() for t in dense]
     shared = torch.stack([t.detach() for t in dense], dim=-1).requires_grad_()
     for got, want in zip(pull(chain(*last), last), expected, strict=True):
-        assert relative(got, want) < 1e-12
+        assert relative(got, want) < FP64
     (got,) = pull(chain(*shared.unbind(-1)), [shared])
-    assert relative(got, torch.stack(expected, dim=-1)) < 1e-12
+    assert relative(got, torch.stack(expected, dim=-1)) < FP64
 
 
 def test_a_coupling_that_reads_its_own_result_twice():
@@ -312,7 +313,7 @@ def test_a_coupling_that_reads_its_own_result_twice():
     expected = pull(Chain(denoiser, program, "naive")(x, y), [x, y])
     for memory in MEMORIES:
         for got, want in zip(pull(Chain(denoiser, program, memory)(x, y), [x, y]), expected, strict=True):
-            assert relative(got, want) < 1e-12
+            assert relative(got, want) < FP64
 
 
 def test_repr_says_what_it_is():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    DependsOnGradMode,
     TinyNet,
     conditions,
     golden_denoiser,
@@ -98,11 +99,7 @@ def test_a_tolerance_of_the_users_own(silent):
 def test_a_network_with_other_values_in_the_backward_pass(memory):
     """As cudnn.benchmark may pick another kernel; without a graph and with one, which is all that can be seen here."""
 
-    class Moody(TinyNet):
-        def forward(self, *args):
-            return super().forward(*args) * (1.01 if torch.is_grad_enabled() else 1)
-
-    chain = tiny_chain(5, memory, network=Moody().double())
+    chain = tiny_chain(5, memory, network=DependsOnGradMode().double())
     with pytest.warns(RuntimeWarning, match=r"(mismatch|drift): .* kernels that depend on grad mode"):
         gradients(chain)
 

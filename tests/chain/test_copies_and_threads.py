@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, pull, tiny_chain
+from conftest import TinyNet, conditions, latents, pickled, pull, tiny_chain
 
 from doodl_fast import backend
 from doodl_fast.chain import autograd
@@ -19,10 +19,6 @@ from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.ops.backends import registry
 from doodl_fast.ops.backends.registry import why_not
 from doodl_fast.solvers.edict import EDICT
-
-
-def pickled(chain):
-    return pickle.loads(pickle.dumps(chain))
 
 
 def function_network(x, t, cond):

@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from conftest import TinyNet, conditions, latents, pull, relative, tiny_chain
+from tolerances import FP64
 
 from doodl_fast.chain.chain import Chain
 from doodl_fast.chain.evaluator import Evaluator, as_evaluator, raw_output
@@ -41,7 +42,7 @@ def test_a_call_alone_is_enough(make, memory):
     expected = pull(Chain(Sine(), PROGRAM, "naive")(x, y), [x, y])
     function = make()
     for got, want in zip(pull(Chain(function, PROGRAM, memory)(x, y), [x, y]), expected, strict=True):
-        assert relative(got, want) < 1e-12
+        assert relative(got, want) < FP64
     assert not isinstance(function, Duck) or function.entered >= 2  # forwards and backwards
 
 
@@ -120,7 +121,7 @@ def test_objects_that_have_the_methods_go_on_working(make):
     expected = pull(Chain(inner, program)(x, y), [x, y])
     chain = Chain(make(inner), program)
     assert (raw_output(chain.evaluator, x, 5, None, None)[1] is None) == (make is DuckWithAll)
-    assert all(relative(got, want) < 1e-12 for got, want in zip(pull(chain(x, y), [x, y]), expected, strict=True))
+    assert all(relative(got, want) < FP64 for got, want in zip(pull(chain(x, y), [x, y]), expected, strict=True))
     assert [name for name, _ in chain.evaluator.weights()] == ["inside", "outside", "project"]
     half = Denoiser(TinyNet().half(), *conditions(dtype=torch.float16), vjp_dtype=torch.float32)
     adapted = as_evaluator(make(half))

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, golden_denoiser, latents, pull, sd_scheduler, tiny_chain
+from conftest import TinyNet, conditions, golden_denoiser, latents, pickled, pull, sd_scheduler, tiny_chain
 
 import doodl_fast
 from doodl_fast import Auto, Checkpoint, Naive, Reversible
@@ -180,10 +180,6 @@ def test_what_a_chain_was_made_with_is_read_only(name):
     with pytest.raises(AttributeError, match=name):
         setattr(chain, name, torch.float16)
     assert getattr(chain, name) is before and chain.denoiser is chain.evaluator
-
-
-def pickled(chain: Chain) -> Chain:
-    return pickle.loads(pickle.dumps(chain))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])

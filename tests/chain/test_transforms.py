@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TinyNet, conditions, latents, relative, sd_scheduler, tiny_chain
+from tolerances import FP64
 from torch import Tensor
 from torch.autograd import forward_ad, functional
 
@@ -131,7 +132,7 @@ def test_a_transform_of_the_conditions(memory):
             torch.func.grad(run)(cond)
         return
     leaf = cond.clone().requires_grad_()
-    assert relative(torch.func.grad(run)(cond), torch.autograd.grad(run(leaf), leaf)[0]) < 1e-12
+    assert relative(torch.func.grad(run)(cond), torch.autograd.grad(run(leaf), leaf)[0]) < FP64
 
 
 class Closure(Evaluator):

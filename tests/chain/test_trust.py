@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from conftest import TinyNet, conditions, latents, pull, relative, tiny_chain
+from tolerances import FP64
 from torch import Tensor, nn
 
 from doodl_fast.chain.chain import Chain
@@ -87,7 +88,7 @@ def test_a_network_that_changes_after_the_forward_run(memory, inverse):
     assert chain.drift > 1e-3
     oracle = tiny_chain(6, "naive", network=Switched(0).double())
     for gradient, truth in zip(got, pull((oracle.inverse if inverse else oracle)(x, y), [x, y]), strict=True):
-        assert relative(gradient, truth) < 1e-12
+        assert relative(gradient, truth) < FP64
 
 
 @pytest.mark.parametrize("memory", UNDOING)
@@ -132,7 +133,7 @@ def test_a_condition_is_given_the_repeated_gradient():
 
     with pytest.warns(RuntimeWarning, match="drift"):
         got = gradient("reversible", Switched(8))
-    assert relative(got, gradient("naive", Switched(0))) < 1e-12
+    assert relative(got, gradient("naive", Switched(0))) < FP64
 
 
 def test_rounding_that_swamps_a_long_chain_is_caught():

@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import torch
 from conftest import relative
+from tolerances import FP64
 
 from doodl_fast.compat import Quirks, doodl, install, memcnn, uninstall
 from doodl_fast.compat.schedule import ReferenceScheduler
@@ -131,7 +132,7 @@ def test_same_results_with_fewer_calls(existing):
     assert theirs.memcnn is memcnn and importlib.import_module("memcnn") is memcnn
     assert theirs.SteppingLayer is doodl.SteppingLayer and theirs.MixingLayer is doodl.MixingLayer
     our_out, our_grad, our_calls = theirs.gen(START)
-    assert relative(our_out, out) < 1e-12 and relative(our_grad, grad) < 1e-12
+    assert relative(our_out, out) < FP64 and relative(our_grad, grad) < FP64
     assert our_calls == 12
     assert not any(weight.requires_grad or weight.grad is not None for weight in theirs.unet.parameters())
 
@@ -144,7 +145,7 @@ def test_memcnn_alone(existing):
     theirs = importlib.import_module("doodl")
     assert theirs.memcnn is memcnn and theirs.SteppingLayer.__module__ == "doodl"
     our_out, our_grad, our_calls = theirs.gen(START)
-    assert relative(our_out, out) < 1e-12 and relative(our_grad, grad) < 1e-12
+    assert relative(our_out, out) < FP64 and relative(our_grad, grad) < FP64
     assert our_calls == 32
     assert all(weight.requires_grad and weight.grad is None for weight in theirs.unet.parameters())
 

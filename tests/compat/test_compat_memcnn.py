@@ -6,16 +6,13 @@ import copy
 
 import pytest
 import torch
-from conftest import relative
+from conftest import randn, relative
+from tolerances import FP64
 from torch import Tensor, nn
 
 from doodl_fast.compat import memcnn
 
 KEEPS = (True, False)
-
-
-def randn(*shape: int, seed: int = 0, **options) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, **options)
 
 
 class Additive(nn.Module):
@@ -110,7 +107,7 @@ def test_gradient_of_an_output_in_the_middle():
     end = wrapper(*wrapper(*middle))
     (got,) = torch.autograd.grad(middle[0].pow(2).sum(), start[0], retain_graph=True)
     (want,) = torch.autograd.grad(fn(*fn(*start))[0].pow(2).sum(), start[0])
-    assert relative(got, want) < 1e-12
+    assert relative(got, want) < FP64
     del end
 
 
@@ -124,7 +121,7 @@ def test_outputs_with_two_consumers():
         return (call(middle) + 2 * call(middle) + middle.pow(3)).sum()
 
     (got,), (want,) = (torch.autograd.grad(run(call), x) for call in (wrapper, fn))
-    assert relative(got, want) < 1e-12
+    assert relative(got, want) < FP64
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -137,7 +134,7 @@ def test_num_bwd_passes(keep):
     for half in out.chunk(2):
         half.pow(2).sum().backward()
     (want,) = torch.autograd.grad(fn(fn(x)).pow(2).sum(), x)
-    assert relative(x.grad, want) < 1e-12
+    assert relative(x.grad, want) < FP64
     with pytest.raises(RuntimeError, match="raise num_bwd_passes"):
         out.sum().backward()
 
@@ -165,7 +162,7 @@ def test_other_kinds_of_values(keep):
     got = torch.autograd.grad((out * out_scale).sum(), [x, scale])
     want = torch.autograd.grad((x * scale**4 * (2 + mask) ** 3).sum(), [x, scale])
     for a, b in zip(got, want, strict=True):
-        assert relative(a, b) < 1e-12
+        assert relative(a, b) < FP64
 
 
 def test_one_output_is_unpacked_and_unused_outputs_are_no_matter():
@@ -201,7 +198,7 @@ def test_disable_is_plain_autograd():
     wrapper = memcnn.InvertibleModuleWrapper(fn, disable=True)
     x = randn(2, 5).requires_grad_()
     wrapper.inverse(wrapper(x)).pow(2).sum().backward()
-    assert relative(x.grad, 2 * x) < 1e-12
+    assert relative(x.grad, 2 * x) < FP64
     assert fn.calls == [True, True] and fn.f[0].weight.grad is not None
 
 
@@ -269,7 +266,7 @@ def test_index_is_turned_around_for_inverses_that_want_it():
         for i in range(4):
             *_, pair = s(torch.tensor([i]), torch.tensor([0.1 * i]), pair)
         grads.append(torch.autograd.grad(pair.pow(2).sum(), x)[0])
-    assert relative(*grads) < 1e-12
+    assert relative(*grads) < FP64
 
 
 def test_a_wrong_inverse_is_an_error():

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import DTYPES, golden, relative, sd_scheduler
+from tolerances import FP64
 
 from doodl_fast.compat import Quirks
 from doodl_fast.compat.schedule import (
@@ -38,11 +39,11 @@ def test_table_is_the_recorded_one(kind, steps):
     assert scheduler.timesteps.tolist() == recorded["t"].tolist()
     schedule = reference_schedule(scheduler.timesteps, scheduler, steps)
     for name, got in (("alpha", schedule.alphas_cumprod), ("alpha_prev", schedule.alphas_cumprod_prev)):
-        assert relative(torch.tensor(got, dtype=torch.float64), recorded[name]) < 1e-12, name
+        assert relative(torch.tensor(got, dtype=torch.float64), recorded[name]) < FP64, name
     rows = zip(schedule.alphas_cumprod, schedule.alphas_cumprod_prev, strict=True)
     a, _, b = torch.tensor([ddim_coefficients(*row, "epsilon") for row in rows], dtype=torch.float64).T
-    assert relative(a, recorded["fwd_sample"]) < 1e-12
-    assert relative(b, recorded["fwd_eps"]) < 1e-12
+    assert relative(a, recorded["fwd_sample"]) < FP64
+    assert relative(b, recorded["fwd_eps"]) < FP64
 
 
 @pytest.mark.parametrize("kind", ["reference", "diffusers"])

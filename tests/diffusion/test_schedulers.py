@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from conftest import relative, sd_scheduler
+from tolerances import FP32
 from torch import Tensor
 
 from doodl_fast.diffusion.schedule import Schedule
@@ -94,7 +95,7 @@ def check(scheduler: Any, steps: int = 10) -> str:
         assert said.startswith(f"{name}: not part of the chain: ") and "sampled by DDIM" in said
         return "said"
     noise, expected = own_result(scheduler, steps)
-    assert relative(chain_result(schedule, noise), expected) < 1e-5
+    assert relative(chain_result(schedule, noise), expected) < FP32
     return "same"
 
 
@@ -186,7 +187,7 @@ def test_the_deterministic_steps_of_tcd_are_its_own(steps: int, prediction_type:
     scheduler = made("TCDScheduler", **SD, prediction_type=prediction_type)
     schedule, _ = outcome(scheduler, steps)
     noise, expected = own_result(scheduler, steps, eta=0.0)
-    assert schedule is not None and relative(chain_result(schedule, noise), expected) < 1e-5
+    assert schedule is not None and relative(chain_result(schedule, noise), expected) < FP32
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipeline
 import torch
 import torch.nn.functional as F
+from conftest import smooth_pictures
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from doodl_fast.guidance import Aesthetic
 from doodl_fast.guidance.aesthetic import load_aesthetic_head
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return tiny_pipeline.clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -31,8 +26,7 @@ def head() -> nn.Linear:
 
 
 def pictures() -> Tensor:
-    coarse = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return F.interpolate(coarse, (32, 32), mode="bilinear")
+    return smooth_pictures(2, 32, 32)
 
 
 def test_the_score_is_the_heads_of_the_models_own_embedding(clip: tuple[Any, Any], head: nn.Linear) -> None:

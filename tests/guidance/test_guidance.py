@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import pytest
 import tiny_pipeline
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, golden, relative
+from conftest import golden, golden_meta, relative, smooth_pictures
 from PIL import Image
+from tolerances import FP32
 from torch import Tensor
 
 from doodl_fast.guidance import Classifier, ClipImage, ClipText, Symmetry, random_cutouts, spherical_distance
@@ -23,15 +23,9 @@ CUTOUTS = [("cut16_power1.0_seed0", 16, 1.0, 0), ("cut16_power0.3_seed7", 16, 0.
 CUTOUTS += [("cut16_power0.06_seed7", 16, 0.06, 7), ("cut64_power0.3_seed0", 64, 0.3, 0)]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return tiny_pipeline.clip(tmp_path_factory.mktemp("clip"))
-
-
 def pictures(batch: int = 2, height: int = 48, width: int = 40, seed: int = 0) -> Tensor:
     """In [-1, 1], neither noise nor constant."""
-    coarse = torch.rand(batch, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return F.interpolate(coarse, (height, width), mode="bilinear").clamp(-0.95, 0.95)
+    return smooth_pictures(batch, height, width, seed).clamp(-0.95, 0.95)
 
 
 def gradient(loss: Any, images: Tensor) -> Tensor:
@@ -97,7 +91,7 @@ def test_spherical_distance_keeps_its_gradient_near_its_ends() -> None:
 @pytest.mark.parametrize(("case", "size", "power", "seed"), CUTOUTS)
 def test_cutouts_match_the_recording(case: str, size: int, power: float, seed: int) -> None:
     record = golden("clip")
-    meta = json.loads((GOLDEN / "manifest.json").read_text())["stages"]["clip"]["meta"][f"cutouts/{case}"]
+    meta = golden_meta("clip")[f"cutouts/{case}"]
     torch.manual_seed(seed)
     image = record["cutouts/image"].clone().requires_grad_()
     out = random_cutouts(image, 4, size, power)
@@ -144,7 +138,7 @@ def test_resizing_is_that_of_pil(height: int, width: int) -> None:
 
 def test_symmetry_matches_the_recording() -> None:
     record = golden("clip")
-    meta = json.loads((GOLDEN / "manifest.json").read_text())["stages"]["clip"]["meta"]["loss/symmetry"]
+    meta = golden_meta("clip")["loss/symmetry"]
     pixels, scale = record["loss/pixels"], 3.0
     assert scale * float(Symmetry()(pixels)) == pytest.approx(meta["value"], rel=1e-6)
     probe = scale * gradient(Symmetry(), pixels).flatten()[::7]
@@ -213,7 +207,7 @@ def test_clip_image_is_zero_for_its_own_picture(clip: tuple[Any, Any], tmp_path:
     Image.fromarray(pixels[0]).save(tmp_path / "a.png")
     from_files = ClipImage(model, [tmp_path / "a.png", Image.fromarray(pixels[1])], processor)
     from_tensor = ClipImage(model, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, processor)
-    assert relative(from_files.target, from_tensor.target) < 1e-5
+    assert relative(from_files.target, from_tensor.target) < FP32
     assert float(from_files.target.norm()) == pytest.approx(1)
 
 

@@ -8,17 +8,9 @@ import math
 import pytest
 import torch
 from conftest import DEVICE
-from ops_cases import BACKENDS, LAYOUTS, operands, require, same_bits, update
+from ops_cases import LAYOUTS, operands, same_bits, update
 
 from doodl_fast import ops
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    require(request.param)
-    with ops.backend(request.param):
-        yield request.param
-
 
 UPDATES = [
     {"nesterov": nesterov, "tied": tied, "clip": clip}

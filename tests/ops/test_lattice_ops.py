@@ -46,13 +46,6 @@ def operands(shape, integer: str, eps: str, guided: bool, words: int = 4, seed: 
     return *pair, *buffers, torch.randn(batch, generator=generator, dtype=torch.float64).to(DTYPES[eps])
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    require(request.param)
-    with ops.backend(request.param):
-        yield request.param
-
-
 # Against Python's integers
 
 

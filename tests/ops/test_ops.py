@@ -11,7 +11,6 @@ from conftest import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import (
-    BACKENDS,
     LAYOUTS,
     SHAPES,
     STATE_EPS,
@@ -34,13 +33,6 @@ MIXINGS = [
     ops.Mixing(True, 0.7, 0.0, 1.0, -0.3),
     ops.Mixing(True, 0.93, 0.07, 0.93, 0.07).inverse(),
 ]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    require(request.param)
-    with ops.backend(request.param):
-        yield request.param
 
 
 def mixed(first: Linear, second: Linear, m: ops.Mixing) -> tuple[Linear, Linear]:

@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE, DTYPES
-from ops_cases import BACKENDS, LAYOUTS, operands, require, same_bits
+from ops_cases import LAYOUTS, operands, same_bits
 
 from doodl_fast import ops
 
 MIX = ops.Mixing(True, 0.93, 0.07, 0.93, 0.07)
 NUMBERS = (0.98, 0.0, -0.12, 7.5)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    require(request.param)
-    with ops.backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

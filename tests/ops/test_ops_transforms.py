@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE
-from ops_cases import BACKENDS, require
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -17,13 +16,6 @@ from doodl_fast import ops
 A, C, B, G = 0.9, -0.3, 0.4, 3.0
 MIX = ops.Mixing(False, 0.93, 0.07, 0.8, 0.2)
 SCALE = 0.25
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    require(request.param)
-    with ops.backend(request.param):
-        yield request.param
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -11,16 +10,17 @@ import pytest
 import tiny_pipeline
 import torch
 from conftest import (
-    GOLDEN,
     TinyNet,
     conditions,
     golden,
     golden_denoiser,
+    golden_meta,
     latents,
     recorded_schedule,
     relative,
     sd_scheduler,
 )
+from tolerances import FP64
 from torch import Tensor
 
 from doodl_fast.chain.chain import Chain
@@ -51,7 +51,7 @@ def test_the_recorded_baseline() -> None:
     """Each call's loss, the final latents and the picture. The reference also scores the two calls at t = 0, where
     nothing is updated."""
     record, scale = golden("gen"), 30.0
-    meta = json.loads((GOLDEN / "manifest.json").read_text())["stages"]["gen"]["meta"]["one_step_baseline"]
+    meta = golden_meta("gen")["one_step_baseline"]
     chain = EDICT(golden_denoiser(torch.float32), recorded_schedule("reference", 10))
     decoder, symmetry, losses = Decoder(tiny_pipeline.golden_vae()), Symmetry(), []
 
@@ -76,7 +76,7 @@ def test_the_loss_falls_and_rises_with_the_sign_of_the_scale() -> None:
     values = [float(loss(decode(one_step(tiny(), start, decode, loss, scale)[0]))) for scale in (-20.0, 0.0, 20.0)]
     assert values[0] > values[1] > values[2]
     unguided = tiny()(start)
-    assert relative(one_step(tiny(), start, decode, loss, 0.0)[1], unguided[1]) < 1e-12
+    assert relative(one_step(tiny(), start, decode, loss, 0.0)[1], unguided[1]) < FP64
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
@@ -109,7 +109,7 @@ def test_the_gradient_is_that_of_the_one_step_picture() -> None:
 
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(objective(leaf), leaf)
-    assert relative(guided.gradient(x, t), expected) < 1e-12
+    assert relative(guided.gradient(x, t), expected) < FP64
     with torch.no_grad():
         shifted = guided(x, t) - chain.denoiser(x, t)
     assert relative(shifted, 2.0 * math.sqrt(1 - alpha) * expected) < 1e-10

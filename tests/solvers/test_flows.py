@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Counting, TinyNet, conditions, latents, pull, relative
 from gaussian_mixture import MEAN, exact_solution, ideal_output
+from tolerances import FP32, FP64, FP64_UNDONE
 from torch import Tensor
 
 from doodl_fast.chain.chain import Chain
@@ -137,13 +138,13 @@ def test_gradient_is_that_of_plain_autograd(name: str, memory: Any) -> None:
     x = latents(1, 3, 4, grad=True)[0]
     gradients = [pull(chain_of(name, memory=mode)(x), [x])[0] for mode in ("naive", memory)]
     assert gradients[0].norm() > 0
-    assert relative(gradients[1], gradients[0]) < 1e-12
+    assert relative(gradients[1], gradients[0]) < FP64
 
 
 @pytest.mark.parametrize("name", INVERTIBLE)
 def test_there_and_back(name: str) -> None:
     chain, x = chain_of(name), latents(1, 3, 4)[0]
-    assert relative(chain.inverse(*chain(x))[0], x) < 1e-10
+    assert relative(chain.inverse(*chain(x))[0], x) < FP64_UNDONE
 
 
 @pytest.mark.parametrize("name", INVERTIBLE)
@@ -194,7 +195,7 @@ def test_a_transformer_of_stable_diffusion_3(name: str) -> None:
             output = network(expected, t, text, pooled)
             expected = scheduler.step(output, t, expected).prev_sample
     assert relative(expected, x) > 0.01
-    assert relative(found, expected) < 1e-5
+    assert relative(found, expected) < FP32
 
 
 def test_what_is_refused() -> None:

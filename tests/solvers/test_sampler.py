@@ -9,6 +9,7 @@ import pytest
 import tiny_pipeline
 import torch
 from conftest import Counting, TinyNet, conditions, golden_denoiser, latents, relative
+from tolerances import FP32, FP64
 
 import doodl_fast
 from doodl_fast.diffusion.denoiser import Denoiser
@@ -72,7 +73,7 @@ def test_pictures_are_those_of_the_scheduler(name):
     noise = [z.double() for z in chain.draw_noise(like, generator=torch.Generator().manual_seed(7))]
     assert bool(noise) == (name in NOISY)
     (picture,) = chain(x, noise)
-    assert relative(picture, by_the_scheduler(scheduler, denoiser, x, torch.Generator().manual_seed(7))) < 1e-5
+    assert relative(picture, by_the_scheduler(scheduler, denoiser, x, torch.Generator().manual_seed(7))) < FP32
 
 
 @pytest.mark.parametrize("memory", ["checkpoint", "auto"])
@@ -92,7 +93,7 @@ def test_gradient_is_that_of_plain_autograd(name, memory):
             assert len(network.calls) == chain.num_network_calls <= len(steps)
         gradients.append(torch.autograd.grad(picture.square().sum(), [x, *noise, cond, uncond]))
     for got, want in zip(gradients[1], gradients[0], strict=True):
-        assert relative(got, want) < 1e-12
+        assert relative(got, want) < FP64
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_latents_are_those_of_the_pipeline(tmp_path, solver, kind):
         output_type="latent",
     ).images
     noise = chain.draw_noise(x, generator=torch.Generator().manual_seed(11))
-    assert relative(chain(x, noise)[0], expected) < 1e-5
+    assert relative(chain(x, noise)[0], expected) < FP32
 
 
 def test_eta_adds_noise():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Counting, TinyNet, conditions, golden_denoiser, latents, pull, relative, sd_scheduler
+from tolerances import FP64, FP64_UNDONE
 
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.schedule import Schedule
@@ -71,14 +72,14 @@ def test_gradient_is_that_of_plain_autograd(name, memory):
         chain = solver(denoiser, Schedule.from_scheduler(sd_scheduler(), 6), memory=mode, **own)
         gradients.append(pull(chain(x), [x, cond, uncond]))
     for got, want in zip(gradients[1], gradients[0], strict=True):
-        assert relative(got, want) < 1e-12
+        assert relative(got, want) < FP64
 
 
 @pytest.mark.parametrize("name", INVERTIBLE)
 def test_there_and_back(name):
     chain, x = chain_of(name, steps=8), latents(1, 3, 4)[0]
     noise, rest = chain.inverse(*chain(x))
-    assert relative(noise, x) < 1e-10 and rest.abs().max() < 1e-10
+    assert relative(noise, x) < FP64_UNDONE and rest.abs().max() < FP64_UNDONE
     # A picture that no chain has made comes back too, if what lies beside the noise is kept.
     picture, before = latents(1, 3, 4, seed=5)
     again = chain(*chain.inverse(picture, before))

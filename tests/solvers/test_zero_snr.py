@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyNet, latents, pull, relative, sd_scheduler, tiny_chain
+from tolerances import FP32, FP64, FP64_UNDONE
 from torch import Tensor
 
 from doodl_fast.diffusion.denoiser import Denoiser
@@ -46,7 +47,7 @@ def test_the_steps_of_equal_latents_are_ddims(prediction_type: str, steps: int) 
         for t, *alphas in zip(schedule.timesteps, schedule.alphas_cumprod, schedule.alphas_cumprod_prev, strict=True):
             a, c, b = ddim_coefficients(*alphas, prediction_type)
             x = (a + c) * x + b * network(x, torch.tensor(t))
-    assert relative(x, expected) < 1e-5
+    assert relative(x, expected) < FP32
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -60,7 +61,7 @@ def test_the_chains_first_latent_takes_ddims_first_step(prediction_type: str) ->
     with torch.no_grad():
         expected = own.step(network(x, own.timesteps[0]), own.timesteps[0], x).prev_sample
         found, _ = EDICT(Denoiser(network, None), first, mix_weight=1.0)(x)
-    assert relative(found, expected) < 1e-5
+    assert relative(found, expected) < FP32
 
 
 def test_many_steps_lead_where_ddim_leads() -> None:
@@ -94,7 +95,7 @@ def test_the_chain_can_be_undone(prediction_type: str) -> None:
     x, y = latents(1, 3, 4, 4)
     made = chain(prediction_type)
     back = made.inverse(*made(x, y))
-    assert relative(back[0], x) < 1e-10 and relative(back[1], y) < 1e-10
+    assert relative(back[0], x) < FP64_UNDONE and relative(back[1], y) < FP64_UNDONE
     exact = chain(prediction_type, arithmetic="exact64")
     start = exact.state(x, y)
     again = exact.inverse_state(exact.forward_state(start))
@@ -107,7 +108,7 @@ def test_a_single_step_to_the_picture_forgets_its_latent_and_is_not_undone(predi
     x, y = latents(1, 3, 4, 4, grad=True)
     expected = pull(chain(prediction_type, memory="naive", **one)(x, y), [x, y])
     found = pull(chain(prediction_type, **one)(x, y), [x, y])
-    assert relative(found[1], expected[1]) < 1e-12 and not expected[0].any() and not found[0].any()
+    assert relative(found[1], expected[1]) < FP64 and not expected[0].any() and not found[0].any()
     with pytest.raises(ValueError, match="inverse: EDICT cannot be inverted, because it has a step that forgets"):
         chain(prediction_type, **one).inverse(x.detach(), y.detach())
 
