@@ -1,12 +1,12 @@
-"""Builds the native kernels in csrc/, where that is possible; the metadata is in pyproject.toml.
+"""Builds the native kernels in csrc/ if that is possible. The metadata of the package is in pyproject.toml.
 
-The libraries use torch's stable ABI and no Python API at all, so one binary serves every torch from 2.11 and every
-Python from 3.10. They are optional: without a compiler, without torch's headers, without CUDA, or with
-DOODL_FAST_NO_NATIVE=1 / DOODL_FAST_NO_CUDA=1 in the environment the install goes on in pure Python, says what is
-missing, and writes it down for `doodl-fast doctor`.
+The libraries use torch's stable ABI and no Python API, so one binary works with torch 2.11 and later and with Python
+3.10 and later. They are optional. Without a compiler, without torch's headers, without CUDA, or with the environment
+variables DOODL_FAST_NO_NATIVE=1 or DOODL_FAST_NO_CUDA=1, the installation goes on in pure Python, prints what is
+missing, and records it for `doodl-fast doctor`.
 
-torch is not imported, only looked for on disk: pip's isolated builds hide the environment's packages, and declaring
-torch as a build requirement would download it once more. In a build environment of another interpreter it is not found;
+This file does not import torch but looks for it on disk: pip's isolated builds hide the packages of the environment,
+and a build requirement on torch would download it once more. If the build uses another interpreter, torch is not found;
 then use --no-build-isolation, or DOODL_FAST_TORCH=/path/to/site-packages/torch.
 """
 
@@ -27,10 +27,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
-TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: headers of a newer torch keep to it
+TARGET = "0x020b000000000000"  # The stable ABI of torch 2.11, to which the headers of a newer torch are restricted.
 PYTHON = "cp310"
 DEFINES = [("TORCH_TARGET_VERSION", TARGET)]
-# No contraction into fused multiply-adds (csrc/scalar.h). The other two change no result: they let loops be vectorised.
+# -ffp-contract=off forbids fused multiply-adds (csrc/scalar.h). -fno-trapping-math and -fno-math-errno change no
+# result; they let the compiler vectorise loops.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 ARCHITECTURES = ("80", "90")
@@ -39,15 +40,16 @@ KINDS = {CPU: "cpu", CUDA: "cuda"}
 
 
 class Missing(Exception):
-    """Why a library is not built."""
+    """Raised with the reason for which a library is not built."""
 
 
 def switched_off(variable: str) -> bool:
+    """Whether an environment variable such as DOODL_FAST_NO_CUDA is set to something other than 0, false or no."""
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no")
 
 
 def find_torch() -> Path:
-    """torch's directory, without importing it. Raises Missing."""
+    """Returns the directory of torch, without importing it. Raises Missing if it is not found."""
     places = [Path(os.environ["DOODL_FAST_TORCH"])] if "DOODL_FAST_TORCH" in os.environ else []
     folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]
     places += [Path(folder) / "torch" for folder in folders if folder]
@@ -58,12 +60,13 @@ def find_torch() -> Path:
 
 
 def torch_says(torch: Path, name: str) -> str:
-    """A string constant in torch/version.py, "" where it is None or absent."""
+    """Returns a string constant in torch/version.py, or "" if it is None or absent."""
     found = re.search(rf"^{name}\b[^=\n]*=\s*['\"]([^'\"]*)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
     return found.group(1) if found else ""
 
 
 def torch_for_building() -> Path:
+    """Returns the directory of torch. Raises Missing if it is too old, or if native kernels are switched off."""
     if switched_off("DOODL_FAST_NO_NATIVE"):
         raise Missing("DOODL_FAST_NO_NATIVE is set")
     torch = find_torch()
@@ -75,7 +78,7 @@ def torch_for_building() -> Path:
 
 
 def find_nvcc(torch: Path) -> Path:
-    """nvcc of the CUDA that torch was built with. Raises Missing."""
+    """Returns the nvcc of the CUDA version that torch was built with. Raises Missing if there is none."""
     if switched_off("DOODL_FAST_NO_CUDA"):
         raise Missing("DOODL_FAST_NO_CUDA is set")
     wanted = torch_says(torch, "cuda")
@@ -94,11 +97,12 @@ def find_nvcc(torch: Path) -> Path:
 
 
 class BuildNative(build_ext):
-    """Builds what can be built; what cannot is reported and left out."""
+    """Builds the libraries that can be built, and records for the others why not."""
 
     report: dict[str, str]
 
     def run(self) -> None:
+        """Builds all libraries and writes the report."""
         self.report = {}
         super().run()
         for folder in {Path(self.build_lib) / "doodl_fast", *([ROOT / "doodl_fast"] if self.inplace else [])}:
@@ -109,6 +113,7 @@ class BuildNative(build_ext):
                 print(f"doodl_fast: no native {kind} kernels: {outcome}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
+        """Builds one library, or records why it is not built."""
         try:
             torch = torch_for_building()
             ext.include_dirs += [str(torch / "include")]
@@ -117,12 +122,12 @@ class BuildNative(build_ext):
                 self.prepare_cuda(ext, torch)
             super().build_extension(ext)
             self.report[KINDS[ext.name]] = "built"
-        except Exception as error:  # an optional part: no failure of a foreign tool may stop the install
+        except Exception as error:  # It is optional, so no failure of a tool may stop the installation.
             self.report[KINDS[ext.name]] = str(error) or type(error).__name__
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # that of an earlier build
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # An earlier build may have left one.
 
     def prepare_cuda(self, ext: Extension, torch: Path) -> None:
-        """Compiles the .cu files; the rest of the build links them."""
+        """Compiles the .cu files, which the rest of the build links."""
         nvcc = find_nvcc(torch)
         code = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
         code += [f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
@@ -135,12 +140,13 @@ class BuildNative(build_ext):
             if done.returncode:
                 raise Missing(f"nvcc failed on {source.name}: {done.stderr.strip()[-2000:]}")
             ext.extra_objects.append(str(target))
-        # nvcc may be a wrapper that stands outside its toolkit
+        # nvcc may be a wrapper script outside its toolkit, so several places are searched for the runtime library.
         toolkits = (nvcc.parent.parent, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path("/usr/local/cuda"))
         folders = [toolkit / name for toolkit in toolkits for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
         ext.library_dirs += [str(folder) for folder in folders if (folder / "libcudart_static.a").is_file()]
 
     def copy_extensions_to_source(self) -> None:
+        """Copies the libraries that were built into the package, and removes earlier ones of the others."""
         built = [ext for ext in self.extensions if self.report[KINDS[ext.name]] == "built"]
         everything, self.extensions = self.extensions, built
         super().copy_extensions_to_source()
@@ -150,13 +156,15 @@ class BuildNative(build_ext):
                 (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
+        """Returns the files that were built."""
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
 class Wheel(bdist_wheel):
-    """Tags a wheel without libraries as pure Python."""
+    """Tags a wheel as pure Python if it has no libraries."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Returns the tags for Python, ABI and platform."""
         command = self.get_finalized_command("build_ext")
         report = getattr(command, "report", None)
         if report is not None and "built" not in report.values():
@@ -165,6 +173,7 @@ class Wheel(bdist_wheel):
 
 
 def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
+    """Returns the description of one library, with the flags that both have in common."""
     return Extension(
         name,
         sources,

@@ -48,6 +48,10 @@ DTYPES = {
     "fp64/fp16": (torch.float64, torch.float16),
     "fp16": (torch.float16, torch.float16),
 }
+INTRODUCTION = (
+    "`bench/ops.py` measured the ops and wrote this table; the text at its head says how, and what the columns mean. "
+    "The line below names what was measured. Other versions may differ."
+)
 OPS = ("coupling", "coupling_mix", "coupling_mix_vjp", "latent_update")
 PLAIN, FUSED, COPIES = ("eager", "compiled"), ("native", "triton"), ("copy", "clone")
 INTO = {name: f"{name} out=" for name in FUSED}
@@ -351,7 +355,7 @@ def table(results: dict[str, Any]) -> str:
     for name in fused:
         head += [f"{name}: x eager", "x compiled", "GB/s", "of clone", "of copy", "out=: of copy"]
     about = results["machine_info"]["doodl_fast"]
-    lines = ["# Benchmarks", "", "Written by `bench/ops.py`, which says how it measures and what the columns are.", ""]
+    lines = ["# Benchmarks", "", INTRODUCTION, ""]
     if about["machine_was_busy"]:
         lines += ["**Taken while the machine was busy with other work: compare within a row only.**", ""]
     lines += [", ".join(f"{key} {value}" for key, value in about.items()), ""]

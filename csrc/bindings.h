@@ -1,6 +1,9 @@
-// From tensors to calls, for both devices: schemas, checks that name the argument, pointers. The kernels take memory as
-// flat, so a tensor must fill its memory without gaps or overlaps (dense); that all tensors of a call have the same
-// layout is the caller's business (doodl_fast/ops/layout.py).
+// What the bindings for the CPU and for CUDA have in common: the schemas of the kernels, checks of their arguments, and
+// the conversion of tensors to the structs of cpu_kernels.h. An error names the argument.
+//
+// The schemas are those of the table in doodl_fast/ops/signatures.py; tests/ops/test_signatures.py compares them.
+// The kernels take memory as flat, so a tensor has to fill its memory without gaps and overlaps (dense). The caller has
+// to make sure that all tensors of a call have the same layout (doodl_fast/ops/layout.py).
 #pragma once
 
 #include "cpu_kernels.h"
@@ -55,7 +58,7 @@ doodl_fast::Dtype dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
-// Whether the elements fill one stretch of memory, each place once, in some order of the dimensions.
+// Whether the elements fill one range of memory, each place once, in some order of the dimensions.
 bool is_dense(const Tensor& tensor) {
   if (tensor.numel() == 0 || tensor.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
@@ -70,6 +73,7 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+// Raises an error unless the tensor is dense, has `numel` elements and is on the device of `like`.
 void check(const char* name, const Tensor& tensor, const Tensor& like, int64_t numel) {
   STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, got ", tensor.numel());
   STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() &&
@@ -78,7 +82,7 @@ void check(const char* name, const Tensor& tensor, const Tensor& like, int64_t n
   STD_TORCH_CHECK(is_dense(tensor), name, ": expected dense memory, got expanded or strided; use contiguous()");
 }
 
-// `like` gives the device, and with `same` also the dtype.
+// Checks a tensor that is read. It must be on the device of `like` and, with `same`, have its dtype.
 doodl_fast::In input(const char* name, const Tensor& tensor, const Tensor& like, int64_t numel, bool same = true) {
   check(name, tensor, like, numel);
   const doodl_fast::In in{tensor.const_data_ptr(), dtype_of(name, tensor)};
@@ -86,6 +90,7 @@ doodl_fast::In input(const char* name, const Tensor& tensor, const Tensor& like,
   return in;
 }
 
+// Checks a tensor that is written, like `input`.
 doodl_fast::Out output(const char* name, const Tensor& tensor, const Tensor& like, int64_t numel, bool same = true) {
   check(name, tensor, like, numel);
   const doodl_fast::Out out{tensor.mutable_data_ptr(), dtype_of(name, tensor)};

@@ -1,4 +1,5 @@
-// The CPU side of the native backend: registration against torch's stable ABI, checks, and the split over torch's threads.
+// The CPU library of the native backend: it registers the kernels with PyTorch by its stable ABI, checks arguments, and
+// splits the work over PyTorch's threads.
 #include "bindings.h"
 #include "cpu_kernels.h"
 
@@ -14,6 +15,7 @@ namespace {
 
 using namespace doodl_fast;
 
+// The kernels for the instruction set of this processor.
 const Kernels& kernels() {
   static const Kernels* const chosen = [] {
 #if defined(__x86_64__)
@@ -24,7 +26,7 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-// Below this many elements a second thread costs more than it brings.
+// Up to this many elements a second thread costs more time than it saves.
 constexpr int64_t GRAIN = 32768;
 
 template <class F>
@@ -35,8 +37,9 @@ void split(int64_t n, const F& work) {
     torch::stable::parallel_for(0, n, GRAIN, work);
 }
 
-// Asks for huge pages under a large output. The system's allocator hands it out unmapped: most of the time of a pass would
-// go into faulting in its pages of 4 KiB one by one. Advice only, so a refusal does not matter.
+// Asks the kernel of the system for huge pages under a large output. The allocator returns memory that is not mapped
+// yet, and mapping its pages of 4 KiB one by one would take most of the time of a pass. This is advice: failure does no
+// harm.
 void advise(const Tensor& out) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 4096;
@@ -70,6 +73,7 @@ void coupling_mix(Tensor out_target, Tensor out_source, Tensor target, Tensor so
   split(call.n, [&](int64_t begin, int64_t end) { kernels().coupling(call, begin, end); });
 }
 
+// The value of the scale, or 1 if there is none.
 double value_of(const MaybeTensor& scale, const Tensor& like) {
   if (!scale) return 1;
   check("scale", *scale, like, 1);
@@ -98,11 +102,11 @@ void coupling_mix_vjp(Tensor out_target, Tensor out_source, MaybeTensor out_eps,
   split(call.n, [&](int64_t begin, int64_t end) { kernels().vjp(call, begin, end); });
 }
 
-// Sums of squares are taken over pieces of this fixed length and added up in order: the result does not depend on the
-// number of threads.
+// Sums of squares are computed over pieces of this fixed length and added up in order, so that the result does not
+// depend on the number of threads.
 constexpr int64_t PIECE = 4096;
 
-// Scales every sample of x and y from its norm to the one that it started with. sums: (B, pieces, 2) sums of squares.
+// Scales every sample of x and y to the norm that it started with. sums: the sums of squares, (B, pieces, 2).
 void rescale(const UpdateCall& call, const std::vector<double>& sums, int64_t pieces) {
   std::vector<double> factors(2 * call.batch);
   for (int64_t b = 0; b < call.batch; ++b)

@@ -1,4 +1,5 @@
-// The CPU kernels for AVX2, picked at run time where the processor has it. FMA is left out on purpose: see scalar.h.
+// The CPU kernels for AVX2, which are chosen at run time if the processor has it. The FMA instructions are not enabled,
+// because a multiplication must not be contracted with an addition (see scalar.h).
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,f16c")
 #define DF_AVX2 1

@@ -1,4 +1,4 @@
-// The CPU kernels for the instruction set that the compiler targets anyway (SSE2 on x86-64, NEON on arm64).
+// The CPU kernels for the instruction set that the compiler targets by default (SSE2 on x86-64, NEON on arm64).
 #include "cpu_kernels_impl.h"
 
 namespace doodl_fast {

@@ -1,6 +1,6 @@
-// The CPU kernels, for whatever instruction set the including file has chosen. Blocks of operands are brought to the dtype
-// of the arithmetic in a small scratch (nothing is copied when they have it already), and plain loops that the compiler
-// vectorises run over them.
+// The CPU kernels, for the instruction set that the including file has chosen. Blocks of operands are converted to the
+// dtype of the arithmetic in small arrays (an operand that has that dtype is not copied), and plain loops, which the
+// compiler vectorises, run over them.
 #pragma once
 
 #include "cpu_kernels.h"
@@ -19,32 +19,32 @@ using doodl_fast::Out;
 using doodl_fast::UpdateCall;
 using doodl_fast::VjpCall;
 
-constexpr int64_t BLOCK = 512;  // six operands of doubles are 24 KiB: they stay in the first-level cache
+constexpr int64_t BLOCK = 512;  // Six operands of doubles take 24 KiB, which fits into the first-level cache.
 
 template <class T>
 constexpr Dtype dtype_of() {
   return sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
 }
 
-// fp16
+// Conversions between fp16 and float
 
 float from_half(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
   if (exponent == 31u) return float_of(sign | 0x7f800000u | (mantissa << 13));
   if (exponent) return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
-  const float size = float(mantissa) * 5.9604644775390625e-8f;  // 2^-24: exact
+  const float size = float(mantissa) * 5.9604644775390625e-8f;  // The product with 2^-24 is exact.
   return sign ? -size : size;
 }
 
 uint16_t to_half(float value) {
   const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
   if (size > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (size >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
-  if (size >= 0x38800000u) {                                 // normal
+  if (size >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity.
+  if (size >= 0x38800000u) {                                 // The result is normal.
     const uint32_t shifted = size - 0x38000000u;
     return uint16_t(sign | ((shifted + 0xfffu + ((shifted >> 13) & 1u)) >> 13));
   }
-  // subnormal: adding 2^-1 * 2^-13 lets the adder round to multiples of 2^-24, to nearest even
+  // The result is subnormal: adding 0.5 makes the addition round to multiples of 2^-24, to nearest even.
   return uint16_t(sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000u));
 }
 
@@ -67,7 +67,7 @@ void floats_to_halves(const float* from, uint16_t* to, int64_t n) {
   for (; i < n; ++i) to[i] = to_half(from[i]);
 }
 
-// Blocks in and out
+// Reading and writing blocks. A block that is read is returned in place if it has the dtype of the arithmetic.
 
 const float* load(const In& in, int64_t at, int64_t n, float* scratch) {
   if (in.dtype == Dtype::f32) return static_cast<const float*>(in.data) + at;
@@ -88,12 +88,13 @@ const double* load(const In& in, int64_t at, int64_t n, double* scratch) {
   return scratch;
 }
 
-// Where a block of results goes: straight into the output when it has the dtype of the arithmetic.
+// Where the results of a block are computed: in the output itself if it has the dtype of the arithmetic.
 template <class T>
 T* place(const Out& out, int64_t at, T* scratch) {
   return out.dtype == dtype_of<T>() ? static_cast<T*>(out.data) + at : scratch;
 }
 
+// Rounds a block of results to the output, unless `place` has put it there.
 void finish(const Out& out, int64_t at, int64_t n, const float* block) {
   if (out.dtype == Dtype::f32) return;
   uint16_t* to = static_cast<uint16_t*>(out.data) + at;
@@ -192,7 +193,8 @@ void scaled_block(T* __restrict out, const T* __restrict from, T factor, int64_t
   for (int64_t i = 0; i < n; ++i) out[i] = factor * from[i];
 }
 
-// gt: the cotangent of the coupling's own result, which eps's is made from
+// Computes the cotangents of target and source. gt gets the cotangent of the result of the coupling alone, from which
+// the cotangent of eps is computed.
 template <class T, bool target_first>
 void transpose_block(T* __restrict gt, const T* __restrict from_t, const T* __restrict from_s, const Mix<T>& given, T a,
                      T c, T* __restrict out_t, T* __restrict out_s, int64_t n) {
@@ -266,7 +268,7 @@ void vjp(const VjpCall& call, int64_t begin, int64_t end) {
 
 template <class T>
 double sum_of_squares(const T* values, int64_t n) {
-  constexpr int LANES = 8;  // partial sums that a vector register holds, added up in a fixed order
+  constexpr int LANES = 8;  // These partial sums fit vector registers and are added in a fixed order.
   double sums[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES)
@@ -319,7 +321,7 @@ void run_update(const UpdateCall& call, int64_t begin, int64_t end, double* squa
     block(out(call.x, at), out(call.y, at), out(call.mx, at), out(call.my, at), in(call.in_x, at), in(call.in_y, at),
           in(call.in_mx, at), in(call.in_my, at), in(call.gx, at), in(call.gy, at),
           call.noise ? in(call.noise, at) : nullptr, k, n);
-    if (square_x) {  // the block is still in the cache
+    if (square_x) {  // The block is still in the cache.
       sum_x += sum_of_squares(in(call.x, at), n);
       sum_y += sum_of_squares(in(call.y, at), n);
     }

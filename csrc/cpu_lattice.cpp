@@ -1,4 +1,5 @@
-// The lattice couplings on the CPU. One instruction set serves: divisions, most of the work, vectorise on none.
+// The lattice couplings on the CPU. They are compiled for one instruction set only, because integer divisions, which
+// are most of the work, are not vectorised by any.
 #include "cpu_kernels_impl.h"
 #include "lattice_bindings.h"
 
@@ -19,7 +20,7 @@ void lattice_range(const LatticeCall& call, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < n; ++i)
       lattice_element<S, eps, mixes>(call, at + i, eps != Eps::none ? u[i] : 0, eps == Eps::guided ? v[i] : 0, faults);
   }
-  if (faults.outside) __atomic_store_n(call.faults, 1, __ATOMIC_RELAXED);  // other threads may write the same
+  if (faults.outside) __atomic_store_n(call.faults, 1, __ATOMIC_RELAXED);  // Other threads may write the same value.
   if (faults.infinite) __atomic_store_n(call.faults + 1, 1, __ATOMIC_RELAXED);
 }
 

@@ -1,6 +1,8 @@
-// The CUDA side of the native backend: the scalar maths of scalar.h, on flat memory, in 16-byte pieces, grid-stride.
+// The CUDA library of the native backend: the couplings and their vector-Jacobian products. The kernels apply the
+// arithmetic of scalar.h to flat memory, which they read in pieces of 16 bytes by a grid-stride loop.
 //
-// Launched on torch's current stream of the tensors' device; every launch is checked. Compiled with -fmad=false.
+// They run on PyTorch's current stream of the tensors' device, and every launch is checked for errors. The file is
+// compiled with -fmad=false.
 #include "bindings.h"
 #include "scalar.h"
 
@@ -18,7 +20,7 @@ using namespace doodl_fast;
 
 constexpr int THREADS = 256;
 
-// Storage to arithmetic and back
+// Conversions between the dtype of a tensor and the dtype of the arithmetic
 
 template <class T>
 __device__ __forceinline__ T widen(__half value) { return T(__half2float(value)); }
@@ -42,7 +44,7 @@ __device__ __forceinline__ S rounded(T value) {
     return S(value);
 }
 
-// V elements that are read and written at once, 16 bytes of the widest dtype among the operands' (see `lanes`)
+// V elements that are read or written at once; of the operand with the widest dtype they are 16 bytes (see `lanes`).
 template <class S, int V>
 struct alignas(sizeof(S) * V) Pack {
   S at[V];
@@ -137,7 +139,7 @@ struct Launch {
     stream = static_cast<cudaStream_t>(current);
   }
 
-  // Enough blocks to fill the device; the grid-stride loop does the rest.
+  // So many blocks that the device is busy; the grid-stride loop covers the remaining elements.
   dim3 grid(int64_t pieces) const {
     int processors = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
@@ -148,20 +150,20 @@ struct Launch {
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// How many elements a thread takes at once: so many that the widest operand's are 16 bytes, if all pieces are aligned
-// and whole (a piece of the second half of a guided batch begins at element n).
+// How many elements a thread reads at once: so many that those of the widest operand are 16 bytes. This is used if all
+// pieces are aligned and complete. (In a guided batch the second half begins at element n.)
 template <class S, class E>
 constexpr int lanes() {
   return 16 / (sizeof(S) > sizeof(E) ? sizeof(S) : sizeof(E));
 }
 
-// Calls f with a value of the storage type behind a dtype.
+// Calls f with a value of the C++ type of a dtype.
 template <class F>
 void with_type(Dtype dtype, const F& f) {
   switch (dtype) {
     case Dtype::f16:
       return f(__half{});
-#if !defined(DF_FEW_DTYPES)  // for a quick look at the machine code; never in a build
+#if !defined(DF_FEW_DTYPES)  // This is for inspecting the machine code; no build defines it.
     case Dtype::bf16:
       return f(__nv_bfloat16{});
     case Dtype::f64:
@@ -202,7 +204,8 @@ void vectorised_coupling(const CouplingCall& call, const Launch& on) {
   constexpr int V = lanes<S, E>();
   const bool whole = call.n % V == 0 && aligned(call.out.data) && aligned(call.target.data) &&
                      aligned(call.source.data) && aligned(call.eps.data) && aligned(call.out_source.data);
-  whole ? launch_coupling<S, E, V, source, eps, mixes>(call, on) : launch_coupling<S, E, 1, source, eps, mixes>(call, on);
+  whole ? launch_coupling<S, E, V, source, eps, mixes>(call, on)
+        : launch_coupling<S, E, 1, source, eps, mixes>(call, on);
 }
 
 template <class S, class E, Eps eps>
@@ -258,7 +261,7 @@ void launch_vjp_parts(const VjpCall& call, const void* scale, const Launch& on) 
 void run(const VjpCall& call, const MaybeTensor& scale, const Launch& on) {
   if (!call.n) return;
   const void* factor = nullptr;
-  if (scale) {  // stays on the device: reading it here would synchronise
+  if (scale) {  // It stays on the device, because reading it here would synchronise.
     const bool wide = call.grad.dtype == Dtype::f64 || (call.out_eps.data && call.out_eps.dtype == Dtype::f64);
     STD_TORCH_CHECK(scale->numel() == 1 && dtype_of("scale", *scale) == (wide ? Dtype::f64 : Dtype::f32),
                     "scale: expected one number in the dtype of the arithmetic");
@@ -275,7 +278,7 @@ void run(const VjpCall& call, const MaybeTensor& scale, const Launch& on) {
   });
 }
 
-// The ops, as the dispatcher calls them
+// The functions that PyTorch's dispatcher calls, with the arguments of the schemas in bindings.h
 
 void coupling(Tensor out, Tensor target, MaybeTensor source, MaybeTensor eps, double a, double c, double b,
               std::optional<double> g) {

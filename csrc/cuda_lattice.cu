@@ -1,5 +1,6 @@
-// The lattice couplings on CUDA: lattice.h, an element a thread. Integer divisions outweigh the memory traffic, so wider
-// loads would bring nothing. The network's dtype is a branch that all threads take alike, not a template argument.
+// The lattice couplings on CUDA. Each thread computes one element at a time by lattice.h. Integer divisions take more
+// time than the memory traffic, so wider loads would not help. The network's dtype is a branch that all threads take in
+// the same way, instead of a template argument.
 #include "lattice_bindings.h"
 
 #include <cuda_bf16.h>
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(THREADS) lattice_kernel(LatticeCall call) {
     const double v = eps == Eps::guided ? value_at(call.eps, call.n + i) : 0;
     lattice_element<S, eps, mixes>(call, i, u, v, faults);
   }
-  if (faults.outside) call.faults[0] = 1;  // whoever writes it writes the same
+  if (faults.outside) call.faults[0] = 1;  // Every thread that writes it writes the same value.
   if (faults.infinite) call.faults[1] = 1;
 }
 

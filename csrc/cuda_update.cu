@@ -1,5 +1,6 @@
-// The latent update on CUDA. One block takes one piece of one sample; its sums of squares are added in a fixed tree, and
-// the pieces' sums in order by a second kernel: no atomics, the same bits at every run.
+// The latent update on CUDA. A block of threads computes one piece of one sample and adds up its squares in a fixed
+// tree. A second kernel adds the sums of the pieces in a fixed order. There are no atomic operations, so every run
+// gives the same bits.
 #include "bindings.h"
 #include "scalar.h"
 
@@ -23,7 +24,7 @@ struct UpdatePointers {
   const T *in_x, *in_y, *in_mx, *in_my, *gx, *gy, *noise;
 };
 
-// The block's sum, in thread 0; `room` has THREADS doubles.
+// Returns the sum of the values of a block's threads. `room` has space for THREADS doubles.
 __device__ __forceinline__ double block_sum(double value, double* room) {
   room[threadIdx.x] = value;
   __syncthreads();
@@ -59,7 +60,8 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// What each sample is scaled by: the norm that it started with over its own. factors and starts: (2, B), rows = 2 B.
+// Computes the factor of each sample: the norm that it started with, divided by its own. factors and starts are (2, B),
+// and rows is 2 B.
 __global__ void __launch_bounds__(THREADS)
     factor_kernel(const double* sums, const double* starts, double* factors, int64_t rows, int64_t pieces) {
   __shared__ double room[THREADS];
@@ -90,7 +92,7 @@ cudaStream_t stream_of(const Tensor& like) {
 
 unsigned blocks(int64_t wanted) { return unsigned(std::min<int64_t>(std::max<int64_t>(wanted, 1), 1 << 16)); }
 
-// sums: room for (2, B, pieces) sums of squares and behind them (2, B) factors, or null.
+// sums: space for the sums of squares, (2, B, pieces), and after them for the factors, (2, B); or null.
 template <class T>
 void launch_update(const UpdateCall& call, double* sums, int64_t pieces, cudaStream_t stream) {
   const auto out = [](void* data) { return static_cast<T*>(data); };

@@ -1,6 +1,6 @@
-// The scalar maths of the couplings on a lattice of integers, included by the C++ and by the CUDA kernels. The order of
-// every operation is stated in doodl_fast/ops/lattice_coupling.py and lattice_mix.py; scalar.h's floating-point contract
-// holds, everything in double.
+// The arithmetic of one element of the couplings on a lattice of integers. The C++ and the CUDA kernels include it. The
+// order of the operations is stated in doodl_fast/ops/lattice_coupling_op.py and lattice_mix_op.py. The rules for
+// floating point are those of scalar.h, and all floating-point arithmetic is in double.
 #pragma once
 
 #include "cpu_kernels.h"
@@ -8,13 +8,16 @@
 
 namespace {
 
-// n <- n by / over (exactly, with a remainder in the buffer) and n <- n + rint(c other); undone in the opposite order.
+// One coupling of the mixing: n <- n by / over, exactly, with the remainder in the buffer, and n <- n + rint(c other).
+// It is undone in the opposite order.
 struct LatticeStage {
   uint32_t by = 1, over = 1;
   double c = 0;
 };
 
-// Flat memory. Words are 31 bits each, the lowest first, n elements apart. faults: {outside the range, eps not finite}.
+// A call of lattice_coupling or, with `mixes`, of lattice_mix, on flat memory. The words of a buffer have 31 bits each;
+// the lowest comes first, and those of one element are n places apart. faults: two integers, which become 1 if an
+// element is out of range, and if eps is not finite.
 struct LatticeCall {
   void *out = nullptr, *out_source = nullptr;
   int32_t *out_words = nullptr, *out_source_words = nullptr;
@@ -40,11 +43,11 @@ struct LatticeFaults {
 #endif
 
 constexpr int WORD_BITS = 31;
-constexpr int64_t LARGEST_FACTOR = 10000;            // below 2^14: the bounds in `scaled`
-constexpr double LARGEST_MOVE = 2251799813685248.0;  // 2^51
-constexpr double ROUNDER = 6755399441055744.0;       // 1.5 2^52: its unit in the last place is 1
+constexpr int64_t LARGEST_FACTOR = 10000;            // It is below 2^14, as `scaled` needs.
+constexpr double LARGEST_MOVE = 2251799813685248.0;  // This is 2^51.
+constexpr double ROUNDER = 6755399441055744.0;       // This is 1.5 2^52, whose unit in the last place is 1.
 
-// The largest |n|. Of 64 bits 49: it is exact as a double, and so is a sum with the largest move.
+// The largest |n|. In int64 it is 2^49, so that n, and its sum with the largest move, are exact as doubles.
 template <class S>
 DF_FN constexpr int64_t lattice_limit() {
   return sizeof(S) == 4 ? int64_t(2147483647) : int64_t(1) << 49;
@@ -56,23 +59,25 @@ DF_FN int64_t double_bits(double value) {
   return bits;
 }
 
-// n, or 0 and a fault: what is computed after a fault is never used, but must not overflow.
+// Returns n if it is good and in range, else 0, and notes a fault. What is computed after a fault is never used, but it
+// must not overflow.
 DF_FN int64_t within(int64_t n, int64_t limit, bool good, LatticeFaults& faults) {
   good = good && n <= limit && n >= -limit;
   faults.outside = faults.outside || !good;
   return good ? n : 0;
 }
 
-// n +- rint(v), ties to even. No conversion of a float out of range to an integer, which would be undefined.
+// Returns n + rint(v), or minus with `undo`; ties go to even. A double that is out of range is not converted to an
+// integer, which would be undefined behaviour.
 DF_FN int64_t moved(int64_t n, double v, bool undo, int64_t limit, LatticeFaults& faults) {
-  const bool good = v < LARGEST_MOVE && v > -LARGEST_MOVE;  // false for NaN
+  const bool good = v < LARGEST_MOVE && v > -LARGEST_MOVE;  // This is false for NaN.
   const double rounded = (good ? v : 0.0) + ROUNDER;
   const int64_t step = double_bits(rounded) - double_bits(ROUNDER);
   return within(undo ? n - step : n + step, limit, good, faults);
 }
 
-// floor(n / over) and its remainder. All divisions are of 32 bits, 16 new ones at a time: a GPU has no wider ones, and
-// the subroutine that replaces them needs a stack.
+// Returns floor(n / over), and the remainder in `rest`. It divides 16 bits at a time, so that all divisions are of 32
+// bits: a GPU has no wider ones, and the subroutine that stands in for them needs a stack.
 template <class S>
 DF_FN int64_t divided(int64_t n, uint32_t over, uint32_t& rest) {
   const uint64_t size = uint64_t(n < 0 ? ~n : n);
@@ -88,8 +93,9 @@ DF_FN int64_t divided(int64_t n, uint32_t over, uint32_t& rest) {
   return n < 0 ? ~int64_t(quotient) : int64_t(quotient);
 }
 
-// n by / over: `rest = buffer mod by; buffer /= by; n, carry = divmod(n by + rest, over); buffer = buffer over + carry`.
-// `in` and `out`: an element's lowest word, the others `stride` apart; quotients of the first loop wait in `out`.
+// Returns n by / over: rest = buffer mod by; buffer /= by; n, carry = divmod(n by + rest, over); buffer = buffer over +
+// carry. `in` and `out` point to the lowest word of an element; the next ones are `stride` places apart each. `out`
+// holds the quotients of the first loop until the second one reads them.
 template <class S>
 DF_FN int64_t scaled(int64_t n, const int32_t* in, int32_t* out, int64_t stride, int num_words, uint32_t by,
                      uint32_t over) {
@@ -115,6 +121,7 @@ DF_FN int64_t scaled(int64_t n, const int32_t* in, int32_t* out, int64_t stride,
   return whole * int64_t(by) + more;
 }
 
+// Returns n after one coupling of the mixing, or with `undo` before it.
 template <class S>
 DF_FN int64_t mixed(int64_t n, int64_t other, const LatticeStage& k, const LatticeCall& call, const int32_t* in,
                     int32_t* out, LatticeFaults& faults) {
@@ -126,7 +133,7 @@ DF_FN int64_t mixed(int64_t n, int64_t other, const LatticeStage& k, const Latti
   return moved(scaled<S>(n, in, out, call.n, call.num_words, k.by, k.over), v, false, lattice_limit<S>(), faults);
 }
 
-// Element i of a call; u and v: what the network returned for it.
+// Computes element i of a call. u and v: what the network returned for it.
 template <class S, Eps eps, bool mixes>
 DF_FN void lattice_element(const LatticeCall& call, int64_t i, double u, double v, LatticeFaults& faults) {
   int64_t t = static_cast<const S*>(call.target)[i], s = static_cast<const S*>(call.source)[i];

@@ -1,4 +1,5 @@
-// From tensors to lattice calls, for both devices: schemas, checks that name the argument, pointers.
+// What the bindings of the lattice couplings for the CPU and for CUDA have in common: schemas, checks of arguments, and
+// the conversion of tensors to the struct of lattice.h. The rules are those of bindings.h.
 #pragma once
 
 #include "bindings.h"
@@ -22,7 +23,7 @@ bool is_wide(const char* name, const Tensor& tensor) {
   return type == ScalarType::Long;
 }
 
-// An integer tensor of `like`'s device and, unless it must be int32, dtype.
+// Checks a tensor of integers. It must be int32 if it holds `words`, and else have the dtype of `like`.
 void check_integers(const char* name, const Tensor& tensor, const Tensor& like, int64_t numel, bool words = false) {
   check(name, tensor, like, numel);
   STD_TORCH_CHECK(is_wide(name, tensor) == (!words && is_wide("target", like)), name,
@@ -56,7 +57,7 @@ LatticeStage stage(int64_t by, int64_t over, double c) {
   return {uint32_t(by), uint32_t(over), c};
 }
 
-// outs and ins: source, target's buffer, source's buffer
+// Adds the mixing to a call. outs: the new source, target's buffer and source's buffer; buffers: target's and source's.
 void add_lattice_mixing(LatticeCall& call, const Tensor& like, const std::array<Tensor, 3>& outs,
                         const std::array<Tensor, 2>& buffers, bool target_first, const LatticeStage& first,
                         const LatticeStage& second) {
@@ -78,7 +79,8 @@ void add_lattice_mixing(LatticeCall& call, const Tensor& like, const std::array<
   call.mixes = true, call.target_first = target_first, call.first = first, call.second = second;
 }
 
-// Calls f with a value of the lattice's integer type, for its type alone, and with the constants (Eps, mixes) of a call.
+// Calls f with a value of the lattice's integer type, of which only the type matters, and with Eps and mixes as
+// constants.
 template <class F>
 void with_lattice_kind(const LatticeCall& call, const F& f) {
   const auto mixes = [&](auto integer, auto eps) {

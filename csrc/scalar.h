@@ -1,12 +1,14 @@
-// The scalar maths of every op, included by the C++ and by the CUDA kernels: what CPU tests cover is what a GPU computes.
+// The arithmetic of one element of every floating-point op. The C++ and the CUDA kernels include it, so that what the
+// tests on a CPU cover is what a GPU computes.
 //
-// Floating-point contract, the same in all backends (doodl_fast/ops/coupling_op.py states it for each op):
-//   * arithmetic in T = double if any operand is double, else float; coefficients are rounded to T first;
-//   * operations in the order written here; a multiplication is NEVER contracted with an addition into a fused
-//     multiply-add. C++ is compiled with -ffp-contract=off, CUDA with -fmad=false, Triton with enable_fp_fusion=False;
-//   * no fast-math, no flushing of subnormals; every output is rounded once, to nearest even.
-// Everything is in an anonymous namespace: this header is compiled for several instruction sets, and the linker must not
-// pick one's function for another.
+// The rules for floating point are the same in all backends (the files in doodl_fast/ops/ state them for each op):
+//   * The arithmetic is done in T, which is double if any operand is double, else float. Coefficients are first rounded
+//     to T.
+//   * The operations have the order written here. A multiplication is NEVER contracted with an addition into a fused
+//     multiply-add: C++ is compiled with -ffp-contract=off, CUDA with -fmad=false, Triton with enable_fp_fusion=False.
+//   * Fast-math and the flushing of subnormals are off. Every output is rounded once, to nearest even.
+// Everything is in an anonymous namespace, because this header is compiled for several instruction sets, and the linker
+// must not use a function of one of them for another.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +22,8 @@
 
 namespace {
 
-// Which operands a coupling has; a template argument, so that a kernel reads nothing that it does not need.
+// Whether a coupling has eps, and whether it is guided. It is a template argument, so that a kernel does not read what
+// it does not need.
 enum class Eps : int { none, plain, guided };
 
 template <class T>
@@ -40,7 +43,7 @@ struct Momentum {
   bool nesterov, tied, noisy;
 };
 
-// eps from the network's output: u alone, or u (uncond) and v (cond) under guidance.
+// Returns eps from the network's output: from u alone, or under guidance from u (uncond) and v (cond).
 template <class T, Eps eps>
 DF_FN T combine(T u, T v, T g) {
   if (eps == Eps::guided) {
@@ -51,7 +54,7 @@ DF_FN T combine(T u, T v, T g) {
   return u;
 }
 
-// a t + c s + b eps
+// Returns a t + c s + b eps.
 template <class T, bool source, Eps eps>
 DF_FN T couple(T t, T s, T u, T v, const Coefficients<T>& k) {
   T r = k.a * t;
@@ -66,7 +69,8 @@ DF_FN T couple(T t, T s, T u, T v, const Coefficients<T>& k) {
   return r;
 }
 
-// first <- a0 first + c0 second; second <- a1 second + c1 first. A zero coefficient leaves its term out, as 0 inf = NaN.
+// Computes first <- a0 first + c0 second, second <- a1 second + c1 first. A term with a zero coefficient is left out,
+// because 0 times infinity would be NaN.
 template <class T>
 DF_FN void mix_pair(T& first, T& second, const Mix<T>& m) {
   T f = m.a0 * first;
@@ -83,6 +87,7 @@ DF_FN void mix_pair(T& first, T& second, const Mix<T>& m) {
   second = o;
 }
 
+// Computes the mixing of target and source in the order that m states.
 template <class T>
 DF_FN void mix(T& t, T& s, const Mix<T>& m) {
   if (m.target_first)
@@ -91,7 +96,7 @@ DF_FN void mix(T& t, T& s, const Mix<T>& m) {
     mix_pair(s, t, m);
 }
 
-// The transpose of mix_pair, applied to the cotangents.
+// Applies the transpose of mix_pair to the cotangents.
 template <class T>
 DF_FN void transpose_pair(T& first, T& second, const Mix<T>& m) {
   T f = first;
@@ -108,6 +113,7 @@ DF_FN void transpose_pair(T& first, T& second, const Mix<T>& m) {
   second = o;
 }
 
+// Applies the transpose of the mixing to the cotangents of target and source.
 template <class T>
 DF_FN void mix_transposed(T& gt, T& gs, const Mix<T>& m) {
   if (m.target_first)
@@ -116,7 +122,7 @@ DF_FN void mix_transposed(T& gt, T& gs, const Mix<T>& m) {
     transpose_pair(gs, gt, m);
 }
 
-// eps's cotangent: q alone, or both halves of a guided batch.
+// Computes the cotangent of eps: u alone, or u and v for the two halves of a guided batch.
 template <class T, Eps eps>
 DF_FN void eps_cotangent(T grad, T scale, const Coefficients<T>& k, T& u, T& v) {
   T q = k.b * grad;
@@ -129,10 +135,11 @@ DF_FN void eps_cotangent(T grad, T scale, const Coefficients<T>& k, T& u, T& v) 
   }
 }
 
-// The momentum step of one latent; `gradient` is scaled by the rate, and tied, already.
+// Returns a latent after a momentum step, and changes its momentum. `gradient` has been multiplied by the rate, and
+// tied.
 template <class T>
 DF_FN T descend(T z, T& m, T gradient, T noise, const Momentum<T>& k) {
-  gradient = gradient < -k.clip ? -k.clip : (gradient > k.clip ? k.clip : gradient);  // NaN stays NaN
+  gradient = gradient < -k.clip ? -k.clip : (gradient > k.clip ? k.clip : gradient);  // NaN stays NaN.
   const T kept = m * k.momentum;
   m = kept + gradient;
   T move = m;
@@ -148,6 +155,7 @@ DF_FN T descend(T z, T& m, T gradient, T noise, const Momentum<T>& k) {
   return z;
 }
 
+// Computes one update of a pair of latents and their momenta, without the scaling to start norms.
 template <class T>
 DF_FN void update(T& x, T& y, T& mx, T& my, T gx, T gy, T noise, const Momentum<T>& k) {
   gx = gx * k.rate;
@@ -166,7 +174,7 @@ DF_FN void update(T& x, T& y, T& mx, T& my, T gx, T gy, T noise, const Momentum<
   }
 }
 
-// Conversions between storage and arithmetic, on bits, so that they are the same everywhere
+// Conversions between dtypes, which work on the bits, so that they are the same everywhere
 
 DF_FN uint32_t bits_of(float value) {
   uint32_t bits;
@@ -188,14 +196,14 @@ DF_FN uint16_t to_bf16(float value) {
   return uint16_t(value != value ? 0x7fc0u : nearest);
 }
 
-// double -> float, rounded to odd: a rounding to fp16 or bf16 after it is then the only one that counts
-// (Boldo and Melquiond, IEEE Trans. Comput. 57(4), 2008).
+// Returns a double as a float, rounded to odd. If it is then rounded to fp16 or bf16, the result is as if there were
+// that rounding alone (Boldo and Melquiond, IEEE Trans. Comput. 57(4), 2008).
 DF_FN float odd_float(double value) {
   const float nearest = float(value);
   const double back = nearest;
   const double size = back < 0 ? -back : back, wanted = value < 0 ? -value : value;
   uint32_t bits = bits_of(nearest);
-  bits -= size > wanted ? 1u : 0u;  // towards zero, whatever the sign
+  bits -= size > wanted ? 1u : 0u;  // This goes towards zero for both signs.
   bits |= back != value ? 1u : 0u;
   return float_of(bits);
 }

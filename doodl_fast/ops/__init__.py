@@ -2,10 +2,10 @@
 
     from doodl_fast import ops
     x = ops.coupling(x, y, eps, a=0.9, b=-0.1, g=7.5)      # eps: the network's batched output, [uncond; cond]
-    with ops.backend("eager"): ...                          # or the environment: DOODL_FAST_BACKEND=eager
+    with ops.backend("eager"): ...                          # or the environment variable DOODL_FAST_BACKEND=eager
 
-They are registered with PyTorch as `torch.ops.doodl_fast.*`: they have fake implementations and gradients, and compile
-without a graph break.
+They are registered with PyTorch as `torch.ops.doodl_fast.*`, with fake implementations and gradients, so that
+`torch.compile` handles them without a graph break. `signatures.py` lists them with their arguments and outputs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What all ops share: memory layouts, the dtype of the arithmetic, rounding, checks.
+"""What all ops have in common: memory layouts, the dtype of the arithmetic, rounding, and checks of operands.
 
-Kernels see flat memory only: every tensor of a call is brought to one dense layout, the target's own when that is
-contiguous or channels_last (then nothing is copied), else the contiguous one.
+A kernel takes memory as flat, so every tensor of a call is brought to one dense layout. It is the target's own layout
+if that is contiguous or channels_last, and then the target is not copied; else it is the contiguous layout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _DTYPES = frozenset(DTYPES)
 
 
 def dense_format(tensor: Tensor) -> torch.memory_format:
-    """The memory format that a call's tensors are brought to, and that its outputs have."""
+    """Returns the memory format that a call's tensors are brought to and its outputs have, from the target's."""
     if tensor.is_contiguous():
         return torch.contiguous_format
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
@@ -27,51 +27,57 @@ def dense_format(tensor: Tensor) -> torch.memory_format:
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, like: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """An uninitialised tensor of like's device."""
+    """Returns an uninitialised tensor on the device of `like`."""
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if any operand has it, else float32: coefficients are rounded to it, and all arithmetic is done in it."""
+    """Returns the dtype of an op's arithmetic: float64 if any operand has it, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def vanishes(coefficient: float, dtype: torch.dtype) -> bool:
-    """Whether a coefficient is zero once it is rounded to the dtype of the arithmetic: 2^-150 is still rounded to 0."""
+    """Whether a coefficient is zero once it is rounded to the dtype of the arithmetic.
+
+    In float32 that is so up to a magnitude of 2^-150, which is half of the smallest subnormal number.
+    """
     return coefficient == 0 or (dtype == torch.float32 and abs(coefficient) <= 2.0**-150)
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` (float32 or float64) rounded once to `dtype`, to nearest even.
+    """Returns a float32 or float64 tensor rounded once to a dtype, to nearest even.
 
-    torch casts float64 to fp16 and bf16 by way of float32, which rounds twice. Rounding to odd on the way makes the
-    second rounding the only one that counts (Boldo and Melquiond, IEEE Trans. Comput. 57(4), 2008): float32 has more
-    than two bits beyond either.
+    PyTorch casts float64 to float16 and bfloat16 by way of float32, which rounds twice. Here the first rounding is to
+    odd; float32 has more than two bits more than either dtype, so the result is as if there were the second rounding
+    alone (Boldo and Melquiond, IEEE Trans. Comput. 57(4), 2008).
     """
     if value.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
         return value.to(dtype)
     near = value.float()
     back = near.double()
     bits = near.view(torch.int32)
-    bits = torch.where(back.abs() > value.abs(), bits - 1, bits)  # towards zero, whatever the sign
+    bits = torch.where(back.abs() > value.abs(), bits - 1, bits)  # This goes towards zero for both signs.
     bits = torch.where(back != value, bits | 1, bits)
     return bits.view(torch.float32).to(dtype)
 
 
 def store(out: Tensor, value: Tensor) -> None:
-    """Writes `value`, rounded once, into an output."""
+    """Writes a value into an output, rounded once to the output's dtype."""
     out.copy_(rounded(value, out.dtype))
 
 
 def check_floating(**tensors: Tensor | None) -> None:
-    """Raises TypeError unless each is a tensor of fp16, bf16, fp32 or fp64."""
+    """Raises TypeError unless each tensor is None or has dtype float16, bfloat16, float32 or float64."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {tensor.dtype}")
 
 
 def check_same(reference: str, expected: Tensor, **tensors: Tensor | None) -> None:
-    """Raises ValueError or TypeError unless each has the reference's shape, dtype and device."""
+    """Raises ValueError or TypeError unless each tensor is None or has the shape, dtype and device of `expected`.
+
+    reference: The name of `expected` in the error.
+    """
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -84,7 +90,10 @@ def check_same(reference: str, expected: Tensor, **tensors: Tensor | None) -> No
 
 
 def check_operands(target: Tensor, source: Tensor | None, eps: Tensor | None, g: float | None) -> None:
-    """Raises ValueError or TypeError, naming the argument, for operands that do not fit together."""
+    """Raises ValueError or TypeError, which names the argument, if the operands do not fit together.
+
+    It is called before every kernel, so it tests everything together first, and finds out what is wrong afterwards.
+    """
     dtype, shape, device = target.dtype, target.shape, target.device
     good = dtype in _DTYPES and (
         source is None or (source.dtype is dtype and source.shape == shape and source.device == device)
@@ -93,16 +102,22 @@ def check_operands(target: Tensor, source: Tensor | None, eps: Tensor | None, g:
         size = eps.shape
         if size == shape if g is None else (len(shape) > 0 and size[0] == 2 * shape[0] and size[1:] == shape[1:]):
             return
-    # something is wrong, or eps is not there: the checks that say what
+    # Either eps is None, or something does not fit: these checks say what.
     check_floating(target=target, eps=eps)
     check_same("target", target, source=source)
     check_eps(target, eps, g)
 
 
 def check_out(target: Tensor, outs: dict[str, Tensor], operands: Sequence[Tensor | None]) -> None:
-    """Raises ValueError or TypeError unless results for a target can be written into `outs`, given by name."""
+    """Raises ValueError or TypeError unless the results of a call can be written into `outs`.
+
+    Args:
+        target: The target of the call, whose shape, dtype, device and layout the outputs must have.
+        outs: The outputs by the names that the error gives them.
+        operands: The tensors that the call reads, with which no output may share memory.
+    """
     check_same("target", target, **outs)
-    if torch.compiler.is_dynamo_compiling():  # the result is copied then: shared and strided memory are fine
+    if torch.compiler.is_dynamo_compiling():  # The result is then copied, and may go to shared or strided memory.
         return
     layout, taken = dense_format(target), {z.untyped_storage().data_ptr() for z in operands if z is not None}
     for name, out in outs.items():
@@ -116,7 +131,7 @@ def check_out(target: Tensor, outs: dict[str, Tensor], operands: Sequence[Tensor
 
 
 def check_eps(target: Tensor, eps: Tensor | None, g: float | None) -> None:
-    """Raises ValueError unless eps fits the target: (B, ...), or (2B, ...) with guidance."""
+    """Raises ValueError unless eps has the shape that goes with the target, (B, ...) or with guidance (2B, ...)."""
     if eps is None:
         if g is not None:
             raise ValueError(f"g: expected None without eps, got {g}")
@@ -130,7 +145,7 @@ def check_eps(target: Tensor, eps: Tensor | None, g: float | None) -> None:
 
 
 def eps_shape(target: Tensor, guided: bool) -> list[int]:
-    """The shape of the network's output that goes with a target."""
+    """Returns the shape that the network's output has for a target. Raises ValueError for a guided 0-dim target."""
     shape = list(target.shape)
     if guided:
         if not shape:

@@ -1,10 +1,12 @@
-"""Which of three ways a call of an op takes: the kernel, the registered op, or a formula in plain torch.
+"""Finds out which of three ways a call of an op takes: the kernel, the registered op, or a formula in plain PyTorch.
 
-- The kernel is called directly when nothing watches the call: no gradient, no tracing, no transform.
-- The registered op `torch.ops.doodl_fast.*` serves reverse-mode gradients, `torch.compile` and tensor subclasses.
-- The formula, which is the eager reference without its output arguments, serves everything that must look inside:
-  forward-mode automatic differentiation (`torch.autograd.forward_ad`, `torch.func.jvp`), `torch.func.grad`,
-  `torch.func.vmap`, batched gradients, and gradients of a vector-Jacobian product. It gives the bits of the kernels.
+- The kernel is called directly if no gradient is wanted and nothing traces or transforms the call.
+- The registered op `torch.ops.doodl_fast.*` is called for reverse-mode gradients, `torch.compile` and subclasses of
+  Tensor.
+- The formula, which has the same operations as the eager kernel, is computed if PyTorch must see these operations one
+  by one: under forward-mode differentiation (`torch.autograd.forward_ad`, `torch.func.jvp`), `torch.func.grad`,
+  `torch.func.vmap`, for batched gradients, and for gradients of a vector-Jacobian product. Its results have the same
+  bits as those of the kernels.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ from .layout import rounded
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether the kernels may be called directly: nothing traces or transforms, and no gradient is wanted.
+    """Whether the kernels may be called directly: no gradient is wanted, and nothing traces or transforms the call.
 
-    The dispatcher's way through a registered op costs several times what a kernel takes on latents.
+    A call through the dispatcher to a registered op takes several times as long as a kernel takes on latents. This test
+    runs before every kernel, so it is written for speed.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
     if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
         return False
     grad = torch.is_grad_enabled()
-    for tensor in tensors:  # all() of a generator costs twice as much
+    for tensor in tensors:  # This loop takes half the time of all() with a generator.
         if tensor is not None and (
             type(tensor) is not Tensor or (grad and tensor.requires_grad) or is_legacy_batchedtensor(tensor)
         ):
@@ -83,7 +86,7 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Raises RuntimeError if a registered op, which would drop a forward-mode tangent, is given one."""
+    """Raises RuntimeError if a registered op, which would drop a forward-mode tangent, is called with one."""
     if forward_ad._current_level >= 0 and has_tangent(*tensors):
         raise RuntimeError(
             f"torch.ops.doodl_fast.{op}: the registered op has no forward-mode derivative; call doodl_fast.ops.{op}, "
@@ -92,7 +95,7 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
 
 
 class _Rounded(torch.autograd.Function):
-    """`layout.rounded`, whose derivative is taken to be that of a cast."""
+    """The function `layout.rounded` with a derivative, which is that of a cast."""
 
     generate_vmap_rule = True
 
@@ -114,7 +117,7 @@ class _Rounded(torch.autograd.Function):
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` rounded once to `dtype`, differentiable in every mode."""
+    """Returns a tensor rounded once to a dtype. It is differentiable in every mode."""
     if value.dtype == dtype:
         return value
     if value.dtype == torch.float64 and dtype in (torch.float16, torch.bfloat16):

@@ -1,1 +1,1 @@
-"""The implementations of the operators: which ones exist on this machine, and which one serves a call."""
+"""The implementations of the operators, and the registry that chooses one of them for every call."""

@@ -1,11 +1,11 @@
-"""The Triton kernels: the maths of csrc/scalar.h, operation for operation. Imported only where triton is.
+"""The Triton kernels of the floating-point ops, with the operations of csrc/scalar.h in the same order.
 
-Coefficients are float64 arguments, rounded in the kernel to the dtype of the arithmetic; launches switch the fusion of
-multiply-adds off (`enable_fp_fusion=False`). Memory is flat, offsets are 64-bit. A block of 1024 elements on four warps
-gives every thread 16-byte loads, in fp16 and in fp32.
+This module can be imported only where triton is installed. Coefficients are float64 arguments that the kernel rounds to
+the dtype of the arithmetic. Launches switch the fusion of multiply-adds off (`enable_fp_fusion=False`). Memory is flat
+and offsets have 64 bits. A block of 1024 elements on four warps lets every thread load 16 bytes at once.
 """
 
-# No `from __future__ import annotations` here: triton reads the argument types off the annotations themselves.
+# This file has no `from __future__ import annotations`, because Triton reads the types of arguments from annotations.
 
 import triton
 import triton.language as tl
@@ -13,15 +13,16 @@ import triton.language as tl
 
 @triton.jit
 def _load(pointer, offsets, mask, COMPUTE: tl.constexpr):
+    """Returns a block of elements in the dtype of the arithmetic."""
     value = tl.load(pointer + offsets, mask=mask, other=0.0)
-    if value.dtype == tl.bfloat16:  # on the bits: the interpreter's own cast flushes subnormals
+    if value.dtype == tl.bfloat16:  # The interpreter's cast flushes subnormals.
         value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return value.to(COMPUTE)
 
 
 @triton.jit
 def _store(pointer, offsets, value, mask):
-    """Rounded once: float64 on its way to fp16 or bf16 is first rounded to odd in float32 (see layout.rounded)."""
+    """Writes a block, rounded once. float64 goes to fp16 by way of float32, rounded to odd (see `layout.rounded`)."""
     wide: tl.constexpr = value.dtype == tl.float64
     half: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth == 16
     if wide and half:
@@ -32,7 +33,7 @@ def _store(pointer, offsets, value, mask):
         bits = tl.where(back != value, bits | 1, bits)
         value = bits.to(tl.float32, bitcast=True)
     if pointer.dtype.element_ty == tl.bfloat16:
-        # to nearest even on the bits: the interpreter's own cast truncates
+        # The interpreter's cast truncates, so this rounds the bits to nearest even.
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(value != value, 0x7FC0, bits)
@@ -43,6 +44,7 @@ def _store(pointer, offsets, value, mask):
 
 @triton.jit
 def _mixed(first, second, a0, c0, a1, c1, HAS_C0: tl.constexpr, HAS_C1: tl.constexpr):
+    """Returns both values after the mixing."""
     first = first * a0
     if HAS_C0:
         first = first + second * c0
@@ -54,6 +56,7 @@ def _mixed(first, second, a0, c0, a1, c1, HAS_C0: tl.constexpr, HAS_C1: tl.const
 
 @triton.jit
 def _transposed(first, second, a0, c0, a1, c1, HAS_C0: tl.constexpr, HAS_C1: tl.constexpr):
+    """Returns the cotangents before the mixing, from those after it."""
     if HAS_C1:
         first = first + second * c1
     second = second * a1
@@ -88,7 +91,7 @@ def coupling_kernel(
     HAS_C1: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`a t + c s + b eps`, and with MIXES the mixing after it."""
+    """Computes `a t + c s + b eps`, and with MIXES the mixing after it."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     result = _load(target_ptr, offsets, mask, COMPUTE) * tl.full((), a, COMPUTE)
@@ -142,7 +145,7 @@ def vjp_kernel(
     HAS_C1: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The transpose of `coupling_kernel`."""
+    """Computes the vector-Jacobian product of what `coupling_kernel` computes."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     grad = _load(grad_ptr, offsets, mask, COMPUTE)
@@ -173,7 +176,8 @@ def vjp_kernel(
 
 @triton.jit
 def _descended(z, m, gradient, noise, clip, momentum, sigma, NESTEROV: tl.constexpr, NOISY: tl.constexpr):
-    gradient = tl.where(gradient < -clip, -clip, tl.where(gradient > clip, clip, gradient))  # NaN stays NaN
+    """Returns a latent and its momentum after a step, from a gradient that the rate has multiplied already."""
+    gradient = tl.where(gradient < -clip, -clip, tl.where(gradient > clip, clip, gradient))  # NaN stays NaN.
     m = m * momentum + gradient
     move = m
     if NESTEROV:
@@ -210,7 +214,7 @@ def update_kernel(
     NOISY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one sample; its sums of squares go to sums (2, B, blocks), to be added up in a fixed order."""
+    """Updates one block of one sample. Sums of squares go to sums (2, B, blocks), which are added in a fixed order."""
     inside = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = inside < sample
     offsets = tl.program_id(1).to(tl.int64) * sample + inside
@@ -245,7 +249,7 @@ def update_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, y_ptr, factors_ptr, sample, BLOCK: tl.constexpr):
-    """Each sample of x and y times its factor, in place; factors (2, B)."""
+    """Multiplies each sample of x and y by its factor, in place. factors: (2, B)."""
     inside = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = inside < sample
     row = tl.program_id(1)

@@ -1,9 +1,10 @@
-"""The Triton kernel of the lattice couplings: the maths of csrc/lattice.h, operation for operation.
+"""The Triton kernel of the lattice couplings, with the operations of csrc/lattice.h in the same order.
 
-As there, divisions are of 32 bits, and they outweigh the memory traffic: blocks are small, so that nothing spills.
+As there, divisions are of 32 bits and take more time than the memory traffic. Blocks are small, so that all values stay
+in registers.
 """
 
-# No `from __future__ import annotations` here: triton reads the argument types off the annotations themselves.
+# This file has no `from __future__ import annotations`, because Triton reads the types of arguments from annotations.
 
 import triton
 import triton.language as tl
@@ -11,21 +12,22 @@ import triton.language as tl
 from .triton_kernels import _load
 
 BLOCK = 256
-_ROUNDER = tl.constexpr(6755399441055744.0)  # 1.5 2^52: its unit in the last place is 1
+_ROUNDER = tl.constexpr(6755399441055744.0)  # This is 1.5 2^52, whose unit in the last place is 1.
 _ROUNDER_BITS = tl.constexpr(0x4338000000000000)
-_LARGEST_MOVE = tl.constexpr(2251799813685248.0)  # 2^51
+_LARGEST_MOVE = tl.constexpr(2251799813685248.0)  # This is 2^51.
 
 
 @triton.jit
 def _within(n, good, outside, LIMIT: tl.constexpr):
+    """Returns n where it is good and in range, else 0, and which elements were out of range so far."""
     fits = good & (n <= LIMIT) & (n >= -LIMIT)
     return tl.where(fits, n, 0), outside | (fits == 0)
 
 
 @triton.jit
 def _moved(n, v, outside, UNDO: tl.constexpr, LIMIT: tl.constexpr):
-    """n +- rint(v)."""
-    good = (v < _LARGEST_MOVE) & (v > -_LARGEST_MOVE)  # false for NaN
+    """Returns n + rint(v), or minus with UNDO, and which elements were out of range so far."""
+    good = (v < _LARGEST_MOVE) & (v > -_LARGEST_MOVE)  # This is false for NaN.
     rounded = tl.where(good, v, 0.0) + tl.full((), _ROUNDER, tl.float64)
     step = rounded.to(tl.int64, bitcast=True) - _ROUNDER_BITS
     n = n - step if UNDO else n + step
@@ -34,7 +36,7 @@ def _moved(n, v, outside, UNDO: tl.constexpr, LIMIT: tl.constexpr):
 
 @triton.jit
 def _divided(n, over, DIGITS: tl.constexpr):
-    """floor(n / over) and its remainder."""
+    """Returns floor(n / over) and the remainder."""
     size = tl.where(n < 0, ~n, n)
     quotient = tl.zeros_like(n)
     rest = tl.zeros_like(n).to(tl.uint32)
@@ -49,10 +51,10 @@ def _divided(n, over, DIGITS: tl.constexpr):
 
 @triton.jit
 def _scaled(n, in_ptr, out_ptr, numel, offsets, mask, by, over, WORDS: tl.constexpr, DIGITS: tl.constexpr):
-    """n by / over, through the buffer."""
+    """Returns n multiplied by the fraction by / over, and writes the new information buffer."""
     by, over = tl.full((), by, tl.uint32), tl.full((), over, tl.uint32)
     stride = tl.full((), numel, tl.int64)
-    quotients = ()  # the highest word first
+    quotients = ()  # The highest word comes first.
     rest = tl.zeros_like(n).to(tl.uint32)
     for i in tl.static_range(WORDS):
         word = tl.load(in_ptr + (WORDS - 1 - i) * stride + offsets, mask=mask, other=0).to(tl.uint32)
@@ -91,6 +93,7 @@ def _mixed(
     LIMIT: tl.constexpr,
     DIGITS: tl.constexpr,
 ):
+    """Returns n after its multiplication and the addition of rint(c other), or both undone."""
     v = other.to(tl.float64) * tl.full((), c, tl.float64)
     if UNDO:
         n, outside = _moved(n, v, outside, True, LIMIT)
@@ -104,7 +107,7 @@ def _mixed(
 
 @triton.jit
 def _network(eps_ptr, faults_ptr, n, row, offsets, mask, g, GUIDED: tl.constexpr):
-    """The network's output in float64, guided or not; a NaN or Inf in it is noted in the faults."""
+    """Returns the network's output in float64, guided or not, and notes NaN and infinity in it as a fault."""
     eps = _load(eps_ptr, offsets, mask, tl.float64)
     if GUIDED:
         cond = _load(eps_ptr + n, offsets, mask, tl.float64)
@@ -147,7 +150,7 @@ def lattice_kernel(
     DIGITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`target +- rint(c source + b eps)`, and with MIXES the mixing after it."""
+    """Computes `target +- rint(c source + b eps)`, and with MIXES the mixing after it."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     t = tl.load(target_ptr + offsets, mask=mask, other=0).to(tl.int64)
