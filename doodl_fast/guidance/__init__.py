@@ -1,6 +1,7 @@
-"""Losses on pixels: `loss(images)` takes (B, 3, H, W) in [-1, 1] and gives a differentiable scalar, a mean over B.
+"""Losses on pictures: `loss(images)` takes pixels (B, 3, H, W) in [-1, 1] and returns a differentiable 0-dim tensor.
 
-Anything else that does so will do. transformers is imported when a guide is loaded by name.
+Each is a mean over B. Any other function that does so can be used in their place. transformers is imported when a guide
+is loaded by name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 
 from .aesthetic import Aesthetic
 from .classifier import Classifier
-from .clip import ClipImage, ClipText, spherical_distance
+from .clip import spherical_distance
+from .clip_image import ClipImage
+from .clip_text import ClipText
 from .cutouts import random_cutouts
 from .symmetry import Symmetry
 

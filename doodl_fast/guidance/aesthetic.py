@@ -1,9 +1,10 @@
-"""Aesthetic guidance: a linear score on CLIP's embedding of a picture, as LAION's aesthetic predictor has it
-(Schuhmann et al., LAION-5B, arXiv 2210.08402)."""
+"""`Aesthetic`: guidance to pictures that people like, by a linear score of CLIP's embedding.
+
+This is LAION's aesthetic predictor (Schuhmann et al., LAION-5B, arXiv 2210.08402).
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import is_finite
 from .clip import ClipGuide, load_clip
 
 LOWEST, HIGHEST = 1.0, 10.0
 
 
 def load_aesthetic_head(source: str | Path) -> nn.Linear:
-    """A predictor's linear layer (D -> 1) from a file, in float32.
+    """Loads the linear layer of a predictor. Code in a pickle is never run.
 
-    source: a .safetensors file, or one that `torch.save` made of the layer's state dict; no pickled code is ever run.
-    Raises ValueError for a file that is missing, cannot be read so, or holds anything but "weight" (1, D) and "bias"
-    (1,).
+    Args:
+        source: A .safetensors file, or one that `torch.save` made of the layer's state dict.
+
+    Returns:
+        The layer, from D features to one score, in float32 and eval mode.
+
+    Raises:
+        ValueError: The file is missing or cannot be read, or its entries are not a "weight" of shape (1, D) and a
+            "bias" of shape (1,).
     """
     path = Path(source).expanduser()
     if not path.is_file():
@@ -36,7 +44,7 @@ def load_aesthetic_head(source: str | Path) -> nn.Linear:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, torch's and safetensors' own
+    except Exception as error:  # Each of pickle, torch and safetensors has errors of its own.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"head: {str(source)!r} cannot be read as safetensors or a plain state dict: {reason}"
@@ -44,10 +52,14 @@ def load_aesthetic_head(source: str | Path) -> nn.Linear:
     entries = state.items() if isinstance(state, Mapping) else ()
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in entries}
     weight = shapes.get("weight", ())
-    if set(shapes) != {"weight", "bias"} or len(weight) != 2 or weight[0] != 1 or shapes["bias"] != (1,):
+    missing, others = sorted({"weight", "bias"} - set(shapes)), sorted(map(str, set(shapes) - {"weight", "bias"}))
+    if missing or others or len(weight) != 2 or weight[0] != 1 or shapes["bias"] != (1,):
         got = shapes or type(state).__name__
+        notes = [f"{', '.join(missing)} missing"] if missing else []
+        notes += [f"{', '.join(others[:5])} not known"] if others else []
         raise ValueError(
             f"head: expected a weight of shape (1, D) and a bias of shape (1,) in {str(source)!r}, got {got}"
+            + (f" ({'; '.join(notes)})" if notes else "")
         )
     head = nn.Linear(weight[1], 1)
     head.load_state_dict({name: value.float() for name, value in state.items()})
@@ -55,18 +67,35 @@ def load_aesthetic_head(source: str | Path) -> nn.Linear:
 
 
 def aesthetic_score(features: Tensor, head: nn.Linear) -> Tensor:
-    """0-dim mean score, each within 1 to 10, of CLIP embeddings (N, D), which need not be normalised."""
+    """Computes the mean score of CLIP embeddings.
+
+    Args:
+        features: Embeddings (N, D), of any length.
+        head: The predictor's linear layer.
+
+    Returns:
+        A 0-dim tensor. Each score is clamped to the range from 1 to 10.
+    """
     weight, bias = (tensor.detach().to(features) for tensor in (head.weight, head.bias))
     return F.linear(F.normalize(features, dim=-1), weight, bias).clamp(LOWEST, HIGHEST).mean()
 
 
 class Aesthetic(ClipGuide):
-    """How far pictures are from pleasing: minus their mean aesthetic score, or its distance to a target.
+    """Minus the mean aesthetic score of pictures, or the distance of that score to a target.
 
-    model, processor: the CLIP that the head was trained on. head: an nn.Linear to one score, see
-    `load_aesthetic_head`. target: the score to aim at, 1 to 10; None for as high as possible. num_cutouts, cut_power:
-    as for `ClipText`. Scores beyond 1 and 10 count as 1 and 10, and have no gradient.
-    Raises TypeError or ValueError, naming the argument.
+    Scores below 1 and above 10 count as 1 and 10, and have no gradient.
+
+    Args:
+        model: The transformers CLIPModel that the head was trained on.
+        processor: Its processor or image processor; see `ClipGuide`.
+        head: The predictor's linear layer, from the features of the model to one score; see `load_aesthetic_head`.
+        target: The score to aim at, from 1 to 10; None for as high a score as possible.
+        num_cutouts: See `ClipGuide`.
+        cut_power: See `ClipGuide`.
+
+    Raises:
+        TypeError: `model` is no CLIPModel, or `head` no such layer.
+        ValueError: Another argument is out of range.
     """
 
     def __init__(
@@ -81,21 +110,21 @@ class Aesthetic(ClipGuide):
         super().__init__(model, processor, num_cutouts, cut_power)
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise TypeError(f"head: expected an nn.Linear to one score, got {head!r}; see load_aesthetic_head")
-        if target is not None and not math.isfinite(target):
-            raise ValueError(f"target: expected a score or None, got {target!r}")
+        if target is not None and not (is_finite(target) and LOWEST <= target <= HIGHEST):
+            raise ValueError(f"target: expected a score or None, got {target!r}; scores go from 1 to 10")
         self.head, self.aim = head, target
 
     def __call__(self, images: Tensor) -> Tensor:
-        """0-dim loss of images (B, 3, H, W) in [-1, 1]."""
+        """Computes the loss, a 0-dim tensor, of images (B, 3, H, W) in [-1, 1]."""
         score = self.score(images)
         return -score if self.aim is None else (score - self.aim).abs()
 
     def score(self, images: Tensor) -> Tensor:
-        """0-dim mean score, 1 to 10, of images (B, 3, H, W) in [-1, 1]."""
+        """Computes the mean score, a 0-dim tensor from 1 to 10, of images (B, 3, H, W) in [-1, 1]."""
         return self.score_of(self.look(images))
 
     def score_of(self, features: Tensor) -> Tensor:
-        """The same of the model's embeddings (N, D)."""
+        """Computes the mean score of the model's embeddings (N, D)."""
         if features.shape[-1] != self.head.in_features:
             raise ValueError(
                 f"head: expected one for embeddings of {features.shape[-1]} features (the model's), got one for "
@@ -112,6 +141,17 @@ class Aesthetic(ClipGuide):
         dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> Aesthetic:
-        """CLIP from a folder or a hub id, the head from a file; options are target, num_cutouts and cut_power."""
+        """Loads the model and the head.
+
+        Args:
+            source: The folder or the hub id of the CLIP.
+            head: The file of the head.
+            device: Where the model is put.
+            dtype: The dtype of the model's weights.
+            **options: `target`, `num_cutouts` and `cut_power`.
+
+        Raises:
+            ValueError: There is no such model or file, weights are missing, or an argument is out of range.
+        """
         model, processor = load_clip(source, device, dtype)
         return cls(model, processor, load_aesthetic_head(head), **options)

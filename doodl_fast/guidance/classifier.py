@@ -1,4 +1,4 @@
-"""Classifier guidance to one class: cross-entropy of a transformers image classifier."""
+"""`Classifier`: guidance to one class by an image classifier."""
 
 from __future__ import annotations
 
@@ -11,39 +11,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.networks import check_source, frozen, loading, run_in_dtype
+from ..diffusion.module_copies import frozen_copy
+from ..diffusion.networks import run_in_dtype
+from .arguments import check_channels, check_count
 from .cutouts import check_images, resize_and_crop, unit_range
+from .model_loading import load_model
 
 
 def load_classifier(
     source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """(transformers image-classification model in eval mode, its processor or None); safetensors only.
+    """Loads an image classifier from safetensors files.
 
-    Raises ValueError when there is none.
+    Args:
+        source: A folder or a hub id.
+        device: Where the model is put.
+        dtype: The dtype of its weights.
+
+    Returns:
+        The transformers model in eval mode, and its image processor, or None if it was saved without one.
+
+    Raises:
+        ValueError: There is none, or some of its weights are missing or have another shape, as the head of a model that
+            was not trained to classify.
     """
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    name = check_source(source, "config.json", "guidance model")
-    with loading(name, "guidance model"):
-        model = AutoModelForImageClassification.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    model, name = load_model(AutoModelForImageClassification, source, dtype)
     try:
         processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):  # saved without one: [-1, 1] in the config's size
+    except (OSError, ValueError):
         processor = None
-    return model.to(device).eval(), processor
+    return model.to(device), processor
 
 
 class Classifier:
-    """Cross-entropy between a classifier's logits and one class: `loss(images)`, a mean over pictures.
+    """The cross-entropy between a classifier's prediction for pictures and one class, as a mean over pictures.
 
-    model: transformers image-classification model, or a module from pixels to logits (N, classes), to an object with
-        `.logits`, or to a tuple that ends with them; any dtype.
-    processor: its image processor; mean, std (three floats each) and size (an int) override what it says. Without
-        either: mean = std = 0.5, i.e. pixels in [-1, 1], and the config's image_size, or else the size they come in.
-    label: the class's index, or its name in the model's config (ImageNet's synonyms count, case does not).
+    The model is called in its own dtype, in eval mode and without gradients of its weights, and is not changed.
 
-    Raises ValueError, for an unknown name with the closest ones; TypeError for another kind of label.
+    Args:
+        model: A transformers image classifier, or any callable from pixels (N, 3, h, w) to logits (N, classes), to an
+            object that has them as `.logits`, or to a tuple that ends with them.
+        processor: Its image processor, or None.
+        label: The index of the class, or its name in the model's config. Each of the synonyms that ImageNet's names
+            list counts, and case does not.
+        mean: Three numbers that are subtracted from pixels in [0, 1]. By default those of the processor, else 0.5.
+        std: Three positive numbers that pixels are divided by then. By default those of the processor, else 0.5.
+        size: The side of the square, in pixels, to which pictures are resized and cropped. By default that of the
+            processor, else that of the config, else pictures keep their size.
+
+    Raises:
+        TypeError: `model` cannot be called, or `label` is neither an int nor a string.
+        ValueError: There is no such class, and the error lists the names that are closest; or another argument is out
+            of range.
+
+    Example:
+        >>> loss = Classifier.from_pretrained("microsoft/resnet-50", "tench")
     """
 
     def __init__(
@@ -61,13 +85,16 @@ class Classifier:
         config = getattr(model, "config", None)
         self.model = model
         self.label = find_label(label, getattr(config, "id2label", None) or {})
-        self.mean = tuple(mean or getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5))
-        self.std = tuple(std or getattr(processor, "image_std", None) or (0.5, 0.5, 0.5))
+        half = (0.5, 0.5, 0.5)
+        self.mean = check_channels(getattr(processor, "image_mean", None) or half if mean is None else mean, "mean")
+        self.std = check_channels(getattr(processor, "image_std", None) or half if std is None else std, "std", True)
+        if size is not None:
+            check_count(size, "size", 1)
         self.size = size or _size(processor) or getattr(config, "image_size", None)
         self.mode = "bicubic" if getattr(processor, "resample", 2) == 3 else "bilinear"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """0-dim loss of images (B, 3, H, W) in [-1, 1]."""
+        """Computes the loss, a 0-dim tensor, of images (B, 3, H, W) in [-1, 1]."""
         logits = self.logits(images)
         if self.label >= logits.shape[-1]:
             raise ValueError(f"label: expected an index below {logits.shape[-1]} (the classes), got {self.label}")
@@ -75,17 +102,18 @@ class Classifier:
         return F.cross_entropy(logits, target)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, classes) in float32 at least, of images (B, 3, H, W) in [-1, 1]."""
+        """Computes logits (B, classes), in float32 at least, of images (B, 3, H, W) in [-1, 1]."""
         pixels = unit_range(check_images(images))
         if self.size is not None:
             pixels = resize_and_crop(pixels, self.size, self.mode)
         mean, std = (pixels.new_tensor(values).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
         weight = next((p for p in getattr(self.model, "parameters", list)() if p.is_floating_point()), pixels)
-        with frozen(self.model):
-            return run_in_dtype(self._run, (pixels - mean) / std, weight.dtype)
+        return run_in_dtype(self._run, (pixels - mean) / std, weight.dtype)
 
     def _run(self, x: Tensor) -> Tensor:
-        output = self.model(x)
+        """Calls the model."""
+        with frozen_copy(self.model) as model:
+            output = model(x)
         output = output[-1] if isinstance(output, tuple) else output
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
@@ -98,13 +126,33 @@ class Classifier:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Classifier:
-        """From a folder or a hub id. Raises ValueError when there is none."""
+        """Loads the model from a folder or a hub id.
+
+        Args:
+            source: The folder or the hub id.
+            label: The class.
+            device: Where the model is put.
+            dtype: The dtype of its weights.
+
+        Raises:
+            TypeError: `label` is neither an int nor a string.
+            ValueError: There is no such model or class, or the model lacks weights.
+        """
         model, processor = load_classifier(source, device, dtype)
         return cls(model, processor, label)
 
 
 def find_label(label: int | str, names: Mapping[int, str]) -> int:
-    """The index of a class given by index (also as digits) or by name. Errors as in `Classifier`."""
+    """Returns the index of a class that is given by its index, also as digits, or by its name.
+
+    Args:
+        label: The index or the name.
+        names: The names of the classes by their indices, or an empty mapping if they are not known.
+
+    Raises:
+        TypeError: `label` is neither an int nor a string.
+        ValueError: There is no such class.
+    """
     if isinstance(label, bool) or not isinstance(label, (int, str)):
         raise TypeError(f"label: expected a class's index or name, got {label!r}")
     by_name = {str(name).casefold(): int(index) for index, name in names.items()}
@@ -125,7 +173,7 @@ def find_label(label: int | str, names: Mapping[int, str]) -> int:
 
 
 def _size(processor: Any) -> int | None:
-    """The side of the square that a processor makes, from whichever of its entries says so."""
+    """Returns the side of the square that a processor makes, or None if it does not say."""
     for name in ("crop_size", "size"):
         value: Any = getattr(processor, name, None)
         if isinstance(value, int):

@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_count, check_positive
+
 
 def check_images(images: Any, name: str = "images") -> Tensor:
-    """images as they are. Raises TypeError or ValueError unless they are floating and (B, 3, H, W)."""
+    """Returns images as they are.
+
+    Raises:
+        TypeError: They are no floating tensor.
+        ValueError: They do not have the shape (B, 3, H, W).
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"{name}: expected a floating tensor in [-1, 1], got {got}")
@@ -20,12 +27,21 @@ def check_images(images: Any, name: str = "images") -> Tensor:
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """From [-1, 1] to [0, 1], clipped, in float32 at least: what a saved picture holds."""
+    """Returns images in [-1, 1] as a saved picture holds them: in [0, 1], clipped, in float32 at least."""
     return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 
 
 def resize_and_crop(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """(B, C, size, size) of (B, C, H, W): the shorter side brought to `size` with antialiasing, then the centre."""
+    """Resizes the shorter side of images to `size` with antialiasing, and crops the center.
+
+    Args:
+        images: A tensor (B, C, H, W).
+        size: The side of the result in pixels.
+        mode: The interpolation, "bicubic" or "bilinear".
+
+    Returns:
+        A tensor (B, C, size, size).
+    """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
         return images
@@ -37,19 +53,27 @@ def resize_and_crop(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
 
 
 def random_cutouts(images: Tensor, num: int, size: int, power: float = 1.0) -> Tensor:
-    """(num * B, C, size, size): random squares of images (B, C, H, W), averaged down to `size`.
+    """Cuts random squares out of images, and averages each of them down to `size`.
 
-    The k-th B of them are one square of all pictures. A square's side is u^power of the way from `size` (or the
-    shorter side, if that is smaller) to the shorter side, u uniform: a lower power prefers larger squares. u and the
-    position are drawn from torch's global CPU generator, in the DOODL code's order (arXiv 2303.13703).
+    The side of a square is u^power of the way from `size` (or the shorter side of the images, if that is smaller) to
+    the shorter side, where u is uniform, so a lower power prefers larger squares. u and the position are drawn from
+    torch's global CPU generator, in the order of the DOODL code (arXiv 2303.13703).
 
-    Raises ValueError unless num and size are at least 1 and power is positive.
+    Args:
+        images: A tensor (B, C, H, W).
+        num: The number of squares.
+        size: The side of the result in pixels.
+        power: How the sides are distributed, a positive number.
+
+    Returns:
+        A tensor (num * B, C, size, size), where the k-th B entries are one square of all images.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
-    for name, value in (("num", num), ("size", size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
-    if not power > 0:
-        raise ValueError(f"power: expected a positive number, got {power!r}")
+    check_count(num, "num", 1)
+    check_count(size, "size", 1)
+    check_positive(power, "power")
     height, width = images.shape[-2:]
     largest = min(height, width)
     smallest = min(largest, size)

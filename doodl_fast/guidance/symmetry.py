@@ -1,4 +1,4 @@
-"""Mirror symmetry: the simplest guide, one without a network."""
+"""`Symmetry`: guidance to pictures that equal their mirror images, without a network."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ AXES = {"horizontal": -1, "vertical": -2}
 
 
 class Symmetry:
-    """Mean squared difference between pictures and their mirror images.
+    """The mean squared difference between pictures and their mirror images.
 
-    direction: "horizontal" compares left with right, "vertical" top with bottom. Raises ValueError for another one.
+    Args:
+        direction: "horizontal" compares left with right, "vertical" top with bottom.
+
+    Raises:
+        ValueError: `direction` is neither.
     """
 
     def __init__(self, direction: str = "horizontal") -> None:
@@ -23,7 +27,7 @@ class Symmetry:
         self.direction = direction
 
     def __call__(self, images: Tensor) -> Tensor:
-        """0-dim loss of images (B, 3, H, W) in [-1, 1]."""
+        """Computes the loss, a 0-dim tensor, of images (B, 3, H, W) in [-1, 1]."""
         images = check_images(images)
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         return F.mse_loss(images, images.flip(AXES[self.direction]))

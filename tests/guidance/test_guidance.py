@@ -15,8 +15,9 @@ from PIL import Image
 from tolerances import FP32
 from torch import Tensor
 
+from doodl_fast.diffusion.images import open_picture
 from doodl_fast.guidance import Classifier, ClipImage, ClipText, Symmetry, random_cutouts, spherical_distance
-from doodl_fast.guidance.clip import CLIP_MEAN, CLIP_STD, open_picture
+from doodl_fast.guidance.clip import CLIP_MEAN, CLIP_STD
 from doodl_fast.guidance.cutouts import resize_and_crop
 
 CUTOUTS = [("cut16_power1.0_seed0", 16, 1.0, 0), ("cut16_power0.3_seed7", 16, 0.3, 7)]

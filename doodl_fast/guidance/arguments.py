@@ -1,0 +1,36 @@
+"""Checks of the arguments that several guides have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+
+def check_count(value: Any, name: str, least: int) -> int:
+    """Returns an int that is at least `least`. Raises ValueError, naming the argument, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+    return value
+
+
+def check_positive(value: Any, name: str) -> float:
+    """Returns a finite positive number. Raises ValueError, naming the argument, for anything else."""
+    if not is_finite(value) or not value > 0:
+        raise ValueError(f"{name}: expected a positive number that is finite, got {value!r}")
+    return float(value)
+
+
+def check_channels(values: Sequence[Any], name: str, positive: bool = False) -> tuple[float, ...]:
+    """Returns three finite numbers, one for each color channel. Raises ValueError, naming the argument, otherwise."""
+    numbers = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
+    if len(numbers) != 3 or not all(is_finite(value) and (value > 0 or not positive) for value in numbers):
+        kind = "positive finite" if positive else "finite"
+        raise ValueError(f"{name}: expected three {kind} numbers, one for each color, got {values!r}")
+    return tuple(map(float, numbers))
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are not numbers here."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
