@@ -153,12 +153,11 @@ class Denoiser(Evaluator):
     # What the chain's engine asks for
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor besides x that eps depends on, weights excepted: gradients are given to those that require
-        grad."""
+        """Every tensor besides x and the weights that eps depends on. Those that require grad are given gradients."""
         return tuple(tensors_of(self._conditions()))
 
     def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which the network gets x: that of its weights, else the latents'."""
+        """The dtype in which the network gets x: that of its weights, or the latents' if it has none."""
         if self._variant.cast_to is not None:
             return self._variant.cast_to
         weight = self._weight()
@@ -317,7 +316,7 @@ class Denoiser(Evaluator):
         return eps, self._guidance_scale if self._guided else None
 
     def _conditions(self) -> dict[str, Any]:
-        """The tree of everything that eps is conditioned on; uncond is left out where it is not used."""
+        """All conditions as one tree, without those for `uncond` if they are not used."""
         tree: dict[str, Any] = {"cond": self._cond, "kwargs": self._unet_kwargs}
         if self._guided:
             tree["uncond"] = self._uncond
@@ -325,7 +324,7 @@ class Denoiser(Evaluator):
 
 
 def _refuse_stochastic(network: nn.Module) -> None:
-    """A backward pass evaluates the network again and must find the same value: no noise, no running state."""
+    """Raises ValueError if a module is random or keeps running statistics, so that a second call differs."""
     for name, module in network.named_modules():
         if not module.training:
             continue
@@ -337,7 +336,7 @@ def _refuse_stochastic(network: nn.Module) -> None:
         batch_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
             isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
         )
-        # its power iteration goes on at every call
+        # The power iteration of spectral norm goes on at every call.
         batch_statistics = batch_statistics or isinstance(module, nn.utils.parametrizations._SpectralNorm)
         if dropout > 0 or batch_statistics or isinstance(module, nn.RReLU):
             why = f"dropout p={dropout:g}" if dropout > 0 else "random or running statistics"

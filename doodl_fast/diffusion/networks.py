@@ -1,4 +1,4 @@
-"""What every caller of somebody else's network needs: where it lies, frozen weights, gradients that survive fp16."""
+"""Helpers for calling networks: finding and loading them, freezing their weights, and gradients in fp16."""
 
 from __future__ import annotations
 
@@ -20,10 +20,18 @@ FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
 
 def check_source(source: str | Path, index: str, argument: str = "model") -> str:
-    """The local folder or hub id that `source` names, without any network access.
+    """Checks the name of a model without access to the internet.
 
-    index: a file that a usable local folder holds. Anything that does not look like `org/name` is taken as a path.
-    Raises ValueError, naming `argument`: missing folder, a file, or a folder without `index`.
+    Args:
+        source: A local folder or a hub id. What does not look like `org/name` is taken as a folder.
+        index: The name of a file that a usable folder holds.
+        argument: What errors call `source`.
+
+    Returns:
+        The folder or hub id as text.
+
+    Raises:
+        ValueError: The folder is missing, is a file, or does not hold `index`.
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"{argument}: expected a folder or a hub id such as org/name, got {source!r}")
@@ -46,10 +54,15 @@ def check_source(source: str | Path, index: str, argument: str = "model") -> str
 
 @contextlib.contextmanager
 def loading(source: str, argument: str = "model") -> Iterator[None]:
-    """Turns whatever the loading of `source`, checked by `check_source`, raises into one ValueError of one line."""
+    """Turns any error of the loading inside the context into a ValueError of one line.
+
+    Args:
+        source: What is loaded, as `check_source` returned it.
+        argument: What the error calls it.
+    """
     try:
         yield
-    except Exception as error:  # a hub's clients raise errors of half a dozen libraries
+    except Exception as error:  # The clients of a hub raise the errors of many libraries.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if Path(source).is_dir():
             raise ValueError(f"{argument}: the folder {source!r} cannot be loaded: {reason}") from error
@@ -143,9 +156,14 @@ def _overridden(settings: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[None
 
 
 def as_tensor(output: Any, argument: str) -> Tensor:
-    """A network's output: a tensor, the first of a tuple, or what has `.sample`.
+    """Returns the tensor in a network's output.
 
-    Raises TypeError, naming the argument, for anything else, and for a tensor that is not floating.
+    Args:
+        output: A floating tensor, a tuple or list that begins with it, or an object that has it as `.sample`.
+        argument: What the error calls the network.
+
+    Raises:
+        TypeError: It is none of these.
     """
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
@@ -190,10 +208,19 @@ def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
 
 
 def run_in_dtype(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`function(x.to(dtype))` in float32 at least.
+    """Calls a function in another dtype, differentiably.
 
-    In fp16 and bf16 the cotangent is scaled by a power of two to a magnitude near 1 before it enters the function, and
-    back behind it: the gradient of a mean over a picture's pixels would otherwise lie among fp16's subnormals.
+    In fp16 and bf16 the cotangent is divided by a power of two before the function's VJP, so that its magnitude is near
+    1, and multiplied by it afterwards. Otherwise the gradient of a mean over the pixels of a picture would be too small
+    for fp16.
+
+    Args:
+        function: What is called.
+        x: Its argument.
+        dtype: The dtype that the argument is cast to.
+
+    Returns:
+        What the function returns, in float32 at least.
     """
     if dtype not in HALF_DTYPES:
         y = function(x.to(dtype))
@@ -205,7 +232,7 @@ def run_in_dtype(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.d
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Casts to float32; its cotangent, divided by a power of two that it notes, goes on in the input's dtype."""
+    """Casts to float32. Backwards, it divides the cotangent by a power of two, which it notes in a list."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, power: list[Tensor]) -> Tensor:
@@ -220,7 +247,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _UnscaleGradient(torch.autograd.Function):
-    """Casts to a dtype; its cotangent is multiplied by the noted power of two in float32 at least."""
+    """Casts to another dtype. Backwards, it multiplies the cotangent by the power of two in a list."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, power: list[Tensor]) -> Tensor:
