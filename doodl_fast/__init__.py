@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .solvers.ddim import DDIM
     from .solvers.edict import EDICT
     from .solvers.obelm import OBELM
+    from .solvers.own import solver
     from .solvers.rex import Rex
     from .solvers.sampler import LCM, DPMSolver, Sampler, UniPC
 
@@ -88,6 +89,7 @@ __all__ = [
     "optimize",
     "profile",
     "shapes",
+    "solver",
 ]
 
 _HOMES = {
@@ -108,6 +110,7 @@ _HOMES = {
     "DPMSolver": "solvers.sampler",
     "LCM": "solvers.sampler",
     "Sampler": "solvers.sampler",
+    "solver": "solvers.own",
     "SamplerSteps": "diffusion.tracing",
     "UniPC": "solvers.sampler",
     "LatticeState": "chain.exact.state",

@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,21 @@ ZERO_IN_DIFFUSERS = 2.0**-24
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The scheduler that a schedule was read off, and how: what `Sampler` needs to take the scheduler's own steps.
+
+    Attributes:
+        scheduler: A copy of the scheduler.
+        num_inference_steps: As in `Schedule.from_scheduler`.
+        options: The other arguments of the scheduler's `set_timesteps`.
+    """
+
+    scheduler: Any
+    num_inference_steps: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The steps of a deterministic sampler from noise to image, in denoising order (timesteps fall).
 
@@ -49,6 +64,7 @@ class Schedule:
             latent at a level is `(1 - sigma) * picture + sigma * noise`.
         training_alphas: The cumulative alphas of all timesteps in training, if they are known. Solvers that evaluate
             the network between the schedule's levels interpolate timesteps in them. Schedules are compared without.
+        origin: The scheduler that `from_scheduler` read, for `Sampler`. Schedules are compared without it too.
 
     Raises:
         ValueError: The lengths differ, there is no step, a number is out of range, or the prediction type is unknown.
@@ -60,6 +76,7 @@ class Schedule:
     prediction_type: str = "epsilon"
     sigmas: tuple[float, ...] = ()
     training_alphas: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if any(isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 <= t < math.inf for t in self.timesteps):
@@ -171,7 +188,9 @@ class Schedule:
             steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", 1000)))
             found = flow_steps(scheduler, steps, mu, sigmas)
             _warn_of(scheduler, found.missing, "DDIM, which is Euler's method on a flow")
-            return cls.flow(found.timesteps, found.sigmas)
+            given = {name: value for name, value in (("mu", mu), ("sigmas", sigmas)) if value is not None}
+            flow = cls.flow(found.timesteps, found.sigmas)
+            return replace(flow, origin=Origin(copy.deepcopy(scheduler), steps, given))
         for name, value in (("mu", mu), ("sigmas", sigmas)):
             if value is not None:
                 raise ValueError(f"{name}: expected None because {type(scheduler).__name__} is no flow, got {value!r}")
@@ -191,6 +210,7 @@ class Schedule:
             alphas_cumprod_prev=(*at_steps[1:], last),
             prediction_type=str(setting(scheduler, "prediction_type", "epsilon")),
             training_alphas=tuple(levels),
+            origin=Origin(copy.deepcopy(scheduler), steps),
         )
         missing = left_out(scheduler, steps, timesteps, levels, last) if is_from_diffusers(scheduler) else []
         _warn_of(scheduler, missing, "DDIM")

@@ -51,6 +51,7 @@ class DDIM(DiffusionChain):
         memory: What is kept for the gradient: "checkpoint", "naive" or "auto", see `Chain`. The strategies that undo
             couplings are refused.
         state_dtype: In which the latents and their cotangents are carried, see `Chain`.
+        arithmetic: "float". Exact arithmetic is refused, because there is no inverse.
         memory_budget: For memory="auto", see `Chain`.
 
     Raises:
@@ -72,10 +73,17 @@ class DDIM(DiffusionChain):
         schedule: Schedule,
         memory: Memory = "checkpoint",
         state_dtype: torch.dtype | None = None,
+        arithmetic: str = "float",
         memory_budget: int | str | None = None,
     ) -> None:
         super().__init__(
-            denoiser, schedule, ddim_program, memory=memory, state_dtype=state_dtype, memory_budget=memory_budget
+            denoiser,
+            schedule,
+            ddim_program,
+            memory=memory,
+            state_dtype=state_dtype,
+            arithmetic=arithmetic,
+            memory_budget=memory_budget,
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor]:  # type: ignore[override]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..chain.memory.strategies import Memory
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.schedule import Schedule
 from ..diffusion.tracing import SamplerSteps
 from .base import DiffusionChain
 from .linear_steps import linear_program
@@ -27,15 +28,18 @@ class Sampler(DiffusionChain):
 
     Args:
         denoiser: The network with its conditions.
-        schedule: The steps, from `SamplerSteps.from_scheduler(scheduler, num_inference_steps)`.
+        schedule: The steps, from `SamplerSteps.from_scheduler(scheduler, num_inference_steps)`; or a `Schedule` that
+            was read off a diffusers scheduler, whose own steps are then taken.
         memory: What is kept for the gradient: "checkpoint", "naive" or "auto", see `Chain`. The strategies that undo
             couplings are refused.
         state_dtype: In which the latents and their cotangents are carried, see `Chain`.
+        arithmetic: "float". Exact arithmetic is refused, because there is no inverse.
         memory_budget: For memory="auto", see `Chain`.
 
     Raises:
-        TypeError: `denoiser` is no `Denoiser`, or `schedule` no `SamplerSteps`.
-        ValueError: An option is out of range, or `memory` would undo couplings.
+        TypeError: `denoiser` is no `Denoiser`, or `schedule` neither `SamplerSteps` nor a `Schedule`.
+        ValueError: An option is out of range, `memory` would undo couplings, or a `Schedule` was not read off a
+            scheduler of diffusers.
 
     Example:
         >>> pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -50,23 +54,43 @@ class Sampler(DiffusionChain):
     def __init__(
         self,
         denoiser: Denoiser,
-        schedule: SamplerSteps,
+        schedule: SamplerSteps | Schedule,
         memory: Memory = "checkpoint",
         state_dtype: torch.dtype | None = None,
+        arithmetic: str = "float",
         memory_budget: int | str | None = None,
     ) -> None:
+        if isinstance(schedule, Schedule):
+            schedule = self._steps_of(schedule)
         super().__init__(
             denoiser,
             schedule,  # type: ignore[arg-type]
             lambda steps: linear_program(steps.steps, steps.initial_scale).program,
             memory=memory,
             state_dtype=state_dtype,
+            arithmetic=arithmetic,
             memory_budget=memory_budget,
         )
         self._steps = schedule
         self._layout = linear_program(schedule.steps, schedule.initial_scale)
         self.step_noise: Sequence[Tensor] | None = None
         """The noise of calls that are given none: `optimize` calls the chain with latents alone."""
+
+    @classmethod
+    def read_scheduler(cls, scheduler: Any, num_inference_steps: int, **options: Any) -> SamplerSteps:
+        """Reads the scheduler's own steps. options: more arguments of its `set_timesteps`."""
+        return SamplerSteps.from_scheduler(scheduler, num_inference_steps, **options)
+
+    @classmethod
+    def _steps_of(cls, schedule: Schedule) -> SamplerSteps:
+        """The steps of the scheduler that a schedule was read off."""
+        if schedule.origin is None:
+            raise ValueError(
+                f"schedule: expected one that was read off a diffusers scheduler, got {schedule!r}, which was made by "
+                "hand; use SamplerSteps.from_scheduler(scheduler, steps), or DDIM"
+            )
+        origin = schedule.origin
+        return cls.read_scheduler(origin.scheduler, origin.num_inference_steps, **origin.options)
 
     @property
     def num_draws(self) -> int:
@@ -125,12 +149,12 @@ class _Named(Sampler):
     scheduler_class: ClassVar[str]
 
     @classmethod
-    def read_scheduler(cls, scheduler: Any, num_inference_steps: int) -> SamplerSteps:
+    def read_scheduler(cls, scheduler: Any, num_inference_steps: int, **options: Any) -> SamplerSteps:
         import diffusers
 
         kind = getattr(diffusers, cls.scheduler_class)
         own = scheduler if isinstance(scheduler, kind) else kind.from_config(scheduler.config)
-        return SamplerSteps.from_scheduler(own, num_inference_steps)
+        return SamplerSteps.from_scheduler(own, num_inference_steps, **options)
 
 
 class DPMSolver(_Named):

@@ -13,7 +13,9 @@ from tolerances import FP32, FP64
 
 import doodl_fast
 from doodl_fast.diffusion.denoiser import Denoiser
+from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.diffusion.tracing import SamplerSteps
+from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.sampler import LCM, DPMSolver, Sampler, UniPC
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -159,3 +161,32 @@ def test_what_is_refused():
         SamplerSteps.from_scheduler(clipped, 4)
     with pytest.raises(ValueError, match=r"the steps of RePaintScheduler cannot be read off \(TypeError"):
         SamplerSteps.from_scheduler(diffusers.RePaintScheduler(), 4)
+
+
+@pytest.mark.parametrize(
+    ("solver", "kind"), [(Sampler, "DDIMScheduler"), (DPMSolver, "DPMSolverMultistepScheduler"), (LCM, "LCMScheduler")]
+)
+def test_a_schedule_that_was_read_off_a_scheduler_will_do(solver, kind):
+    scheduler, denoiser, x = scheduler_of("DDIM"), golden_denoiser(torch.float64), latents(1, 4, 16, 16)[0]
+    steps = SamplerSteps.from_scheduler(getattr(diffusers, kind).from_config(scheduler.config), STEPS)
+    chains = [solver(denoiser, schedule) for schedule in (Schedule.from_scheduler(scheduler, STEPS), steps)]
+    noise = chains[0].draw_noise(x)
+    assert torch.equal(*(chain(x, noise)[0] for chain in chains))
+
+
+def test_a_flow_schedule_keeps_its_shift():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    schedule = Schedule.from_scheduler(scheduler, STEPS, mu=0.7)
+    denoiser, x = Denoiser(TinyNet().double(), *conditions()), latents(1, 3, 4)[0]
+    assert relative(Sampler(denoiser, schedule)(x)[0], DDIM(denoiser, schedule)(x)[0]) < 1e-6
+
+
+def test_schedules_without_a_scheduler_and_exact_arithmetic_are_refused():
+    denoiser, by_hand = Denoiser(TinyNet().double(), *conditions()), Schedule((1,), (0.5,), (0.9,))
+    with pytest.raises(
+        ValueError, match=r"schedule: expected one that was read off a diffusers scheduler, got .* hand"
+    ):
+        Sampler(denoiser, by_hand)
+    for solver in (Sampler, DDIM):
+        with pytest.raises(ValueError, match=r"arithmetic: 'exact' needs couplings of two latents that can be undone"):
+            solver(denoiser, Schedule.from_scheduler(scheduler_of("DDIM"), 4), arithmetic="exact")
