@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import files, options
+from .checks import check_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -258,8 +259,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo; gives the exit code."""
+    from ..optimization.arguments import check_steps
+
     options.check_folder(args.out)
     options.quiet_libraries()
     steps = [12 if count is None else count for count in (args.steps, args.optimization_steps)]
+    check_sizes(argparse.Namespace(model=options.EMBEDDED, guidance_scale=GUIDANCE_SCALE), steps[:1], option="--steps")
+    check_steps(steps[1])
     run_tasks(args.out, *steps)
     return 0

@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import dis
 from types import TracebackType
+from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Storage size calculation overflowed")
-"""What PyTorch's allocators say in a plain RuntimeError."""
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "STATUS_ALLOC_FAILED",
+    "Storage size calculation overflowed",
+)
+"""What PyTorch's allocators and the libraries that it calls say in a plain RuntimeError."""
 SIZES = ("height", "width", "resolution", "batch", "num_cutouts", "steps", "memory", "memory_budget", "dtype", "device")
 """The options that decide how much memory a command takes."""
 REFUSALS = (ValueError, FloatingPointError, OverflowError)
@@ -33,13 +40,19 @@ def explain(error: Exception, args: argparse.Namespace | None) -> str | None:
     line = " ".join(str(error).split())
     if is_out_of_memory(error):
         given = vars(args) if args is not None else {}
-        asked = [f"--{name.replace('_', '-')} {given[name]}" for name in SIZES if given.get(name) is not None]
-        return f"out of memory with {', '.join(asked) or 'the default sizes'}; ask for less ({line[:200]})"
+        asked = [_as_typed(name, given[name]) for name in SIZES if given.get(name) is not None]
+        reason = f" ({line[:200]})" if line else ""
+        return f"out of memory with {', '.join(asked) or 'the default sizes'}; ask for less{reason}"
     if isinstance(error, (UsageError, OSError)) or type(error).__name__ == "BackendUnavailable":
         return line or type(error).__name__
     if isinstance(error, REFUSALS) and is_raised_here(error.__traceback__):
         return line
     return None
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """An option with its value, as a command line has it."""
+    return f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -152,6 +152,7 @@ def draw_noise(chain: DiffusionChain, seed: int) -> Tensor:
 def _check_numbers(args: argparse.Namespace) -> None:
     """Raises ValueError for an optimisation that cannot begin, before any model is loaded."""
     from ..chain.memory.plan import parse_bytes
+    from ..chain.memory.strategies import strategy_of
     from ..optimization.arguments import check_steps
     from ..optimization.update import UpdateSettings
 
@@ -163,6 +164,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         clip_grad_value=args.clip_grad_value,
         perturbation_scale=args.perturbation_scale,
     )
+    strategy_of(args.memory)
     if args.memory_budget is not None:
         parse_bytes(args.memory_budget)
         if args.memory != "auto":

@@ -29,6 +29,27 @@ BAD = [
     ([*PROFILE, "--batch", "99999999999"], "argument --batch: expected at most 65536"),
     ([*PROFILE, "--batch", "0"], "batch: expected an int of at least 1"),
     ([*PROFILE, "--estimate", "sd15", "--resolution", "99999999"], "argument --resolution: expected at most 32768"),
+    ([*RUN, "--height", "33"], "height: expected a positive multiple of 4 (the VAE's scale factor), got 33"),
+    ([*RUN, "--width", "-64"], "width: expected a positive multiple of 4"),
+    ([*INVERT, "--height", "33"], "height: expected a positive multiple of 4"),
+    ([*PROFILE, "--resolution", "33"], "resolution: expected a positive multiple of 4"),
+    ([*RUN, "--model", "org/name", "--height", "0"], "height: expected a positive number of pixels, got 0"),
+    ([*RUN, "--steps", "0"], "num_inference_steps: expected an int from 1 to 1000 (the training timesteps), got 0"),
+    ([*RUN, "--steps", "1001"], "num_inference_steps: expected an int from 1 to 1000"),
+    ([*INVERT, "--steps", "0"], "num_inference_steps: expected an int from 1 to 1000"),
+    ([*RUN, "--model", "org/name", "--steps", "0"], "num_inference_steps: expected an int of at least 1, got 0"),
+    ([*PROFILE, "--steps", "4", "1001"], "--steps: expected an int from 1 to 1000"),
+    (["drift", "--out", "out", "--steps", "4", "1001"], "--steps: expected an int from 1 to 1000"),
+    (["drift", "--out", "out", "--steps", "0"], "--steps: expected numbers of at least 1, got 0"),
+    (["demo", "--out", "out", "--steps", "0"], "--steps: expected an int from 1 to 1000 (the training timesteps)"),
+    (["demo", "--out", "out", "--optimization-steps", "0"], "num_optimization_steps: expected an int of at least 1"),
+    ([*RUN, "--guidance-scale", "inf"], "guidance_scale: expected a finite number, got inf"),
+    ([*INVERT, "--guidance-scale", "nan"], "guidance_scale: expected a finite number, got nan"),
+    (["drift", "--out", "out", "--guidance-scale", "nan"], "guidance_scale: expected a finite number, got nan"),
+    ([*RUN, "--mix-weight", "0"], "mix_weight: expected a number in (0, 1], got 0.0"),
+    ([*PROFILE, "--mix-weight", "2"], "mix_weight: expected a number in (0, 1], got 2.0"),
+    (["drift", "--out", "out", "--mix-weight", "nan"], "mix_weight: expected a number in (0, 1], got nan"),
+    ([*RUN, "--memory", "none"], "memory: expected one of"),
     ([*RUN, "--seed", "99999999999999999999"], "argument --seed: expected at most"),
     ([*RUN, "--memory", "auto", "--memory-budget", "99999999999999999999"], "memory_budget: expected"),
     ([*RUN, "--memory", "auto", "--memory-budget", "٣GiB"], "memory_budget: expected"),
@@ -146,7 +167,19 @@ def test_a_bug_is_a_traceback_and_exit_1(
     assert "Traceback" in said and "internal" in said and "this is a bug" in said
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError("disk full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory: you tried to allocate 9"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError("disk full"),
+    ],
+    ids=lambda error: type(error).__name__ + str(error)[:9],
+)
 def test_what_the_machine_lacks_is_one_line(
     error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
