@@ -176,6 +176,11 @@ class Chain:
         return self._planner
 
     @property
+    def drift_tolerance(self) -> float | None:
+        """The largest drift and mismatch that are accepted, as it was given; None: the defaults."""
+        return self._runs.trust.tolerance
+
+    @property
     def drift(self) -> float | None:
         """How far the latest backward pass that undid couplings missed what was stored: |undone - stored| / |stored|.
 

@@ -199,7 +199,16 @@ def _check_out(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
                 f"--resume: the run in {str(out)!r} had --{key.replace('_', '-')} {stored.get(key)!r}, got {value!r}; "
                 "pass what it was started with, or another --out"
             )
-    return (out / STATE / "state.json").exists()
+    if (out / STATE / "state.json").exists():
+        return True
+    # A run that was killed in its first step has no state yet, and begins anew.
+    later = [name for name in taken if name not in (SETTINGS, STATE, "before.png", "step_000.png")]
+    if later:
+        raise ValueError(
+            f"--resume: {str(out)!r} holds {later[0]} and no {STATE}/state.json, without which the run cannot be "
+            "continued; start in another folder"
+        )
+    return False
 
 
 @dataclass(frozen=True)

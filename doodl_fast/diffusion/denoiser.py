@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks
 from .timesteps import Timesteps
 
 AUTO = "auto"
+_DTYPES = re.compile(r"\b(dtype|scalar type|[Ii]nput type)\b")
 
 
 class Denoiser(Evaluator):
@@ -301,7 +303,8 @@ class Denoiser(Evaluator):
         timestep = self._timestep(t, x.device)
         version = None if timestep.is_inference() else timestep._version
         kwargs = fit.extras(conditions["kwargs"])
-        output = active_call(self._call, self._variant)(network_x, timestep, cond, kwargs)
+        with _explain_cast(self._variant.cast_to):
+            output = active_call(self._call, self._variant)(network_x, timestep, cond, kwargs)
         if version is not None and timestep._version != version:
             self._timestep = Timesteps()  # The timestep is a view of a table, which is wrong now.
             raise RuntimeError("unet: expected it to leave its timestep as it is, got one that it changed in place")
@@ -321,6 +324,21 @@ class Denoiser(Evaluator):
         if self._guided:
             tree["uncond"] = self._uncond
         return tree
+
+
+@contextlib.contextmanager
+def _explain_cast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Says in an error about dtypes that it comes from a copy of the network whose weights are cast to `dtype`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if dtype is None or not _DTYPES.search(str(error)):
+            raise
+        raise RuntimeError(
+            f"vjp_dtype: the copy of the network with weights in {dtype}, of which VJPs are taken, failed: {error}. "
+            "The network reaches some of its weights by a closure or another object, where they cannot be cast; use "
+            "vjp_dtype=None"
+        ) from error
 
 
 def _refuse_stochastic(network: nn.Module) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
+
+LIMIT = 10**6
+"""Timesteps lie below this number, so that the table of them stays small."""
 
 
 class Timesteps:
@@ -22,7 +27,8 @@ class Timesteps:
             device: Where the network's input lies.
 
         Raises:
-            ValueError: A tensor has more than one element.
+            TypeError: It is neither a number nor a tensor.
+            ValueError: A tensor has more than one element, or a number is negative, infinite or NaN.
         """
         if isinstance(t, Tensor):
             if t.numel() != 1:
@@ -30,6 +36,10 @@ class Timesteps:
                     f"t: expected one timestep for the whole batch, got a tensor of shape {tuple(t.shape)}"
                 )
             return t.reshape(()).to(device, torch.float32 if t.is_floating_point() else torch.int64)
+        if not isinstance(t, Real):
+            raise TypeError(f"t: expected a number or a tensor of one element, got {type(t).__name__}")
+        if not 0 <= t < LIMIT:  # This is True for NaN too. A negative index would read the table from its end.
+            raise ValueError(f"t: expected a number from 0 to {LIMIT}, got {t!r}")
         if t != int(t):
             return self._fraction(float(t), device)
         return self._table(int(t), device)[int(t)]

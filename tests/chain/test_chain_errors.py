@@ -123,3 +123,11 @@ def test_networks_with_active_dropout(memory):
     with pytest.raises(ValueError, match=r"Dropout 'drop' is in training mode .* call unet.eval\(\) first"):
         chain(latents(1, 3, 4)[0])
     assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["drift_tolerance", "state_dtype", "arithmetic", "evaluator", "denoiser", "schedule"])
+def test_what_a_chain_was_made_with_cannot_be_set_later(name):
+    """Setting it would have no effect, or bypass the checks."""
+    chain = tiny_chain(2)
+    with pytest.raises(AttributeError, match=f"property '{name}' of 'EDICT' object has no setter|can't set attribute"):
+        setattr(chain, name, getattr(chain, name))

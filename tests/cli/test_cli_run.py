@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,21 @@ def test_a_taken_folder_is_left_as_it_is(models: Path, tmp_path: Path, capsys: p
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == {
         path: data for path, data in before.items() if path.name != "run.json"
     }
+
+
+def test_a_lost_state_is_not_begun_anew(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was killed in its first step begins anew; one whose state was lost would be overwritten."""
+    line = command(models, tmp_path / "run")
+    assert cli.main(line) == 0
+    shutil.rmtree(tmp_path / "run" / "state")
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    assert "no state/state.json, without which the run cannot be continued" in refused([*line, "--resume"], capsys)
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+    for name in ("after.png", "best.png", "losses.png", "result.json", "step_001.png"):
+        (tmp_path / "run" / name).unlink()
+    assert cli.main([*line, "--resume"]) == 0
 
 
 @pytest.mark.parametrize("guidance", ["clip-text", "clip-image", "classifier"])

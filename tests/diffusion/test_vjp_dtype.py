@@ -18,7 +18,7 @@ from conftest import (
     relative,
     tiny_chain,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.solvers.edict import EDICT
@@ -233,3 +233,27 @@ def test_refusals():
     chain = EDICT(Denoiser(golden_unet(), None, vjp_dtype=torch.float32), tiny_chain(3).schedule, memory="naive")
     with pytest.raises(ValueError, match=r'memory: "naive" .* vjp_dtype'):
         chain(latents(1, 4, 8, 8, grad=True)[0])
+
+
+class WithClosure(nn.Module):
+    """A network that reaches its weights by a closure, where a copy cannot cast them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv1d(3, 3, 1)
+        self.call = lambda x: torch.tanh(self.inner(x))
+
+    def forward(self, x, t, cond=None):
+        return self.call(x)
+
+
+def test_weights_that_cannot_be_cast_are_said():
+    chain = tiny_chain(2, network=WithClosure().half(), dtype=torch.float16)
+    chain = EDICT(Denoiser(chain.denoiser.unet, None), chain.schedule)
+    x, _ = latents(1, 3, 4, dtype=torch.float32, grad=True)
+    loss = chain(x)[0].sum()
+    with pytest.raises(RuntimeError, match=r"vjp_dtype: the copy of the network .* failed: .*; use vjp_dtype=None"):
+        loss.backward()
+    exact = EDICT(Denoiser(chain.denoiser.unet, None, vjp_dtype=None), chain.schedule)
+    exact(x)[0].sum().backward()
+    assert x.grad.norm() > 0
