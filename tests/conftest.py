@@ -34,28 +34,28 @@ DEVICE = torch.device(os.environ.get("DOODL_FAST_TEST_DEVICE", "cpu"))
 settings.register_profile("doodl", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("doodl")
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, in its interpreter
-if DEVICE.type == "cuda":  # tolerances are those of fp32, and some tests compare bits
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's interpreter runs the kernels on the CPU.
+if DEVICE.type == "cuda":  # The tolerances are those of fp32, and some tests compare bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+torch.set_num_threads(1)  # With models this tiny, more threads only wait for each other.
 
 
 @cache
 def golden(name: str) -> dict[str, Tensor]:
-    """The tensors of one recorded file. Shared: clone before changing."""
+    """Returns the tensors of one recorded file. They are shared, so clone one before changing it."""
     return {key: value.to(DEVICE) for key, value in load_file(GOLDEN / f"{name}.safetensors").items()}
 
 
 @cache
 def golden_meta(stage: str) -> dict[str, Any]:
-    """The numbers and settings that were recorded beside the tensors of one stage."""
+    """Returns the numbers and settings that were recorded beside the tensors of one stage."""
     meta: dict[str, Any] = json.loads((GOLDEN / "manifest.json").read_text())["stages"][stage]["meta"]
     return meta
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected| in fp64."""
+    """Returns |actual - expected| / |expected| in the 2-norm, computed in float64."""
     assert actual.shape == expected.shape
     expected = expected.detach().double()
     return float((actual.detach().double() - expected).norm() / expected.norm())
@@ -63,7 +63,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 @cache
 def golden_unet(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The recorded diffusers UNet. Shared: leave its mode and its flags as they are."""
+    """Returns the recorded diffusers UNet. It is shared, so its mode and its flags must not be changed."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(**json.loads((GOLDEN / "unet_config.json").read_text())).to(DEVICE)
@@ -73,14 +73,14 @@ def golden_unet(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def golden_denoiser(dtype: torch.dtype, guidance_scale: float = 7.5, vjp_dtype: Any = None) -> Denoiser:
-    """With its own VJPs in half precision too, on any device, unless vjp_dtype says otherwise."""
+    """Returns a denoiser of the recorded UNet, with VJPs in the UNet's own dtype unless vjp_dtype says otherwise."""
     models = golden("models")
     cond, uncond = models["embedding_conditional"].to(dtype), models["embedding_unconditional"].to(dtype)
     return Denoiser(golden_unet(dtype), cond, uncond, guidance_scale, vjp_dtype=vjp_dtype)
 
 
 def sd_scheduler(**changes: Any) -> Any:
-    """Stable Diffusion's noise schedule."""
+    """Returns a DDIM scheduler with Stable Diffusion's noise schedule."""
     from diffusers import DDIMScheduler
 
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -88,7 +88,7 @@ def sd_scheduler(**changes: Any) -> Any:
 
 
 def recorded_schedule(scheduler: str, steps: int) -> Schedule:
-    """A schedule of the alphas that the reference itself used."""
+    """Returns a schedule of the alphas that the reference used."""
     table = {key: golden("schedule")[f"{scheduler}/T{steps}/{key}"].tolist() for key in ("t", "alpha", "alpha_prev")}
     return Schedule(tuple(int(t) for t in table["t"]), tuple(table["alpha"]), tuple(table["alpha_prev"]))
 
@@ -136,7 +136,7 @@ class Counting(nn.Module):
 
 
 def conditions(batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """cond and uncond for TinyNet."""
+    """Returns cond and uncond for TinyNet."""
     generator = torch.Generator().manual_seed(seed)
     both = torch.randn(2, batch, 5, 4, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
     return both[0].clone(), both[1].clone()
@@ -151,12 +151,12 @@ def latents(
 
 
 def randn(*shape: int, seed: int = 0, **options: Any) -> Tensor:
-    """Standard normal numbers in float64, on the CPU."""
+    """Returns standard normal numbers in float64, on the CPU."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, **options)
 
 
 def smooth_pictures(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Pictures (batch, 3, height, width) in [-1, 1] that are neither noise nor constant."""
+    """Returns pictures (batch, 3, height, width) in [-1, 1] that are neither noise nor constant."""
     coarse = torch.rand(batch, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return F.interpolate(coarse, (height, width), mode="bilinear")
 
@@ -170,7 +170,7 @@ def tiny_chain(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> EDICT:
-    """EDICT on a tiny network, guided unless guidance_scale is 1, with the network's own VJPs in half precision too."""
+    """Returns EDICT on a tiny network, guided unless guidance_scale is 1, with VJPs in the network's own dtype."""
     cond, uncond = conditions(dtype=dtype)
     network = TinyNet().to(dtype) if network is None else network
     denoiser = Denoiser(network, cond, uncond, guidance_scale, vjp_dtype=None)
@@ -179,20 +179,20 @@ def tiny_chain(
 
 
 def weights_of(outputs: tuple[Tensor, ...], seed: int = 3) -> list[Tensor]:
-    """The weights of `pull`'s loss, float64."""
+    """Returns the weights of the loss of `pull`, in float64."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device) for out in outputs]
 
 
 def pull(outputs: tuple[Tensor, Tensor], inputs: list[Tensor], seed: int = 3) -> tuple[Tensor, ...]:
-    """Gradients of a fixed random linear loss that weighs both outputs differently."""
+    """Returns the gradients of a fixed random linear loss that weighs both outputs differently."""
     weights = weights_of(outputs, seed)
     loss = sum((out.double() * weight).sum() for out, weight in zip(outputs, weights, strict=True))
-    return torch.autograd.grad(loss, inputs, retain_graph=True)  # conditions may have a graph of their own
+    return torch.autograd.grad(loss, inputs, retain_graph=True)  # Conditions may have a graph of their own.
 
 
 def pickled(value: Any) -> Any:
-    """What pickle makes of an object."""
+    """Returns an object after it was pickled and unpickled."""
     return pickle.loads(pickle.dumps(value))
 
 

@@ -19,7 +19,7 @@ MEAN = -1.5 * 0.3 + 0.3 * 0.4 + 1.2 * 0.3
 
 
 def scaled_linear_alphas(count: int = 1000) -> list[float]:
-    """Stable Diffusion's `alphas_cumprod`, in float64."""
+    """Returns Stable Diffusion's `alphas_cumprod` in float64."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, count, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0).tolist()
 

@@ -21,7 +21,7 @@ from doodl_fast.solvers.edict import EDICT
 
 
 def data_bytes() -> int:
-    """What RLIMIT_DATA counts."""
+    """Returns the number of bytes that count for RLIMIT_DATA."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
 
@@ -42,7 +42,7 @@ def main(memory: str, factor: float) -> None:
     for mode in (
         "naive",
         "checkpoint",
-    ):  # what libraries allocate at their first call, and threads
+    ):  # Libraries and threads allocate memory at their first call.
         gradient(EDICT(denoiser, schedule, memory=mode), small)
     before = data_bytes()
     auto = EDICT(denoiser, schedule, memory="auto")

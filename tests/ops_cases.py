@@ -1,4 +1,4 @@
-"""What the tests of the ops share: operands in every dtype and layout, a float64 truth, the table of tolerances."""
+"""What the tests of the operators share: operands in every dtype and layout, float64 results, and the tolerances."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced": lambda z: torch.stack([z, z], -1)[..., 1],
     "flipped batch in memory": lambda z: z.transpose(0, 1).contiguous().transpose(0, 1),
 }
-# odd sizes end in the middle of a vector, a block or a thread's share
+# Odd sizes end in the middle of a vector, of a block, or of what one thread computes.
 SHAPES = [(1, 1), (3, 7), (2, 3, 5, 7), (1, 4, 16, 33), (2, 4, 2, 9, 11), (1, 1031), (2, 0, 4), (0, 4)]
 
 
 def require(backend: str) -> None:
-    """Skips, with the reason, where a backend cannot compute on the tests' device."""
+    """Skips a test, with the reason, if a backend cannot compute on the device of the tests."""
     reason = ops.why_not(backend, DEVICE.type)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
@@ -43,7 +43,7 @@ def require(backend: str) -> None:
 def operands(
     shape: tuple[int, ...], state: str, eps: str, guided: bool, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """target, source, eps, spread over magnitudes."""
+    """Returns target, source and eps, whose entries have very different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     batch = (2 * shape[0] if guided else shape[0], *shape[1:])
 
@@ -55,7 +55,7 @@ def operands(
 
 
 def check(got: Tensor, truth: Tensor, magnitude: Tensor) -> None:
-    """Within the table's bound of a float64 truth, whose terms have the given sum of magnitudes."""
+    """Compares a result with the float64 one, whose terms have this sum of magnitudes, within the table's bound."""
     assert got.shape == truth.shape
     bound = ULP_BOUND[got.dtype] * torch.finfo(got.dtype).eps * magnitude + SMALLEST[got.dtype]
     error = (got.double() - truth).abs()
@@ -63,7 +63,7 @@ def check(got: Tensor, truth: Tensor, magnitude: Tensor) -> None:
 
 
 def same_bits(got: Tensor, want: Tensor) -> bool:
-    """Equal bit for bit, NaNs alike."""
+    """Returns whether two tensors have the same bits, strides and dtype. All NaNs count as equal."""
     if got.dtype != want.dtype or got.shape != want.shape or got.stride() != want.stride():
         return False
     nan = torch.isnan(want)
@@ -72,7 +72,7 @@ def same_bits(got: Tensor, want: Tensor) -> bool:
 
 
 class Linear:
-    """A value with the sum of its terms' magnitudes: the truth, and what its error is measured against."""
+    """A float64 value, and the sum of the magnitudes of its terms, which its error is compared with."""
 
     def __init__(self, value: Tensor, magnitude: Tensor | None = None) -> None:
         self.value = value.double()
@@ -93,7 +93,7 @@ def guided_eps(eps: Tensor, g: float | None) -> Linear:
 
 
 def update(x: Tensor, y: Tensor, noise=None, starts=None, seed: int = 5, **settings):
-    """One latent update with gradients and momenta drawn from a seed: x, y and their momenta."""
+    """Does one update with gradients and momenta drawn from a seed, and returns x, y and their momenta."""
     generator = torch.Generator().manual_seed(seed)
     gx, gy, mx, my = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(4))
     options = {"rate": 0.5, "clip": 0.4, "momentum": 0.9, "nesterov": False, "tied": True, "sigma": 0.1, **settings}

@@ -1,4 +1,4 @@
-"""The recorded runs of the reference's `gen` (tests/golden/README.md, stage gen), and how to run ours like them."""
+"""The recorded runs of the reference's `gen` (tests/golden/README.md, stage gen), and how to repeat them with ours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def meta() -> dict[str, Any]:
 
 
 def pipeline(dtype: torch.dtype = torch.float32) -> Any:
-    """Prompts have the recorded embeddings."""
+    """Returns a pipeline whose prompts have the recorded embeddings."""
     models = golden("models")
 
     def encode_prompt(**options: Any) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def recorded_sampler(steps: int = 10, dtype: torch.dtype = torch.float32, quirks
 
 
 def quick(**options: Any) -> dict[str, Any]:
-    """Options of a small fast run with symmetry guidance, without files."""
+    """Returns the options of a small fast run with symmetry guidance that writes no files."""
     return {
         "model_guidance_type": "symmetry",
         "model_guidance_dict": {},
@@ -94,7 +94,7 @@ def inverted_source(case: str) -> tuple[Tensor, ...]:
 
 
 class Recorder(modes.ReferenceUpdate):
-    """Keeps what each step was given and made."""
+    """An update that keeps what each step was given and what it returned."""
 
     last: Recorder
 
@@ -130,12 +130,12 @@ def run(
 
 
 def errors(case: str, result: GenResult, folder: Path) -> dict[str, float]:
-    """How far a run is from its recording: relative, but for images: grey levels of 255."""
+    """Returns how far a run is from its recording: relative errors, and for pictures grey levels of 255."""
     found: dict[str, list[float]] = {}
     recorded, case_meta = golden("gen"), meta()[case]
 
     def note(name: str, got: Tensor, key: str) -> None:
-        """Compares with a recorded tensor, if there is one: a pair, one of two equal ones, or a probe."""
+        """Compares a tensor with the recorded one, if there is one: a pair, one of two equal tensors, or a probe."""
         if f"{key}_probe" in recorded:
             found.setdefault(name, []).append(relative(got.flatten()[::257], recorded[f"{key}_probe"]))
         if key in recorded:

@@ -1,4 +1,4 @@
-"""The guides of the recordings: the small CLIP that stood in for the real ones, and its aesthetic heads."""
+"""The guides of the recordings: a small CLIP model that stood in for the real ones, and its aesthetic heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from doodl_fast.guidance.clip import CLIP_MEAN, CLIP_STD
 
 
 class TinyGuide(nn.Module):
-    """The stand-in CLIP of `clip.safetensors` (guide/*); every text has the recorded features."""
+    """The CLIP model of `clip.safetensors` (guide/*). Every text has the recorded features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TinyGuide(nn.Module):
 
 
 class Words:
-    """A tokenizer: the letters' codes."""
+    """A tokenizer that returns the codes of the letters."""
 
     model_max_length = 77
 
@@ -49,7 +49,7 @@ class Words:
 
 
 def tiny_guide() -> tuple[Any, Any]:
-    """(model, processor)."""
+    """Returns the model and its processor."""
     return TinyGuide(), SimpleNamespace(tokenizer=Words())
 
 
@@ -86,5 +86,5 @@ def recorded_picture_target(antialias: bool, value: float) -> Tensor:
 
 
 def antialiased(case: str) -> Quirks:
-    """The quirks that a recorded loss was made with."""
+    """Returns the quirks that a recorded loss was made with."""
     return Quirks(aliased_resize=case.endswith("/no_antialias"))

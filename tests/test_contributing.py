@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md: their files, written into a copy of the package, pass their own tests."""
+"""The recipes of CONTRIBUTING.md. Their files are written into a copy of the package, and pass their own tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCK = re.compile(r"```python\n# file: (\S+)\n(.*?)```", re.DOTALL)
 
 
 def recipes() -> dict[str, dict[str, str]]:
-    """The files of each recipe, by the last word of its heading."""
+    """Returns the files of each recipe, by the last word of its heading."""
     parts = re.split(r"^## How to add an? (\w+)$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)[1:]
     return {name: dict(BLOCK.findall(text)) for name, text in zip(parts[::2], parts[1::2], strict=True)}
 

@@ -14,7 +14,7 @@ PACKAGE = Path(doodl_fast.__file__).parent
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """Imports inside functions and those under `TYPE_CHECKING` count as well."""
+    """Imports inside functions, and those under `TYPE_CHECKING`, count as well."""
     grimp = pytest.importorskip("grimp")
     graph = grimp.build_graph("doodl_fast", exclude_type_checking_imports=False, cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}

@@ -1,4 +1,4 @@
-"""Wheels, built with and without a compiler: their tag, what is in them, why something is not, and that they work."""
+"""Wheels that are built with and without a compiler: their tags, their contents, and that they work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOWHERE = str(Path(os.sep, "nowhere", "c++"))
 
 @pytest.fixture
 def sources(tmp_path) -> Path:
-    """The sources, without anything that was built beside them."""
+    """Returns a copy of the sources, without anything that was built beside them."""
     try:
         version = importlib.metadata.version("setuptools")
     except importlib.metadata.PackageNotFoundError:
@@ -39,7 +39,7 @@ def sources(tmp_path) -> Path:
 
 
 def run(folder: Path, *command: str | Path, **changes: str) -> str:
-    """What a Python command prints in a folder, with no variables of this package but those given."""
+    """Returns what a Python command prints in a folder, with no variables of this package except those given."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DOODL_FAST_")}
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, cwd=folder, env={**environment, **changes}
@@ -64,7 +64,7 @@ def libraries(wheel: zipfile.ZipFile) -> list[str]:
 
 
 def backend_of(wheel: zipfile.ZipFile, folder: Path) -> str:
-    """What computes on the CPU where the wheel is unpacked."""
+    """Returns the backend that computes on the CPU in an unpacked wheel."""
     wheel.extractall(folder)
     code = "import doodl_fast; from doodl_fast import ops; print(doodl_fast.__file__); print(ops.resolve('cpu'))"
     where, name = run(folder, "-c", code, PYTHONPATH=str(folder)).splitlines()
@@ -93,12 +93,12 @@ def check_pure(wheel: zipfile.ZipFile, why: str, folder: Path) -> None:
     ids=["switched off", "no compiler"],
 )
 def test_without_native_kernels(sources, tmp_path, environment, why):
-    """The install goes on in pure Python and says what is missing."""
+    """The installation goes on in pure Python, and says what is missing."""
     check_pure(build(sources, tmp_path / "out", **environment), why, tmp_path / "unpacked")
 
 
 def test_with_a_compiler_and_then_without(sources, tmp_path):
-    """One wheel for every Python from 3.10; the library of an earlier build is not taken along into a pure one."""
+    """One wheel serves every Python from 3.10 on. A pure wheel does not contain the library of an earlier build."""
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")

@@ -1,4 +1,4 @@
-"""Where modules live: who may import whom, which names may coincide, and the old names that still work."""
+"""Where modules are: which may import which, which names must differ, and the old names that still work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_packages_import_only_what_lies_below_them():
 
 
 def test_programs_and_solvers_know_no_network():
-    """A program is a list of numbers. Neither it nor the kernels' package may need diffusers."""
+    """A program is a list of numbers, so neither it nor the package of the operators may need diffusers."""
     for path in [
         PACKAGE / "chain" / "program.py",
         *(PACKAGE / "ops").rglob("*.py"),
@@ -45,7 +45,7 @@ def test_programs_and_solvers_know_no_network():
 
 @pytest.mark.parametrize("package", ["doodl_fast", *PACKAGES])
 def test_no_public_name_is_also_a_module(package):
-    """Whichever is imported last would hide the other: `doodl_fast.compat.install` was a function, then a module."""
+    """The one that is imported last would hide the other: `doodl_fast.compat.install` was a function, then a module."""
     module = importlib.import_module(package)
     modules = {info.name for info in pkgutil.iter_modules(module.__path__)}
     for name in modules & set(getattr(module, "__all__", ())):

@@ -1,4 +1,4 @@
-"""The version, the deprecated names and the settings of the tools are the same wherever they are written."""
+"""The version, the deprecated names and the settings of the tools are the same in all files that contain them."""
 
 from __future__ import annotations
 

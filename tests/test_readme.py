@@ -1,4 +1,4 @@
-"""README's example is run as it stands there, on the embedded pipeline."""
+"""README's example runs as it is printed, on the embedded pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOADING = "pipe = diffusers."
 
 
 def example() -> list[str]:
-    """The lines of code of the first Python block below the line that begins with "On your own"."""
+    """Returns the code of the first Python block after the line that begins with "On your own"."""
     block = README.read_text().split("\nOn your own", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
     return [line for line in block.splitlines() if line]
 
@@ -28,7 +28,7 @@ def test_the_example_is_short_and_ends_with_a_picture() -> None:
 
 
 def test_the_example_runs_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the line that loads the model, and with fewer steps than the defaults, which take minutes on a CPU."""
+    """Only the line that loads the model is replaced, and there are fewer steps than by default, to save minutes."""
     (loading,) = (line for line in example() if line.startswith(LOADING))
     code = "\n".join(example()).replace(loading, "pipe = shapes.load_pipeline()")
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ WORDS = 77
 
 @cache
 def golden_vae(dtype: torch.dtype = torch.float32) -> Any:
-    """The recorded AutoencoderKL. Shared: leave its mode and its flags as they are."""
+    """Returns the recorded AutoencoderKL. It is shared, so its mode and its flags must not be changed."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(**json.loads((GOLDEN / "vae_config.json").read_text()))
@@ -25,7 +25,7 @@ def golden_vae(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def tokenizer(folder: Path) -> Any:
-    """Byte-level CLIP tokenizer in which every letter is a token."""
+    """Returns a byte-level CLIP tokenizer in which every letter is a token."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
@@ -131,5 +131,5 @@ def classifier() -> Any:
 
 
 def golden_vae_copy(dtype: torch.dtype) -> Any:
-    """One of the caller's own."""
+    """Returns a copy that the caller may change."""
     return copy.deepcopy(golden_vae()).to(dtype)

@@ -20,7 +20,7 @@ QUIRKS = {field.name for field in dataclasses.fields(Quirks)}
 
 
 def added_code(page: str) -> str:
-    """The Python that a page tells its reader to write: whole blocks, and the lines that a diff adds."""
+    """Returns the Python code that a page tells its reader to write: whole blocks, and the added lines of diffs."""
     text = (DOCS / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     diffs = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)

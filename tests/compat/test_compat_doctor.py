@@ -1,4 +1,4 @@
-"""`python -m doodl_fast.compat doctor` on code in the shape of what it is for."""
+"""`python -m doodl_fast.compat doctor` on code of the kind that it is made for."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ REFERENCE = """
 
 
 def found(source: str) -> dict[int, list]:
-    """Findings by line, counted from 1 as in the text above without its empty first line."""
+    """Returns the findings by line. Lines are counted from 1, as in the text above without its empty first line."""
     lines: dict[int, list] = {}
     for finding in examine(textwrap.dedent(source).lstrip("\n")):
         lines.setdefault(finding.line, []).append(finding)
@@ -100,7 +100,7 @@ def test_layers_with_conditions_of_their_own_override_predict_noise():
     (finding,) = found(source)[1]
     assert "class Layer(SteppingLayer) with predict_noise for the network calls of line 6" in finding.advice
     assert "batched" not in finding.gain
-    assert not found(source.replace("nn.Module", "SteppingLayer"))  # done already
+    assert not found(source.replace("nn.Module", "SteppingLayer"))  # This is done already.
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Code in the shape of what people have built on the reference, before and after its one changed import.
+"""Code like that which people have built on the reference, before and after its one changed import.
 
-Every "theirs" below is such code: EDICT layers of its own, wrapped by memcnn, in a loop. It is run in our wrapper as it
-is, and, where `docs/migration.md` says so, rewritten on our layers; plain autograd through it is the oracle.
+The classes that begin with "Their" are such code: EDICT layers of their own, which memcnn wraps, in a loop. They run in
+our wrapper as they are. Where `docs/migration.md` shows it, they are also rewritten with our layers. The oracle is
+plain autograd.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ def wrap(layer, keep: bool, **options):
     return memcnn.InvertibleModuleWrapper(layer, keep_input=keep, keep_input_inverse=keep, **options)
 
 
-# Video: latents (2, C, F, H, W), one text embedding a frame
+# Video: latents (2, C, F, H, W), and one text embedding for each frame
 
 
 class VideoUNet(nn.Module):
-    """Convolves in space and time; `encoder_hidden_states` has one row a frame."""
+    """A network that convolves in space and time. `encoder_hidden_states` has one row for each frame."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +163,7 @@ class ControlledLayer(SteppingLayer):
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_super_resolution(keep):
-    """The further inputs get gradients, too, and nobody's weights do."""
+    """The further inputs get gradients too, and no weights do."""
     unet, controlnet = ControlledUNet(), ControlNet()
     inputs = [randn(2, 4, 6, 6, seed=3), randn(1, 3, 6, 6, seed=4), randn(1, 2, 5, seed=5)]
     theirs, mix = TheirControlledLayer(unet=unet, controlnet=controlnet), MixingLayer()
@@ -195,11 +196,11 @@ class Bad(SteppingLayer):
         return latent[..., 0]
 
 
-# LDM-style: a layer that returns the pair alone, and steps by index on a sampler object
+# Latent diffusion: a layer that returns only the pair, and takes its steps from a sampler by their index
 
 
 def ddim_sampler() -> SimpleNamespace:
-    """The tables of a DDIM sampler of the latent-diffusion repository: rising timesteps, offset by 1."""
+    """Returns the tables of a DDIM sampler of the latent-diffusion repository: rising timesteps with an offset of 1."""
     alphas = ReferenceScheduler().alphas_cumprod
     timesteps = torch.arange(0, 1000, 1000 // STEPS) + 1
     previous = torch.cat([alphas[:1], alphas[timesteps[:-1]]])
@@ -258,7 +259,7 @@ def test_sampler(keep):
 
 
 def test_sampler_as_a_chain():
-    """What docs/migration.md offers beyond the changed import: the sampler's tables as a `Schedule`."""
+    """docs/migration.md also shows how to make a chain of the sampler's tables."""
     model, s = LatentDiffusion(), ddim_sampler()
     c, uc = randn(2, 1, 2, 5, seed=6)
     pair = randn(2, 4, 6, 6, seed=8)
@@ -276,7 +277,7 @@ def test_sampler_as_a_chain():
 
 
 def test_quirks_of_a_layer_of_ones_own():
-    """A scheduler of one's own, and an order that does not depend on where the loop starts."""
+    """A layer of one's own can have another scheduler, and an order that does not depend on where the loop starts."""
     quirks = Quirks(fractional_timesteps=False, order_by_index=False)
     layer = SteppingLayer(VideoUNet(), *randn(2, 3, 2, 5, seed=1), num_timesteps=STEPS, quirks=quirks)
     pair = randn(2, 4, 3, 4, 4, seed=2)

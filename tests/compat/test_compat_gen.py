@@ -29,7 +29,7 @@ from doodl_fast.compat.updates import ReferenceUpdate
 from doodl_fast.optimization.update import UpdateSettings
 
 WHOLE = os.environ.get("DOODL_FAST_TEST_GEN") == "all"
-TRAVERSALS = {  # case -> the optimisation steps that are run
+TRAVERSALS = {  # The number of optimisation steps that are run of each case
     "default": 2,
     "opt_t4": 2,
     "opt_t0": 1,
@@ -66,7 +66,7 @@ def test_recorded_traversal(case: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("case", SAMPLINGS)
 def test_recorded_sampling(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference also scores the last step, at t = 0, where nothing is updated."""
+    """The reference also evaluates the loss at the last step, t = 0, where nothing is updated."""
     result = run(case, tmp_path, monkeypatch)
     found = errors(case, result, tmp_path)
     assert found["latents"] < 5e-6
@@ -78,7 +78,7 @@ def test_recorded_sampling(case: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_first_step_without_traversal() -> None:
-    """The layers with our conditioning function: two gradients through all of the chain."""
+    """Layers with our conditioning function compute two gradients through the whole chain."""
     models, losses = golden("models"), []
 
     def noting(images: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def test_the_first_step_without_traversal() -> None:
     assert torch.allclose(got, torch.tensor(meta()["no_traversal"]["losses"][:4]), rtol=2e-6, atol=0)
     assert relative(pair.flatten()[::257], golden("gen")["no_traversal/chain_probe"][1]) < 5e-6
     unguided = golden("gen")["no_guidance/chain_probe"][1]
-    assert relative(unguided, golden("gen")["no_traversal/chain_probe"][1]) > 1e-5  # the guidance shows
+    assert relative(unguided, golden("gen")["no_traversal/chain_probe"][1]) > 1e-5  # Guidance has an effect.
 
 
 @pytest.mark.parametrize("case", EDITS)
@@ -143,7 +143,7 @@ def test_recorded_editing_from_its_first_update_on(tmp_path: Path, monkeypatch: 
     result = run("edit", tmp_path, monkeypatch, 1, inverted=(updated, updated))
     assert np.allclose(result.losses, meta()["edit"]["losses"][2:4], rtol=2e-6)
     gradient = Recorder.last.steps[0][0]
-    # of what the reference itself rounds, this chain still makes more than others do
+    # The chain of this edit amplifies the reference's own rounding more than those of other cases do.
     assert relative(gradient.flatten()[::257], record["edit/step2/raw_grad_probe"]) < 1e-4
 
 
@@ -178,7 +178,7 @@ def test_the_update_in_fp16_is_the_references_to_the_bit() -> None:
 if WHOLE:
 
     def test_recorded_traversal_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Nearer to the recorded fp32 gradient than the recorded fp16 one is."""
+        """Our gradient in fp16 is closer to the recorded one in fp32 than the recorded one in fp16 is."""
         result = run("default_fp16", tmp_path, monkeypatch)
         found, record = errors("default_fp16", result, tmp_path), golden("gen")
         assert found["start"] == 0 and found["loss"] < 1e-3 and found["latents"] < 1e-4
@@ -188,7 +188,10 @@ if WHOLE:
 
 @pytest.mark.parametrize(("steps", "tolerance"), [(10, 1e-11), (30, 1e-11), (50, 1e-9)])
 def test_the_recorded_inversion(steps: int, tolerance: float) -> None:
-    """For 30 steps, where there are 31, in the wrong order, as the reference's; without that quirk it comes back."""
+    """For 30 steps, where there are 31 timesteps, the inversion runs in the wrong order, as the reference's does.
+
+    Without that quirk it comes back to the picture.
+    """
     chain, name = golden("chain"), f"T{steps}/fp64"
     with torch.no_grad():
         sampler = recorded_sampler(steps, torch.float64)

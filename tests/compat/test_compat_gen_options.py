@@ -1,4 +1,4 @@
-"""`gen` with every option: what stops the reference, guidance types, quirks, and what it leaves alone."""
+"""The options of `gen`: those that stop the reference, types of guidance, quirks, and what `gen` leaves alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from doodl_fast.compat.losses import symmetry_loss_fn
 from doodl_fast.compat.start import source_pixels
 from doodl_fast.diffusion.pipeline import Decoder
 
-# options that stop the reference
+# Options that stop the reference
 
 
 def test_traversal_without_guidance_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_editing_renormalises_to_the_inverted_latents() -> None:
 
 @pytest.mark.parametrize("opt_t", [0, 1, 3])
 def test_editing_at_a_timestep_of_ones_choice(opt_t: int) -> None:
-    """Its first picture is the source's: the inversion is that of the steps that follow."""
+    """The first picture is the source picture, because the inversion is that of the steps that follow."""
     options = quick(source_im=picture(), renormalize_latents=False, grad_scale=0, steps=5, sd_guidance_scale=1.0)
     result = gen(**options, opt_t=opt_t)
     encoded = Decoder(tiny_pipeline.golden_vae())
@@ -115,7 +115,7 @@ def test_other_sources_than_pictures(tmp_path: Path) -> None:
         source_pixels(np.zeros((4, 4, 3)), 64, Quirks())
 
 
-# guidance types
+# Types of guidance
 
 
 def test_the_fine_grained_type_takes_any_classifier() -> None:
@@ -132,7 +132,7 @@ def test_the_fine_grained_type_takes_any_classifier() -> None:
 
 
 def test_the_embedded_pipeline_and_its_guides(tmp_path: Path) -> None:
-    """The ordinary way: a real tokenizer, CLIP and a classifier from folders, an aesthetic head from a file."""
+    """`gen` runs with a real tokenizer, CLIP and a classifier from folders, and an aesthetic head from a file."""
     clip = str(shapes.WEIGHTS / "clip")
     model, _ = shapes.load_clip()
     head = nn.Linear(model.config.projection_dim, 1)
@@ -157,7 +157,7 @@ def test_the_embedded_pipeline_and_its_guides(tmp_path: Path) -> None:
         assert result.latents[0].shape == (1, 4, 16, 16)
 
 
-# quirks
+# Quirks
 
 
 def test_first_image_only_halves_its_gradient() -> None:
@@ -180,7 +180,7 @@ def test_the_norm_that_latents_at_a_timestep_are_scaled_to() -> None:
 
 @pytest.mark.parametrize(("opt_t", "steps"), [(None, 4), (1, 4), (None, 30)])
 def test_an_unguided_edit_comes_back_without_the_quirks_of_inversion(opt_t: int | None, steps: int) -> None:
-    """And not with them."""
+    """With the quirks it does not come back."""
     decoder = Decoder(tiny_pipeline.golden_vae())
     torch.manual_seed(0)
     source = decoder.encode(source_pixels(picture(), 64, Quirks()).float(), sample=True)
@@ -202,12 +202,12 @@ def test_opt_t_skips_steps_or_counts_them() -> None:
         gen(**options, quirks=Quirks(skipping_opt_t=False))
     finally:
         handle.remove()
-    # two evaluations a step, there and back, and none at t = 0
+    # Each step has two evaluations in each direction, and the one at t = 0 has none.
     assert (skipping, len(calls) - skipping) == (2 * 2 * 3, 0)
 
 
 def test_order_by_index() -> None:
-    """An optimisation of the last three of four steps that is handed over in the order of the whole, or anew."""
+    """An optimisation of the last three of four steps has the order of the whole chain, or starts a new one."""
     options = quick(opt_t=3, grad_scale=0, sd_guidance_scale=2.0, tied_latents=False)
     whole = gen(**quick(grad_scale=0, sd_guidance_scale=2.0, tied_latents=False))
     by_place = gen(**options, quirks=Quirks(order_by_index=False))
@@ -238,7 +238,7 @@ def test_sources_are_turned_upright_and_cropped_to_their_middle(tmp_path: Path) 
         assert pixels[0, :, 8:24, 8:24].flatten(1).mean(1).tolist() == [1, -1, -1]
 
 
-# the rest
+# Other properties
 
 
 def test_the_same_seed_gives_the_same_pictures() -> None:

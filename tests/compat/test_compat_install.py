@@ -16,7 +16,7 @@ from doodl_fast.compat import Quirks, doodl, install, memcnn, uninstall
 from doodl_fast.compat.schedule import ReferenceScheduler
 
 MEMCNN = """
-    class InvertibleModuleWrapper:  # runs a module as it is
+    class InvertibleModuleWrapper:  # This runs a module as it is.
         def __init__(self, fn, keep_input=False, keep_input_inverse=False, num_bwd_passes=1):
             self._fn = fn
         def __call__(self, *values):
@@ -102,7 +102,7 @@ CODE = """
 
 @pytest.fixture
 def existing(tmp_path, monkeypatch):
-    """Makes `doodl` and `memcnn` importable; whatever a test installs is taken back."""
+    """Makes `doodl` and `memcnn` importable, and undoes whatever a test installs."""
     (tmp_path / "memcnn.py").write_text(textwrap.dedent(MEMCNN))
     (tmp_path / "doodl.py").write_text(textwrap.dedent(CODE))
     monkeypatch.syspath_prepend(tmp_path)
@@ -125,7 +125,7 @@ START = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator()
 
 def test_same_results_with_fewer_calls(existing):
     out, grad, calls = fresh().gen(START)
-    assert calls == 16  # its stand-in for memcnn is plain autograd
+    assert calls == 16  # Its replacement of memcnn is plain autograd.
     sys.modules.pop("doodl")
     install()
     theirs = importlib.import_module("doodl")
@@ -154,9 +154,9 @@ def test_uninstall_takes_everything_back(existing):
     theirs = fresh()
     before, their_memcnn, finders = dict(vars(theirs)), sys.modules["memcnn"], list(sys.meta_path)
     frozen = theirs.unet.inside.bias.requires_grad_(False)
-    install()  # after the import, too
+    install()  # It also works after the import.
     assert theirs.SteppingLayer is doodl.SteppingLayer and theirs.memcnn is memcnn
-    install("doodl", layers=False)  # replaces the first
+    install("doodl", layers=False)  # This replaces the first.
     assert theirs.SteppingLayer is before["SteppingLayer"] and theirs.memcnn is memcnn
     uninstall()
     uninstall()
@@ -213,7 +213,7 @@ def test_quirks_reach_the_layers(existing):
     layer = theirs.SteppingLayer(theirs.unet, theirs.e_uc, theirs.e_c, num_timesteps=30)
     assert layer.quirks == theirs.MixingLayer().quirks == Quirks.none()
     assert len(layer.scheduler.timesteps) == 30 and isinstance(layer.scheduler, ReferenceScheduler)
-    assert theirs.gen(START)[2] == 12  # no generic wrapping of a subclass
+    assert theirs.gen(START)[2] == 12  # A subclass is not wrapped like a module that defines no operation.
 
 
 def test_a_layer_that_takes_more_is_left_as_it_is(existing):

@@ -41,7 +41,7 @@ def wrapped(*layers, keep: bool = True, **options):
 
 
 def loop(s, mix, pair: Tensor, timesteps=None) -> Tensor:
-    """The reference's loop: index and timestep as tensors of one element, in the latents' dtype."""
+    """Runs the loop of the reference, in which index and timestep are tensors of one element in the latents' dtype."""
     fn = getattr(s, "_fn", s)
     for i, t in enumerate(fn.scheduler.timesteps if timesteps is None else timesteps):
         i = torch.tensor([i], dtype=pair.dtype, device=pair.device)
@@ -111,7 +111,7 @@ def test_mixing(kind, dtype, p, wrapper):
         out = call(x)
         (got,) = torch.autograd.grad((out * recorded["w"]).sum(), x)
         assert out.dtype == got.dtype == DTYPES[dtype]
-        if dtype == "fp16":  # every term rounded, as recorded
+        if dtype == "fp16":  # Every term is rounded, as in the recording.
             assert torch.equal(out, recorded[f"p{p}/{name}"]) or name == "inverse"
         assert relative(out, recorded[f"p{p}/{name}"]) < tolerance
         assert relative(got, recorded[f"p{p}/{name}_vjp"]) < tolerance
@@ -129,7 +129,7 @@ def test_mixing(kind, dtype, p, wrapper):
     ],
 )
 def test_whole_chain(steps, dtype, keep):
-    """Rebuilding its inputs, the reference is 18%, 3% and 3% off at T = 10, 30 and 50."""
+    """When the reference rebuilds its inputs, its gradients are off by 18%, 3% and 3% at T = 10, 30 and 50."""
     recorded, name = golden("chain"), f"T{steps}/{dtype}"
     s, mix = wrapped(recorded_layer(DTYPES[dtype], steps), MixingLayer(), keep=keep)
     pair, weight = recorded["pair"].to(DTYPES[dtype]), recorded["w"].to(DTYPES[dtype])
@@ -138,7 +138,7 @@ def test_whole_chain(steps, dtype, keep):
     assert relative(grad, recorded[f"{name}/keep_input/grad"]) < TOLERANCE[dtype]
     with torch.no_grad():
         back = inversion_loop(s, mix, recorded[f"{name}/out"])
-    # the reference's own inversion is 4.8% off at T = 30, and so is this one
+    # The reference's own inversion is off by 4.8% at T = 30, and so is this one.
     assert relative(back, recorded[f"{name}/inverted"]) < (1e-11 if dtype == "fp64" else 5e-4)
 
 
@@ -166,7 +166,10 @@ def test_fp16_is_no_worse_than_the_reference(keep):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_network_calls(keep):
-    """Two batched calls a step forwards, two with a graph backwards, none at t = 0: the reference makes 8 or 12."""
+    """A step makes two batched calls forwards and two with a graph backwards, and none at t = 0.
+
+    The reference makes 8 or 12.
+    """
     network = Counting(TinyNet().double())
     s, mix = wrapped(tiny_layer(5, network), MixingLayer(), keep=keep)
     pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
@@ -177,7 +180,7 @@ def test_network_calls(keep):
 
 
 def test_coefficients_are_read_once(monkeypatch):
-    """A second loop asks the scheduler for nothing but its timesteps; other timesteps have other coefficients."""
+    """A second loop asks the scheduler only for its timesteps. Other timesteps have other coefficients."""
     layer, mix = tiny_layer(4), MixingLayer()
     pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
     first = loop(layer, mix, pair)
@@ -200,8 +203,10 @@ def test_one_call_without_guidance():
 
 
 def test_memory_is_one_state_where_inputs_are_rebuilt():
-    """Between forward and backward only the last call holds latents; kept, each of the 6 steps does (a 7th, at t = 0,
-    changes nothing)."""
+    """Only the last call holds latents between forward and backward. If inputs are kept, each of the 6 steps does.
+
+    The seventh step, at t = 0, changes nothing.
+    """
     pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
     for keep, expected in ((False, 1), (True, 6)):
         s, mix = wrapped(tiny_layer(6), MixingLayer(), keep=keep)
@@ -217,13 +222,13 @@ def test_memory_is_one_state_where_inputs_are_rebuilt():
         out.sum().backward()
 
 
-# Gradients, in general
+# Gradients
 
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("steps", [3, 4])
 def test_it_is_the_chain(steps, keep):
-    """Without quirks the loop of layers is `EDICT`: outputs, gradients, gradients of the embeddings."""
+    """Without quirks, the loop of layers has the outputs of `EDICT` and its gradients of latents and embeddings."""
     cond, uncond = (c.requires_grad_() for c in conditions())
     network, schedule = TinyNet().double(), Schedule.from_scheduler(sd_scheduler(), steps)
     layer = SteppingLayer(network, uncond, cond, sd_scheduler(), steps, 3.0, quirks=Quirks.none())
@@ -239,7 +244,7 @@ def test_it_is_the_chain(steps, keep):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_backward_through_inversion(keep):
-    """Wrapped inverses differentiate as well, and undo the loop when its indices are turned around."""
+    """Wrapped inverses can be differentiated too, and undo the loop when its indices are turned around."""
     s, mix = wrapped(tiny_layer(5), MixingLayer(), keep=keep)
     pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
     back = inversion_loop(s, mix, loop(s, mix, pair.clone()))
@@ -250,7 +255,7 @@ def test_backward_through_inversion(keep):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_single_variable(keep):
-    """Plain DDIM, differentiated by plain autograd beside it."""
+    """The step is plain DDIM, differentiated by plain autograd here."""
     layer = tiny_layer(5, single_variable=True)
     (s,) = wrapped(layer, keep=keep)
     pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -280,7 +285,7 @@ def test_batches_are_pairs_of_batches(keep):
 
 
 def test_clip_cond_fn_steers():
-    """`sqrt(1 - alpha)` of its result is subtracted from the noise, at every network call."""
+    """`sqrt(1 - alpha)` times its result is subtracted from the noise at every network call."""
     seen = []
 
     def cond_fn(latent, t, scheduler):
@@ -302,7 +307,7 @@ def test_clip_cond_fn_steers():
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_loss_that_is_not_finite_passes_through(keep):
-    """It is the loss's own affair; only where finite numbers become NaN or Inf a layer speaks up."""
+    """A layer raises an error only if finite numbers become NaN or Inf in it, and not if the loss is NaN."""
     (s,) = wrapped(tiny_layer(4), keep=keep)
     pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
     *_, out = s(0, 500, pair)
@@ -336,7 +341,7 @@ def test_backward_runs_under_the_autocast_of_the_call(keep):
 
 
 def test_inverse_order_by_count():
-    """31 timesteps, counted as 30: the inversion loop goes in the wrong order, unless this is switched off."""
+    """31 timesteps are counted as 30, so the inversion loop runs in the wrong order, unless the quirk is off."""
     errors = []
     for quirks in (Quirks(), Quirks(inverse_order_by_count=False)):
         s, mix = tiny_layer(30, quirks=quirks), MixingLayer()
@@ -346,7 +351,7 @@ def test_inverse_order_by_count():
 
 
 def test_order_by_index():
-    """A loop that starts at an odd place restarts its index at 0; without the quirk the order is the timestep's."""
+    """A loop that starts at an odd place restarts its index at 0. Without the quirk the timestep decides the order."""
     pair = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
     for quirks, same in ((Quirks(), False), (Quirks(order_by_index=False), True)):
         layer = tiny_layer(4, quirks=quirks)

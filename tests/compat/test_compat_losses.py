@@ -1,4 +1,4 @@
-"""The reference's losses by its own names, against the recordings (tests/golden/README.md, stage clip)."""
+"""The reference's losses under its own names, against the recordings (tests/golden/README.md, stage clip)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pictures(height: int = 48, width: int = 64) -> Tensor:
 
 
 def check(loss_fn: losses.LossFn, case: str) -> None:
-    """The recorded value, and the gradient at the recorded pixels."""
+    """Compares a loss with the recorded value, and its gradient with the recorded one."""
     torch.manual_seed(3)
     pixels = golden("clip")["loss/pixels"].clone().requires_grad_()
     value = loss_fn(pixels)
@@ -49,7 +49,7 @@ def check(loss_fn: losses.LossFn, case: str) -> None:
     assert float(gradient.norm()) == pytest.approx(meta(f"loss/{case}")["grad_norm"], rel=2e-6)
 
 
-# distance and cutouts
+# Distance and cutouts
 
 
 @pytest.mark.parametrize("case", ["rows_vs_one", "one_row_vs_one", "one_vs_one", "rows_vs_rows", "same", "opposite"])
@@ -118,7 +118,7 @@ def test_clip_text(case: str, options: dict[str, Any]) -> None:
 
 
 class Pretending(TinyGuide):
-    """Has a given embedding for the guiding pictures, which are embedded without gradient."""
+    """A guide that has a given embedding for the guiding pictures, which are embedded without gradient."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Pretending(TinyGuide):
 
 @pytest.mark.parametrize("case", ["clip_viz", "clip_viz/no_antialias", "clip_viz_cutouts"])
 def test_clip_pictures(case: str) -> None:
-    """The guiding pictures' direction is found from `clip_viz`; with cutouts it then gives what was recorded there."""
+    """The direction of the guiding pictures is computed from `clip_viz`. With cutouts it gives what was recorded."""
     source = "clip_viz/no_antialias" if "no_antialias" in case else "clip_viz"
     target = recorded_picture_target("no_antialias" not in case, meta(f"loss/{source}")["value"])
     cutouts = {"use_cutouts": True, "num_cuts": 4} if "cutouts" in case else {}
@@ -215,7 +215,7 @@ def test_clip_errors() -> None:
             losses.clip_loss_fn(*texts)
 
 
-# aesthetics
+# Aesthetic scores
 
 
 @pytest.mark.parametrize("resizing", ["", "/no_antialias"])
@@ -285,7 +285,7 @@ def test_aesthetic_score() -> None:
         )
 
 
-# classes and symmetry
+# Classes and symmetry
 
 
 @pytest.mark.parametrize("form", ["logits", "tuple", "object"])
@@ -334,7 +334,7 @@ def test_symmetry() -> None:
 
 
 def test_the_factories_take_what_the_references_take() -> None:
-    """By position and by name, with its defaults (lists have become tuples)."""
+    """They take the same arguments by position and by name, with the same defaults; lists have become tuples."""
     cutouts = {"use_cutouts": False, "num_cuts": 64, "cut_power": 0.6, "grad_scale": 0}
     expected = {
         losses.clip_loss_fn: {"prompt": None, "clip_viz_paths": None}

@@ -1,4 +1,4 @@
-"""`compat.memcnn.InvertibleModuleWrapper` around modules that it knows nothing of. Plain autograd is the oracle."""
+"""`compat.memcnn.InvertibleModuleWrapper` around modules that define no operation. Plain autograd is the oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ KEEPS = (True, False)
 
 
 class Additive(nn.Module):
-    """`x, y -> x, y + f(x)` on two inputs; or on one, split in halves. Counts calls of f with and without a graph."""
+    """`x, y -> x, y + f(x)` on two inputs, or on one that is split in halves.
+
+    It notes for each call of f whether it had a graph.
+    """
 
     def __init__(self, width: int = 5, one: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class Additive(nn.Module):
 
     def forward(self, *values: Tensor):
         x, y = values[0].chunk(2) if self.one else values
-        out = y + self.shift(x), x  # exchanged, so that repetitions change both
+        out = y + self.shift(x), x  # They are exchanged, so that repetitions change both.
         return torch.cat(out) if self.one else out
 
     def inverse(self, *values: Tensor):
@@ -76,7 +79,7 @@ def test_backward_gives_a_leaf_its_gradient_once(keep):
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_long_sequence(keep):
-    """Only the last outputs are held where inputs are rebuilt, whatever the caller drops."""
+    """Only the last outputs are held if inputs are rebuilt, even if the caller drops all others."""
     fn = Additive()
     wrapper = memcnn.InvertibleModuleWrapper(fn, keep_input=keep)
     start = [randn(2, 5, seed=n).requires_grad_() for n in range(2)]
@@ -99,7 +102,7 @@ def test_long_sequence(keep):
 
 
 def test_gradient_of_an_output_in_the_middle():
-    """Its own call was let off keeping it: it is rebuilt from what came after, though no gradient comes from there."""
+    """Its call has dropped it, and it is rebuilt from what came after, although no gradient comes from there."""
     fn = Additive()
     wrapper = memcnn.InvertibleModuleWrapper(fn)
     start = [randn(2, 5, seed=n).requires_grad_() for n in range(2)]
@@ -126,7 +129,7 @@ def test_outputs_with_two_consumers():
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_num_bwd_passes(keep):
-    """Two `.backward()` without retain_graph, as DOODL's conditioning function makes them; a third is refused."""
+    """Two calls of `.backward()` work without retain_graph, as DOODL needs. A third one is refused."""
     fn = Additive(one=True)
     wrapper = memcnn.InvertibleModuleWrapper(fn, keep_input=keep, num_bwd_passes=2)
     x = randn(2, 5).requires_grad_()
@@ -141,7 +144,7 @@ def test_num_bwd_passes(keep):
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_other_kinds_of_values(keep):
-    """Integers and booleans, numbers, None, pass-through, single-element floats; outputs of all of them."""
+    """Values may be integers, booleans, numbers, None, tensors passed through, and floats of a single element."""
 
     class Mixed(nn.Module):
         def forward(self, i, t, x, mask, name, scale):
@@ -204,7 +207,7 @@ def test_disable_is_plain_autograd():
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_autocast(keep):
-    """The backward pass runs under the autocast of the call, not under its own surroundings."""
+    """The backward pass runs under the autocast of the call, and not under the one that is active around it."""
     seen = []
 
     class Watching(Additive):
@@ -238,7 +241,7 @@ def test_preserve_rng_state(keep):
 
 
 class Counted(nn.Module):
-    """A layer whose inverse wants the index of a loop in the opposite direction, as the reference's does."""
+    """A layer whose inverse expects the index of a loop in the opposite direction, as the reference's does."""
 
     num_timesteps = 4
 
@@ -257,7 +260,7 @@ class Counted(nn.Module):
 
 
 def test_index_is_turned_around_for_inverses_that_want_it():
-    """The reference's memcnn hands such a layer the forward index and gets a wrong gradient at even counts."""
+    """memcnn gives such a layer the forward index, so its gradient is wrong for even numbers of steps."""
     grads = []
     for keep in KEEPS:
         s = memcnn.InvertibleModuleWrapper(Counted(), keep_input=keep)

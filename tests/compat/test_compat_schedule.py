@@ -1,4 +1,4 @@
-"""`compat.schedule` against the reference's recorded schedules, quirks on and off."""
+"""`compat.schedule` against the schedules that were recorded from the reference, with and without quirks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_steps_at_every_timestep(steps):
 
 
 def test_without_quirks_it_is_diffusers_ddim_schedule():
-    """Float32 alphas, as many timesteps as asked for, each step to the next timestep."""
+    """Alphas are float32, there are as many timesteps as asked for, and each step leads to the next timestep."""
     none = Quirks.none()
     for steps in (30, 50):
         got = reference_schedule(
@@ -110,7 +110,7 @@ def test_prediction_type_is_heeded_on_request():
 
 
 def test_half_updates():
-    """With the quirk fp16 terms are rounded one by one; without, the result alone."""
+    """With the quirk, terms in fp16 are rounded one by one. Without it, only the result is rounded."""
     scheduler = scheduler_of("reference", 10)
     sample, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).half()
     exact = forward_step(scheduler, noise.double(), 500, sample.double())

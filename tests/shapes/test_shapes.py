@@ -1,4 +1,4 @@
-"""The embedded world: captions, renderer, and the measure that reads pictures without a network."""
+"""Pictures of shapes: captions, drawing, and the measure that reads pictures without a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scenes(count: int, seed: int = 0, **options) -> list[shapes.Scene]:
 
 
 def test_measure_reads_what_was_drawn() -> None:
-    """Every object of every variety: colour, shape, variety and place (within a pixel)."""
+    """The measure finds every object of every variety, its colour, its shape and, within a pixel, its place."""
     for scene in scenes(150, held_out=True):
         picture = shapes.render(scene)
         assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
@@ -46,7 +46,7 @@ def test_measure_stands_noise_and_blur(noise: float) -> None:
 
 
 def test_measure_refuses_wrong_pictures() -> None:
-    """Each single change of the prompt (colour, shape, relation, order, number) makes the same picture wrong."""
+    """A single change of the prompt (colour, shape, relation, order, number) makes the same picture wrong."""
     rng = np.random.default_rng(3)
     prompt = shapes.Prompt.parse("a red star left of a blue circle")
     picture = shapes.render(shapes.place(rng, prompt))

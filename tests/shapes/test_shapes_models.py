@@ -1,4 +1,4 @@
-"""The embedded models as they are shipped: formats, quality by the measure without networks, guidance that works."""
+"""The embedded models that come with the package: their formats, the quality of pictures, and guidance."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_weights_are_small_fp16_safetensors_in_the_usual_folders() -> None:
 
 
 def test_pictures_of_one_object_are_right(pipeline) -> None:
-    """A sample that a bad model fails; `python -m doodl_fast.shapes.evaluate` gives the figures."""
+    """A bad model fails on this sample. `python -m doodl_fast.shapes.evaluate` measures the quality."""
     wanted = random.Random(1).sample(list(shapes.prompts(1)), 20)
     assert evaluate.share_right(pipeline, wanted) >= 0.8
 
 
 def test_pictures_of_two_objects_are_right(pipeline) -> None:
-    """Relations included; chance alone is half of them."""
+    """The relation must be right as well. Half of all pictures are right by chance."""
     wanted = random.Random(2).sample(list(shapes.prompts(2)), 24)
     assert evaluate.share_right(pipeline, wanted) >= 0.75
 
@@ -81,7 +81,7 @@ def test_classifier_tells_varieties_apart() -> None:
 
 
 def test_clip_binds_attributes_to_objects() -> None:
-    """Chance is one half."""
+    """Half of the answers are right by chance."""
     preferences = evaluate.clip_preferences(60)
     assert len(preferences) == 7
     assert min(preferences.values()) >= 0.9

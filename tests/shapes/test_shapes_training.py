@@ -1,4 +1,4 @@
-"""Training is apart from use, and its command runs from drawn pictures to folders that load."""
+"""Training is apart from use, and its command leads from drawn pictures to model folders that can be loaded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_commands_say_what_they_do(command: str) -> None:
 
 
 def test_training_writes_models_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps a stage on a few pictures; what is written has the networks and files of the shipped models."""
+    """Two steps of each stage on a few pictures write models with the networks and files of the ones in the package."""
     for name, recipe in fit.RECIPES.items():
         monkeypatch.setitem(fit.RECIPES, name, dataclasses.replace(recipe, steps=2, batch=4))
     monkeypatch.setattr(data, "CHUNK", 24)
@@ -68,7 +68,7 @@ def test_training_writes_models_that_load(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_training_continues_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that is interrupted and called again ends with the very weights of one that is not."""
+    """A stage that is interrupted and called again ends with the same weights as one that is not interrupted."""
     monkeypatch.setitem(fit.RECIPES, "toy", fit.Recipe(steps=6, batch=2, learning_rate=1e-2, ema=0.5))
     monkeypatch.setattr(fit, "SECONDS_BETWEEN_CHECKPOINTS", 0)
 
