@@ -23,6 +23,8 @@ from .networks import FLOAT_DTYPES, blocks_checkpointed, frozen
 
 DEPTH = 3
 """How deep in lists, tuples and dicts of a module's attributes references to modules and weights are looked for."""
+ATOMS = frozenset({bool, int, float, str})
+CONTAINERS = frozenset({dict, OrderedDict, list, tuple})
 TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -62,7 +64,9 @@ class ModuleCopies:
             for name in TABLES:
                 copied.__dict__[name] = {key: self._copy_of(value) for key, value in getattr(module, name).items()}
             for name, value in module.__dict__.items():
-                if name not in TABLES:
+                # Most attributes are numbers or empty dicts of hooks, and this loop visits thousands of them.
+                empty = value is None or type(value) in ATOMS or (type(value) in CONTAINERS and not value)
+                if not empty and name not in TABLES:
                     copied.__dict__[name] = rebound(value, self._copies)
             if evaluation:
                 copied.training = False
@@ -129,7 +133,7 @@ def rebound(value: Any, table: dict[int, Any], depth: int = DEPTH) -> Any:
     """
     if id(value) in table:
         return table[id(value)]
-    if depth == 0:
+    if depth == 0 or type(value) in ATOMS:
         return value
     inner = functools.partial(rebound, table=table, depth=depth - 1)
     if isinstance(value, types.MethodType):
