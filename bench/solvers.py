@@ -1,5 +1,6 @@
 """What each solver costs and how good its pictures are, on the embedded pipeline; and how stable each is.
 
+    python bench/solvers.py --truncated    # errors of truncated gradients, DDIM with 20 steps
     python bench/solvers.py [--out solvers.json] [--prompts 40] [--seeds 4] [--steps 4 8 20 50] [--rounds 3] [--quick]
 
 A row is one solver with one number of steps: the seconds of a gradient (CPU time, beside EDICT's measured in turn, as
@@ -165,6 +166,36 @@ def tables(results: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def truncated(pipe: Any, steps: int = 20, seeds: int = 8) -> str:
+    """The error of truncated gradients against the whole one, as Markdown: medians over the seeds.
+
+    The loss is the mean squared distance of the picture from another one, of the same solver and another prompt.
+    """
+    chain = make(pipe, "DDIM", steps, ["a red circle"])
+    with torch.no_grad():
+        other = make(pipe, "DDIM", steps, ["a blue square"])
+        goal = other.decode(other(other.noise(seed=99))[0])
+
+    def pull(seed: int, last: doodl_fast.LastSteps | None) -> Tensor:
+        chain.last_steps = last
+        leaf = chain.noise(seed).requires_grad_()
+        loss = (chain.decode(chain(leaf)[0]) - goal).square().mean()
+        return torch.autograd.grad(loss, leaf)[0].flatten().double()
+
+    whole = [pull(seed, None) for seed in range(seeds)]
+    lines = ["| the gradient goes through | cosine | length | relative error |", "|---|---|---|---|"]
+    kinds = {f"the last {k} of {steps} steps": [doodl_fast.LastSteps(k)] * seeds for k in (1, 2, 5, 10, 15, steps)}
+    kinds[f"1 to {steps} steps, drawn"] = [doodl_fast.LastSteps(1, steps, seed) for seed in range(seeds)]
+    for name, lasts in kinds.items():
+        found = [pull(seed, last) for seed, last in enumerate(lasts)]
+        pairs = list(zip(found, whole, strict=True))
+        cosine = statistics.median(float(torch.nn.functional.cosine_similarity(f, w, 0)) for f, w in pairs)
+        length = statistics.median(float(f.norm() / w.norm()) for f, w in pairs)
+        error = statistics.median(float((f - w).norm() / w.norm()) for f, w in pairs)
+        lines.append(f"| {name} | {cosine:.2f} | {length:.2g} | {error:.2g} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost, pictures and stability by solver.")
     parser.add_argument("--out", type=Path, default=Path("solvers.json"))
@@ -173,19 +204,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20, 50])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
-    parser.add_argument(
-        "--quick", action="store_true", help="2 prompts, 1 seed, 1 round, 4 steps: a test of the script"
-    )
+    parser.add_argument("--truncated", action="store_true", help="print the errors of truncated gradients instead")
+    parser.add_argument("--quick", action="store_true", help="2 prompts, 1 seed, 1 round, 4 steps")
     args = parser.parse_args()
     if args.quick:
         args.prompts, args.seeds, args.rounds, args.steps = 2, 1, 1, [4]
+    torch.set_num_threads(1)
+    if args.truncated:
+        print(truncated(shapes.load_pipeline()))
+        return
     setting = {"prompts": args.prompts, "seeds": args.seeds, "rounds": args.rounds}
     results: dict[str, Any] = {"setting": setting, "rows": []}
     if args.out.exists():
         results = json.loads(args.out.read_text())
         if results["setting"] != setting:
             parser.error(f"{args.out} has rows of another setting, {results['setting']}; name another file by --out")
-    torch.set_num_threads(1)
     pipe, prompts = shapes.load_pipeline(), chosen_prompts(args.prompts)
     done = {(row["solver"], row["steps"]) for row in results["rows"]}
     for steps in args.steps:

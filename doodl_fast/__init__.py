@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .solvers.own import solver
     from .solvers.rex import Rex
     from .solvers.sampler import LCM, DPMSolver, Sampler, UniPC
+    from .solvers.truncated import LastSteps
 
 __all__ = [
     "BDIA",
@@ -68,6 +69,7 @@ __all__ = [
     "DiffusionChain",
     "Guided",
     "ImageTensor",
+    "LastSteps",
     "LatticeState",
     "Naive",
     "Program",
@@ -113,6 +115,7 @@ _HOMES = {
     "solver": "solvers.own",
     "SamplerSteps": "diffusion.tracing",
     "UniPC": "solvers.sampler",
+    "LastSteps": "solvers.truncated",
     "LatticeState": "chain.exact.state",
     "Naive": "chain.memory.strategies",
     "Program": "chain.program",

@@ -21,6 +21,7 @@ from ..diffusion.latent_space import LatentSpace
 from ..diffusion.pipeline import load_pipeline
 from ..diffusion.schedule import Schedule
 from ..diffusion.stable_diffusion import check_pipeline, pipeline_denoiser
+from .truncated import LastSteps, run_truncated
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,6 +68,7 @@ class DiffusionChain(Chain):
             raise TypeError(f"schedule: expected a {name}, got {got}; use {name}.from_scheduler(scheduler, steps)")
         super().__init__(evaluator(denoiser) if evaluator else denoiser, make_program(schedule), **options)
         self._schedule = schedule
+        self._last_steps: LastSteps | None = None
         self._space: LatentSpace | None = None
         self._decoder: Decoder | None = None
 
@@ -173,6 +175,29 @@ class DiffusionChain(Chain):
                 "from_pipeline. Make the chain by hand, of a Denoiser and Schedule.from_scheduler(scheduler, steps)"
             )
         return cls.schedule_type.from_scheduler(scheduler, num_inference_steps)
+
+    @property
+    def last_steps(self) -> LastSteps | None:
+        """In how many of the last steps gradients go through the network. None is the whole chain, the right gradient.
+
+        Raises:
+            ValueError: It is set on a chain in exact arithmetic.
+            TypeError: It is set to something else than a `LastSteps` or None.
+        """
+        return self._last_steps
+
+    @last_steps.setter
+    def last_steps(self, value: LastSteps | None) -> None:
+        if value is not None and not isinstance(value, LastSteps):
+            raise TypeError(f"last_steps: expected a LastSteps or None, got {type(value).__name__}; use LastSteps(5)")
+        if value is not None and self.arithmetic != "float":
+            raise ValueError(f'last_steps: expected None with arithmetic={self.arithmetic!r}; use "float"')
+        self._last_steps = value
+
+    def _run_checked(self, latents: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, ...]:
+        if self._last_steps is None or inverse or not torch.is_grad_enabled():
+            return super()._run_checked(latents, inverse)
+        return run_truncated(self, latents, self._last_steps.draw())
 
     @property
     def denoiser(self) -> Denoiser:
