@@ -1,4 +1,4 @@
-"""Ways of taking one gradient through EDICT, ours and others', for the profile command to measure side by side."""
+"""The baselines of `doodl-fast profile`: ways of taking a gradient through EDICT, ours and those of others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,15 @@ OURS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders share: a model with its prompt, and a start x (B, C, h, w)."""
+    """What all baselines share.
+
+    Attributes:
+        denoiser: The network with its prompt.
+        scheduler: The diffusers scheduler.
+        mix_weight: EDICT's p.
+        x: The start, (B, C, h, w).
+        memory_budget: For memory="auto", see `Chain`.
+    """
 
     denoiser: Denoiser
     scheduler: Any
@@ -40,15 +48,16 @@ class Setting:
     memory_budget: str | None = None
 
     def chain(self, steps: int, **options: Any) -> EDICT:
+        """Makes the chain with a number of diffusion steps. `options` are further arguments of EDICT."""
         return EDICT(self.denoiser, Schedule.from_scheduler(self.scheduler, steps), self.mix_weight, **options)
 
 
 Forward = Callable[[Tensor], Pair]
-"""From a start that requires grad to (x0, y0)."""
+"""A function from a start x that requires grad to the final latents (x0, y0)."""
 
 
 def make(name: str, setting: Setting, steps: int) -> Forward:
-    """A contender by name: one of OURS, "naive", "checkpoint" or "reference=DIR"."""
+    """Makes a baseline by its name: one of OURS, "naive", "checkpoint" or "reference=DIR"."""
     if name in OURS:
         options = dict(OURS[name])
         if name == "auto, smallest":
@@ -64,12 +73,15 @@ def make(name: str, setting: Setting, steps: int) -> Forward:
 
 
 def label(name: str) -> str:
-    """A contender's name in a figure."""
+    """The name that a baseline has in tables and figures."""
     return {NAIVE: "naive backpropagation", PER_STEP: "checkpointed steps"}.get(name, name.partition("=")[0])
 
 
 class _PerStep:
-    """Every EDICT step under `torch.utils.checkpoint`, in plain torch, weights frozen, as a careful user has it."""
+    """EDICT in plain PyTorch with every step under `torch.utils.checkpoint`.
+
+    The weights are frozen, so this is the code that a careful user would write.
+    """
 
     def __init__(self, chain: EDICT) -> None:
         self.chain = chain
@@ -94,12 +106,17 @@ class _PerStep:
 
 
 def reference(folder: str, setting: Setting, steps: int) -> Forward:
-    """The layers of a checkout of the public DOODL code, by `bench/baselines.py` of a checkout of doodl_fast.
+    """Makes the baseline of the public DOODL code's own layers, by `bench/baselines.py` of this repository.
 
     That file executes code of the folder, so it is not in the installed package.
 
+    Args:
+        folder: A checkout of the public DOODL code.
+        setting: What all baselines share.
+        steps: The number of diffusion steps.
+
     Raises:
-        ValueError: This is no checkout of doodl_fast, or the folder is no checkout of DOODL.
+        ValueError: doodl_fast does not run from a checkout, or the folder is no checkout of DOODL.
     """
     path = Path(__file__).resolve().parents[2] / "bench" / "baselines.py"
     spec = importlib.util.spec_from_file_location("doodl_fast_bench_baselines", path)

@@ -1,8 +1,8 @@
-"""`doodl-fast demo`: the whole of DOODL on the embedded pipeline, in a few minutes on a CPU.
+"""`doodl-fast demo`: DOODL on the embedded pipeline, in a few minutes on a CPU.
 
-Two tasks: CLIP guidance on a prompt of two objects that the pipeline gets wrong, and classifier guidance to a
+There are two tasks: CLIP guidance on a prompt of two objects that the pipeline gets wrong, and classifier guidance to a
 fine-grained variety that captions cannot name. Each is done without guidance, with one-step classifier guidance (the
-paper's baseline) and with DOODL; beside the guide's own loss stands a measure that uses no network.
+paper's baseline) and with DOODL. The pictures are judged by the guide's own loss and by a measure without networks.
 """
 
 from __future__ import annotations
@@ -24,12 +24,23 @@ if TYPE_CHECKING:
 
 GUIDANCE_SCALE = 4.0
 MIX_WEIGHT = 0.7
-"""EDICT's 0.93 is made for 50 steps; with the demo's few large ones the two latents part unless they are mixed more."""
+"""EDICT's usual 0.93 is meant for 50 steps. With the few large steps of the demo x and y drift apart unless they are
+mixed more strongly."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the demo's two tasks. ``variety``: what the classifier is asked for; None: CLIP with the prompt itself."""
+    """One of the demo's two tasks.
+
+    Attributes:
+        name: A short name.
+        title: What the figures call it.
+        prompt: What the pipeline is asked for.
+        seeds: One picture is made from each.
+        learning_rate: The grad_scale of DOODL, for one picture.
+        one_step_scale: The strength of one-step guidance.
+        variety: What the classifier is asked for; None stands for CLIP guidance to the prompt itself.
+    """
 
     name: str
     title: str
@@ -63,7 +74,16 @@ TASKS = (
 
 @dataclass
 class Outcome:
-    """One method's pictures of one task, and what they are worth."""
+    """The pictures that one method made for a task, and how they were judged.
+
+    Attributes:
+        method: The method's name.
+        images: Pictures (N, 3, H, W) in [-1, 1], one for each seed.
+        loss: The guide's loss of all of them.
+        correct: For each picture, whether it shows all that was asked for, by the measure without networks.
+        score: The mean share of what was asked for, by that measure.
+        seconds: What the method took.
+    """
 
     method: str
     images: Tensor = field(repr=False)
@@ -74,8 +94,15 @@ class Outcome:
 
 
 @dataclass
-class Report:
-    """All outcomes of one task, the steps on DOODL's way and its losses."""
+class TaskResult:
+    """What came of one task.
+
+    Attributes:
+        task: The task.
+        outcomes: One for each method.
+        steps: Numbers of optimisation steps of DOODL, with the pictures of that step.
+        losses: DOODL's losses, one for each step and the final one.
+    """
 
     task: Task
     outcomes: list[Outcome]
@@ -84,7 +111,7 @@ class Report:
 
 
 def judge(task: Task, images: Tensor) -> tuple[list[bool], float]:
-    """The measure without networks: which pictures are wholly right, and the mean share of what was asked for."""
+    """Judges pictures without networks: which are wholly right, and the mean share of what was asked for."""
     from .. import shapes
 
     verdicts = [shapes.judge(image, task.prompt, variety=task.variety) for image in images]
@@ -101,7 +128,8 @@ def guide(task: Task) -> Callable[[Tensor], Tensor]:
     return Classifier(*shapes.load_classifier(), task.variety)
 
 
-def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimization_steps: int) -> Report:
+def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimization_steps: int) -> TaskResult:
+    """Makes the pictures of a task with all three methods, and judges them."""
     import torch
 
     from ..optimization import one_step
@@ -141,36 +169,38 @@ def run_task(task: Task, pipeline: Any, num_inference_steps: int, num_optimizati
         decode,
         loss,
         num_optimization_steps,
-        # the loss is a mean over the pictures: each gets its full gradient
+        # The loss is a mean over the pictures, so this gives each of them its full gradient.
         grad_scale=task.learning_rate * len(latents),
         clip_grad_value=CLIP_GRAD_VALUE,
         callback_on_step_end=lambda info: _keep(steps, info, num_optimization_steps),
     )
     with torch.no_grad():
         note("DOODL", result.images[0], start)
-    return Report(task, outcomes, steps, [*result.losses, result.final_loss])
+    return TaskResult(task, outcomes, steps, [*result.losses, result.final_loss])
 
 
 CLIP_GRAD_VALUE = 1e-2
-"""Ten times the reference's: the demo takes a few large steps where the paper takes fifty small ones."""
+"""This is ten times the reference's value, as the demo takes a few large steps and the paper fifty small ones."""
 
 
 def _keep(steps: list[tuple[int, Tensor]], info: StepInfo, total: int) -> None:
+    """Keeps the pictures of a step that is a quarter, a half or three quarters of the way."""
     if info.step in {max(1, round(total * share)) for share in (0.25, 0.5, 0.75)}:
         steps.append((info.step, info.images[0]))
 
 
-def table(report: Report) -> str:
-    rows = [f"{report.task.title}\n  prompt: {report.task.prompt}"]
+def table(result: TaskResult) -> str:
+    """The outcomes of a task as a table for the terminal."""
+    rows = [f"{result.task.title}\n  prompt: {result.task.prompt}"]
     rows.append(f"  {'':30}{'guide loss':>11}{'right':>8}{'score':>8}{'seconds':>9}")
-    for o in report.outcomes:
+    for o in result.outcomes:
         right = f"{sum(o.correct)}/{len(o.correct)}"
         rows.append(f"  {o.method:30}{o.loss:11.4f}{right:>8}{o.score:8.2f}{o.seconds:9.1f}")
     return "\n".join(rows)
 
 
 def describe(image: Tensor, task: Task) -> str:
-    """What the measure reads off a picture, from left to right, for its title."""
+    """Names the objects that the measure without networks finds in a picture, from left to right."""
     from .. import shapes
 
     found = sorted(shapes.read(image)[:3], key=lambda reading: reading.x)
@@ -178,28 +208,32 @@ def describe(image: Tensor, task: Task) -> str:
     return ",\n".join(names) or "nothing"
 
 
-def contact_sheet(reports: list[Report], path: Path) -> None:
-    """Side by side for each task: a row a seed; before, on the way, after, and the baseline; the readings below."""
+def contact_sheet(results: list[TaskResult], path: Path) -> None:
+    """Draws the pictures of all tasks side by side, with one row for each seed.
+
+    The columns are: without guidance, steps on the way, after DOODL, and one-step guidance for comparison. Below each
+    picture stands what the measure without networks finds in it.
+    """
     from matplotlib.figure import Figure
 
     from .. import shapes
 
-    rows = max(len(r.task.seeds) for r in reports)
-    columns = 3 + len(reports[0].steps)
-    figure = Figure(figsize=(1.3 * columns * len(reports), 1.62 * rows + 0.75))
-    parts = figure.subfigures(1, len(reports), squeeze=False)[0]
-    for part, report in zip(parts, reports, strict=True):
-        before, baseline, after = report.outcomes
+    rows = max(len(r.task.seeds) for r in results)
+    columns = 3 + len(results[0].steps)
+    figure = Figure(figsize=(1.3 * columns * len(results), 1.62 * rows + 0.75))
+    parts = figure.subfigures(1, len(results), squeeze=False)[0]
+    for part, result in zip(parts, results, strict=True):
+        before, baseline, after = result.outcomes
         strip = [("before:\nno guidance", before.images)]
-        strip += [(f"DOODL,\nstep {step}", images) for step, images in report.steps]
+        strip += [(f"DOODL,\nstep {step}", images) for step, images in result.steps]
         strip += [("after:\nDOODL", after.images), ("for comparison:\none-step guidance", baseline.images)]
-        part.suptitle(f'{report.task.title}\nprompt: "{report.task.prompt}"', fontsize=10)
+        part.suptitle(f'{result.task.title}\nprompt: "{result.task.prompt}"', fontsize=10)
         for row, cells in enumerate(part.subplots(rows, columns, squeeze=False)):
             for axis, (title, images) in zip(cells, strip, strict=True):
                 image = images[row]
                 axis.imshow((image.clamp(-1, 1).permute(1, 2, 0).float().cpu().numpy() + 1) / 2)
-                right = shapes.judge(image, report.task.prompt, variety=report.task.variety).correct
-                axis.set_xlabel(describe(image, report.task), fontsize=6.5, color="#1a7f37" if right else "#b42318")
+                right = shapes.judge(image, result.task.prompt, variety=result.task.variety).correct
+                axis.set_xlabel(describe(image, result.task), fontsize=6.5, color="#1a7f37" if right else "#b42318")
                 axis.set_xticks([])
                 axis.set_yticks([])
                 if row == 0:
@@ -208,46 +242,48 @@ def contact_sheet(reports: list[Report], path: Path) -> None:
     files.replace(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
-def loss_curves(reports: list[Report], path: Path) -> None:
+def loss_curves(results: list[TaskResult], path: Path) -> None:
+    """Draws DOODL's loss against the optimisation step for each task, beside the loss of one-step guidance."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(reports), 3.4), layout="constrained")
-    for axis, report in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
-        axis.plot(report.losses, marker="o", markersize=3, label="DOODL")
-        axis.axhline(report.outcomes[1].loss, color="#b54708", linestyle="--", label="one-step guidance")
-        axis.set(title=f'{report.task.name}: "{report.task.prompt}"', xlabel="optimisation step", ylabel="guide loss")
+    figure = Figure(figsize=(4.6 * len(results), 3.4), layout="constrained")
+    for axis, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+        axis.plot(result.losses, marker="o", markersize=3, label="DOODL")
+        axis.axhline(result.outcomes[1].loss, color="#b54708", linestyle="--", label="one-step guidance")
+        axis.set(title=f'{result.task.name}: "{result.task.prompt}"', xlabel="optimisation step", ylabel="guide loss")
         axis.title.set_fontsize(9)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     files.replace(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
-def run_tasks(out: Path, num_inference_steps: int, num_optimization_steps: int) -> list[Report]:
-    """Runs both tasks, prints their tables, and writes the pictures and a JSON of the figures to ``out``."""
+def run_tasks(out: Path, num_inference_steps: int, num_optimization_steps: int) -> list[TaskResult]:
+    """Runs both tasks, prints their tables, and writes the pictures and a JSON file of the numbers to the folder."""
     from .. import shapes
 
     started = time.perf_counter()
     pipeline = shapes.load_pipeline()
-    reports = []
+    results = []
     for task in TASKS:
         print(f"\n{task.title} ...", flush=True)
-        reports.append(run_task(task, pipeline, num_inference_steps, num_optimization_steps))
-        print(table(reports[-1]), flush=True)
+        results.append(run_task(task, pipeline, num_inference_steps, num_optimization_steps))
+        print(table(results[-1]), flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    contact_sheet(reports, out / "contact_sheet.png")
-    loss_curves(reports, out / "losses.png")
+    contact_sheet(results, out / "contact_sheet.png")
+    loss_curves(results, out / "losses.png")
     figures = [
         {
             "task": asdict(r.task),
             "losses": r.losses,
             "outcomes": [{k: v for k, v in vars(o).items() if k != "images"} for o in r.outcomes],
         }
-        for r in reports
+        for r in results
     ]
     files.write_json(out / "figures.json", figures)
-    print(f"\nright, score: read off the pixels without any network. {time.perf_counter() - started:.0f} s in all.")
+    seconds = time.perf_counter() - started
+    print(f"\n`right` and `score` are read off the pixels without any network. It took {seconds:.0f} s in all.")
     print(f"pictures: {out / 'contact_sheet.png'}, {out / 'losses.png'}; figures: {out / 'figures.json'}")
-    return reports
+    return results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

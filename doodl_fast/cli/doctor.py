@@ -15,7 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace | None = None) -> int:
-    """Prints the report. args: the parsed command line, of which nothing is used. Returns the exit status."""
+    """Prints the report.
+
+    Args:
+        args: The parsed command line, of which nothing is used.
+
+    Returns:
+        The exit code, which is 0.
+    """
     print("\n".join(report()))
     return 0
 
@@ -43,7 +50,7 @@ def report() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """What a report of a problem should name."""
+    """The versions and the device that the report of a problem should name."""
     import torch
 
     found = {"doodl-fast": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
@@ -56,6 +63,7 @@ def versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +71,7 @@ def _version(package: str) -> str:
 
 
 def _in_use(device_type: str) -> str:
-    """The backend that serves a device type, and who chose it."""
+    """The backend that serves a type of device, and how it was chosen."""
     from .. import ops
     from ..ops.backends import registry
 

@@ -1,4 +1,4 @@
-"""`doodl-fast drift`: how far a chain comes back from where it began, by the arithmetic of its state and its length."""
+"""`doodl-fast drift`: how far a chain that is run and undone ends from its start, by arithmetic and number of steps."""
 
 from __future__ import annotations
 
@@ -30,12 +30,22 @@ Table = dict[str, list[float]]
 def measure(
     denoiser: Denoiser, scheduler: Any, x: Tensor, steps: Sequence[int], mix_weight: float = 0.93, report: Any = None
 ) -> Table:
-    """The relative error of noise -> image -> noise: one row an arithmetic, one column a number of diffusion steps.
+    """Measures the relative error of noise -> image -> noise.
 
-    "fp16" ... "fp64": the state is rounded to that dtype after every coupling, as plain EDICT (arXiv 2211.12446) on
-    latents of that dtype has it. The network, and so its dtype, is the same
-    in all rows, and so is the start, x for both latents, rounded to bf16 as every row can hold that.
-    NaN where a state overflowed. report: called with each (arithmetic, steps, error).
+    In the rows "fp16" to "fp64" the latents are rounded to that dtype after every coupling, as plain EDICT (arXiv
+    2211.12446) does on latents of that dtype. The network and its dtype are the same in all rows, and so is the start,
+    which is rounded to bf16 because every row can hold such numbers.
+
+    Args:
+        denoiser: The network with its prompt.
+        scheduler: The diffusers scheduler.
+        x: The start of both latents, (B, C, h, w).
+        steps: The numbers of diffusion steps.
+        mix_weight: EDICT's p.
+        report: If given, it is called with every (arithmetic, steps, error).
+
+    Returns:
+        For each arithmetic the errors in the order of `steps`; NaN stands for an overflow.
     """
     table: Table = {}
     x = x.to(dtype=_dtype("bf16")).float()
@@ -49,6 +59,7 @@ def measure(
 
 
 def _error(name: str, denoiser: Denoiser, scheduler: Any, steps: int, mix_weight: float, x: Tensor) -> float:
+    """The error in one arithmetic at one number of steps."""
     import torch
 
     from ..chain.arithmetic import Floats, Group
@@ -72,6 +83,7 @@ def _error(name: str, denoiser: Denoiser, scheduler: Any, steps: int, mix_weight
 
 
 def _dtype(name: str) -> Any:
+    """The torch dtype of a row."""
     import torch
 
     return getattr(torch, FLOATS[name])
@@ -93,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table of a model; writes the figure and the numbers."""
+    """Prints the table of a model, and writes the figure and the numbers."""
     options.check_folder(args.out)
     if min(args.steps) < 1:
         raise ValueError(f"--steps: expected numbers of at least 1, got {min(args.steps)}")
@@ -128,7 +140,10 @@ def _cell(error: float) -> str:
 
 
 def draw(path: Path, steps: Sequence[int], table: Table) -> None:
-    """The figure, both axes logarithmic. Zeros lie on its lower edge, overflows on the upper one."""
+    """Draws the errors against the number of steps, on logarithmic axes.
+
+    An error of zero is drawn on the lower edge of the figure, an overflow on the upper edge.
+    """
     from matplotlib.figure import Figure
 
     floor, ceiling = 1e-18, 1e6

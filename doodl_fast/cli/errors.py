@@ -1,4 +1,4 @@
-"""Which errors are the user's to mend, and what is said about them. All others are bugs and show their traceback."""
+"""Tells mistakes of the user, which end in one line, from bugs, which show their traceback."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ OUT_OF_MEMORY = (
 )
 """What PyTorch's allocators and the libraries that it calls say in a plain RuntimeError."""
 SIZES = ("height", "width", "resolution", "batch", "num_cutouts", "steps", "memory", "memory_budget", "dtype", "device")
-"""The options that decide how much memory a command takes."""
+"""The options that decide how much memory a command takes, as an error lists them."""
 REFUSALS = (ValueError, FloatingPointError, OverflowError)
+"""The types of error by which this package refuses what it is given."""
 
 
 class UsageError(Exception):
@@ -26,16 +27,19 @@ class UsageError(Exception):
 
 
 def explain(error: Exception, args: argparse.Namespace | None) -> str | None:
-    """One line about an error that the user can mend; None for a bug.
+    """Describes a mistake of the user in one line.
 
-    The user can mend: a command line that cannot be parsed; files and folders that cannot be used (OSError); a missing
-    kernel backend; too little memory; and what the code of this package refuses. That is a ValueError,
-    FloatingPointError or OverflowError that one of its `raise` statements raised. The same types from Python or from
-    another library, a TypeError for instance or a failed unpacking, are bugs of ours.
+    These are mistakes of the user: a command line that cannot be parsed, files and folders that cannot be used
+    (OSError), a missing kernel backend, too little memory, and what the code of this package refuses. The last is a
+    ValueError, FloatingPointError or OverflowError that a `raise` statement of this package raised. An error of these
+    types that Python or another library raised is a bug of this package, and so is any other error.
 
     Args:
         error: The error.
         args: The parsed command line, if it could be parsed.
+
+    Returns:
+        The line, or None for a bug.
     """
     line = " ".join(str(error).split())
     if is_out_of_memory(error):

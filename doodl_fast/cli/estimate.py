@@ -1,8 +1,8 @@
-"""What a gradient takes without a machine to take it on: networks on PyTorch's meta device, which hold no memory.
+"""Estimates the memory of a gradient with networks on PyTorch's meta device, which hold no memory.
 
-Sizes come from the tracker, which sees every operator's results there too, so they are those of one evaluation, one
-graph and one VJP with fused attention (Dao et al., arXiv 2205.14135), as GPUs have it. Operators' scratch memory, the
-CUDA context (some hundred MB) and fragmentation come on top; so do text encoders and guides, which are not included.
+The memory tracker sees the results of every operator on the meta device too. So it gives the sizes of one evaluation,
+one graph and one VJP, with fused attention (Dao et al., arXiv 2205.14135) as on a GPU. Not included are the scratch
+memory of operators, the CUDA context (some hundred MB), fragmentation, text encoders and guides.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..diffusion.networks import blocks_checkpointed, frozen, run_in_dtype
 from ..diffusion.pipeline import Decoder
 
 CARDS = (6, 8, 12, 16, 24, 40, 80)
-"""GB of common GPUs, which are GiB."""
+"""Memory of common GPUs in GiB, which are sold as GB."""
 CARD_MARGIN = 0.08
-"""Share of a card that is left for the CUDA context and fragmentation."""
+"""The share of a GPU's memory that is left for the CUDA context and fragmentation."""
 STATE_DTYPE = torch.float64
 TOKENS = 77
 
-# The architectures of the published models, as arguments of diffusers' classes (arXiv 2112.10752 and 2307.01952)
+# The architectures of the published models as arguments of diffusers' classes (arXiv 2112.10752 and 2307.01952).
 SD15_UNET = {
     "sample_size": 64,
     "cross_attention_dim": 768,
@@ -63,17 +63,23 @@ MODELS = {
     "sd15": (SD15_UNET, {**VAE, "force_upcast": False}),
     "sdxl": (SDXL_UNET, {**VAE, "force_upcast": True}),
 }
-"""By name, the UNet's and the VAE's. One that is upcast overflows in fp16 and runs in fp32."""
+"""The configs of the UNet and of the VAE, by the model's name. A VAE with force_upcast overflows in fp16 and runs in
+fp32."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one gradient through EDICT, guided, of one image, and of decoding it (without any guide).
+    """The memory of one gradient through EDICT and the decoder, for one image with guidance and without a loss.
 
-    unet_weights, vae_weights: bytes. plain, blocks: sizes of one evaluation, without and with checkpointed blocks.
-    decoders: what decoding takes, plainly and with checkpointed blocks. workload: the chain's. naive: peak of plain
-    backpropagation through the chain; per_step: of `torch.utils.checkpoint` around every EDICT step; both without
-    weights, whose gradients are off.
+    Attributes:
+        unet_weights: Bytes of the UNet's weights.
+        vae_weights: Bytes of the VAE's weights.
+        plain: The sizes of one evaluation of the UNet.
+        blocks: The same with checkpointed blocks.
+        decoders: Bytes that decoding takes at most, plainly and with checkpointed blocks.
+        workload: What the planner needs to know of the chain.
+        naive: The peak in bytes of plain backpropagation through the chain, without weights.
+        per_step: The peak in bytes of `torch.utils.checkpoint` around every EDICT step, without weights.
     """
 
     unet_weights: int
@@ -87,15 +93,16 @@ class Estimate:
 
     @property
     def weights(self) -> int:
+        """Bytes of all weights."""
         return self.unet_weights + self.vae_weights
 
     @property
     def growth(self) -> int:
-        """Bytes that a step holds with stored sources; whole graphs are `plain.graph` for each of two evaluations."""
+        """Bytes that each step adds if the sources of its two evaluations are stored, and not their graphs."""
         return 2 * self.workload.source
 
     def plan(self, card: int) -> Plan | None:
-        """The fastest plan for so many bytes, weights included; None where none fits."""
+        """The fastest plan that fits into so many bytes, weights included, or None."""
         plans = [self.workload.fastest(card - self.weights, reserve) for reserve in self.decoders]
         return min((p for p in plans if p is not None), key=lambda p: p.recomputed, default=None)
 
@@ -124,6 +131,7 @@ class Estimate:
         return "\n".join([table, "", head, *(self._card(card) for card in CARDS)])
 
     def _card(self, card: int) -> str:
+        """The line of the table for a GPU of so many GiB."""
         room = int(card * 2**30 * (1 - CARD_MARGIN))
         plan = self.plan(room)
         if plan is None:
@@ -140,10 +148,16 @@ class Estimate:
 
 
 def estimate(model: str | Path, resolution: int | None, dtype: torch.dtype, steps: int = 50) -> Estimate:
-    """For "sd15", "sdxl" or a diffusers folder with a UNet and a VAE, of which the configs alone are read.
+    """Estimates the memory of a gradient.
 
-    resolution: of the square image in pixels (default: the model's own). dtype: of the networks; a VAE that must be
-    upcast is in float32 under float16. Raises ValueError, naming the argument.
+    Args:
+        model: "sd15", "sdxl", or a diffusers folder with a UNet and a VAE, of which only the configs are read.
+        resolution: Side of the square image in pixels. None is the model's own.
+        dtype: Of the networks. With float16, a VAE with force_upcast is in float32.
+        steps: The number of diffusion steps.
+
+    Raises:
+        ValueError: An argument cannot work; the error names it.
     """
     with torch.device("meta"), _fused_attention():
         unet, vae = _networks(model)
@@ -159,13 +173,14 @@ def estimate(model: str | Path, resolution: int | None, dtype: torch.dtype, step
 
 
 def _measure(unet: nn.Module, decode: Decoder, shape: tuple[int, ...], dtype: torch.dtype, steps: int) -> Estimate:
+    """The estimate for networks on the meta device and latents of a shape."""
     sizes = {False: _evaluation(unet, shape, dtype, False), True: _evaluation(unet, shape, dtype, True)}
     latent = torch.empty(shape, dtype=STATE_DTYPE)
     source = latent.numel() * latent.element_size()
-    evaluations = 2 * (steps - 1)  # a step from t = 0 to itself needs none
+    evaluations = 2 * (steps - 1)  # The last step of Stable Diffusion's schedule changes nothing.
     load = Workload(evaluations, steps, source, 2 * source, ("checkpoint", ANCHOR_STEPS), sizes.__getitem__)
     plain = sizes[False]
-    # plain code evaluates in the last step too, and keeps at least the sources beside the graphs
+    # Plain code evaluates in the last step too, and keeps at least the sources beside the graphs.
     naive = 2 * steps * (plain.graph + source) + plain.pull - plain.graph
     per_step = 2 * steps * source + plain.graph + plain.pull
     decoders = tuple(_decoding(decoder, shape) for decoder in _leaner(decode))
@@ -175,7 +190,7 @@ def _measure(unet: nn.Module, decode: Decoder, shape: tuple[int, ...], dtype: to
 
 
 def _evaluation(unet: Any, shape: tuple[int, ...], dtype: torch.dtype, blocks: bool) -> Sizes:
-    """Of a guided evaluation, in one batch of two."""
+    """The sizes of a guided evaluation, which is one call on a batch of two."""
     batch = torch.empty(2, *shape[1:], dtype=dtype)
     options: dict[str, Any] = {}
     if unet.config.addition_embed_type == "text_time":
@@ -197,10 +212,10 @@ def _evaluation(unet: Any, shape: tuple[int, ...], dtype: torch.dtype, blocks: b
 
 
 def _decoding(decode: Decoder, shape: tuple[int, ...]) -> int:
-    """Most bytes in decoding one image and pulling a cotangent back."""
+    """The largest number of bytes held while one image is decoded and its VJP taken."""
     leaf = torch.empty(shape, dtype=torch.float32).requires_grad_()
     with Tracker("meta") as seen:
-        # not by a call of the decoder, which looks for NaN
+        # A call of the decoder itself would look for NaN, which the meta device cannot tell.
         image = run_in_dtype(decode._decode, leaf, decode.vae.dtype)
         torch.autograd.grad(image, leaf, torch.empty_like(image))
     return seen.peak
@@ -208,9 +223,10 @@ def _decoding(decode: Decoder, shape: tuple[int, ...]) -> int:
 
 @contextlib.contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention as a fused kernel has it: its graph holds what goes in and out and a logsumexp, never the products.
+    """Replaces attention by a function with the memory of a fused kernel.
 
-    A patch and not a mode of torch's, as those are off in backward passes, where blocks are called again.
+    Its graph holds the inputs, the output and a logsumexp, and never the products of queries and keys. It is a patch
+    and not a TorchFunctionMode, because modes are off in backward passes, where checkpointed blocks are called again.
     """
     original = nn.functional.scaled_dot_product_attention
 
@@ -225,6 +241,8 @@ def _fused_attention() -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
+    """Attention on the meta device, which has shapes and no values."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
@@ -237,7 +255,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _leaner(decode: Decoder) -> Iterator[Decoder]:
-    """The plain decoder and the one with checkpointed blocks; one image at a time spares nothing of one image."""
+    """The plain decoder, and the one with checkpointed blocks if there is one."""
     yield decode
     other = decode.leaner()
     if other is not None:
@@ -245,10 +263,12 @@ def _leaner(decode: Decoder) -> Iterator[Decoder]:
 
 
 def _weights(network: nn.Module) -> int:
+    """Bytes of a network's weights."""
     return sum(p.numel() * p.element_size() for p in network.parameters())
 
 
 def _networks(model: str | Path) -> tuple[Any, Any]:
+    """The UNet and the VAE of a model, made of their configs."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     if model in MODELS:

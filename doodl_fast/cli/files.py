@@ -1,4 +1,4 @@
-"""Files that nobody finds half-written: each is written beside its name and then renamed."""
+"""Writes files as a whole: each is written under a temporary name and then renamed."""
 
 from __future__ import annotations
 

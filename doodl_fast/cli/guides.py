@@ -1,4 +1,4 @@
-"""The guides of `doodl-fast run`: one function each, (its arguments, device, dtype) -> a loss on pixels."""
+"""The guides of `doodl-fast run`. A function for each makes its loss of (the arguments, device, dtype)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
 def _clip(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The CLIP model and processor."""
+    """Loads the CLIP model and its processor."""
     if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
         from .. import shapes
 
@@ -31,7 +31,7 @@ def _clip(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
 
 
 def _clip_text(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Guides to a text."""
+    """Makes the loss of CLIP guidance to a text."""
     from ..guidance import ClipText
 
     model, processor = _clip(args, device, dtype)
@@ -39,7 +39,7 @@ def _clip_text(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
 
 def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Guides to pictures."""
+    """Makes the loss of CLIP guidance to pictures."""
     from ..guidance import ClipImage
 
     if not args.guidance_image:
@@ -49,7 +49,7 @@ def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 
 def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Guides to a class."""
+    """Makes the loss of guidance to a class of an image classifier."""
     from ..guidance import Classifier
 
     if args.label is None:
@@ -65,7 +65,7 @@ def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 
 def _symmetry(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Guides to mirror symmetry."""
+    """Makes the loss of guidance to mirror symmetry."""
     from ..guidance import Symmetry
 
     return Symmetry(args.direction)

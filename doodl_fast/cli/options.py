@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EMBEDDED = "shapes"
 """The name of the embedded pipeline and of its guides, as a value of --model and --guidance-model."""
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""The attribute of torch that each value of --dtype stands for."""
+"""The name in torch of the dtype that each value of --dtype stands for."""
 
 SEEDS, LARGEST_SIDE, LARGEST_BATCH = 2**63 - 1, 2**15, 2**16
 """The largest seed, side of a picture in pixels, and number of pictures that a command line may ask for."""
@@ -65,7 +65,7 @@ def add_model(parser: Parser, default: str | None = None) -> None:
     """Adds --model and --variant. A model is required unless there is a default."""
     line = f"diffusers folder, hub id, or {EMBEDDED!r} for the embedded one"
     parser.add_argument("--model", required=default is None, default=default, help=line)
-    parser.add_argument("--variant", type=text, help="of the model's weight files, e.g. fp16")
+    parser.add_argument("--variant", type=text, help="variant of the model's weight files, e.g. fp16")
 
 
 def add_guidance_scale(parser: Parser, default: float = 7.5) -> None:
@@ -74,19 +74,23 @@ def add_guidance_scale(parser: Parser, default: float = 7.5) -> None:
         "--guidance-scale",
         type=number,
         default=default,
-        help="of classifier-free guidance; with at most 1 the prompt alone is used",
+        help="weight of classifier-free guidance; with at most 1 the prompt alone is used",
     )
 
 
 def add_mix_weight(parser: Parser) -> None:
     """Adds --mix-weight to a command that knows EDICT alone."""
-    parser.add_argument("--mix-weight", type=number, default=0.93, help="EDICT's p")
+    parser.add_argument(
+        "--mix-weight", type=number, default=0.93, help="p of EDICT: how much of itself each latent keeps in the mixing"
+    )
 
 
 def add_size(parser: Parser) -> None:
     """Adds --height and --width."""
     for name in ("--height", "--width"):
-        parser.add_argument(name, type=integer(LARGEST_SIDE), help="in pixels (default: the model's own)")
+        parser.add_argument(
+            name, type=integer(LARGEST_SIDE), help="of the picture, in pixels (default: the model's own)"
+        )
 
 
 def add_device(parser: Parser) -> None:
@@ -96,7 +100,7 @@ def add_device(parser: Parser) -> None:
 
 def add_dtype(parser: Parser) -> None:
     """Adds --dtype."""
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the networks")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="dtype of the networks")
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:

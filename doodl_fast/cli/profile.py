@@ -1,4 +1,4 @@
-"""`doodl-fast profile`: what gradients through a model take in memory and time, measured, or estimated without it."""
+"""`doodl-fast profile`: the memory and time of a gradient through a model, measured, or estimated without weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ STEPS = (4, 8, 16)
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one number of steps.
+    """What one baseline took at one number of diffusion steps.
 
-    peak, held: bytes at most, and between forward and backward pass. rss: of the whole process at most, None where that
-    cannot be asked. seconds, cpu_seconds: of the fastest gradient, on the clock and of all threads, no tracker.
+    Attributes:
+        name: The baseline's name.
+        steps: The number of diffusion steps.
+        peak: The largest number of bytes that tensors held at any time.
+        held: The bytes that tensors held between the forward and the backward pass.
+        rss: The largest resident set of the whole process in bytes; None where the system does not tell it.
+        seconds: The wall-clock time of the fastest gradient, without the memory tracker.
+        cpu_seconds: The CPU time, of all threads, of the fastest gradient, without the memory tracker.
     """
 
     name: str
@@ -43,7 +49,10 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument(
-        "--estimate", type=options.text, metavar="MODEL", help="sd15, sdxl or a diffusers folder: no weights, no run"
+        "--estimate",
+        type=options.text,
+        metavar="MODEL",
+        help="sd15, sdxl or a diffusers folder, whose memory is estimated without weights; nothing is measured",
     )
     parser.add_argument(
         "--resolution",
@@ -64,9 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=options.integer(options.LARGEST_BATCH), default=1, help="images at once")
     parser.add_argument(
-        "--repeats", type=options.integer(), default=2, help="gradients on the clock, of which the fastest counts"
+        "--repeats", type=options.integer(), default=2, help="how many gradients are timed; the fastest counts"
     )
-    parser.add_argument("--against", help="of naive, checkpoint and reference=DIR, separated by commas")
+    parser.add_argument("--against", help="baselines: naive, checkpoint and reference=DIR, separated by commas")
     parser.add_argument("--memory-budget", help='for memory="auto", e.g. 6GiB (default: what is free)')
     options.add_device(parser)
     parser.add_argument(
@@ -126,7 +135,7 @@ def _estimate(args: argparse.Namespace, steps: int) -> int:
 
 
 def _names(against: str | None) -> list[str]:
-    """The names of all ways that are measured. Raises ValueError for an unknown one."""
+    """The names of all baselines that are measured, ours included. Raises ValueError for an unknown one."""
     from .baselines import NAIVE, OURS, PER_STEP, REFERENCE
 
     others = [] if against is None else [name.strip() for name in against.split(",")]
@@ -139,7 +148,7 @@ def _names(against: str | None) -> list[str]:
 
 
 def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
-    """The model, its prompt and the start that all ways of taking a gradient share."""
+    """The model with its prompt, and the start, which all baselines share."""
     from ..solvers.edict import EDICT
     from .baselines import Setting
 
@@ -156,7 +165,16 @@ def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
 
 
 def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[Row, MemoryReport]:
-    """Measures one way of taking the gradient: one to warm up, `repeats` with a clock, one under the memory tracker."""
+    """Measures one baseline.
+
+    It takes one gradient to warm up, then `repeats` gradients with a clock, then one under the memory tracker.
+
+    Args:
+        name: The baseline's name, as `make` takes it.
+        setting: The model and the start.
+        steps: The number of diffusion steps.
+        repeats: How many gradients are timed.
+    """
     import torch
 
     from ..chain.chain import Chain
@@ -169,7 +187,7 @@ def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[
         x = setting.x.clone().requires_grad_()
         outputs = forward(x)
         note()
-        # not torch.autograd.grad, which the reference's wrapper refuses
+        # The reference's wrapper refuses torch.autograd.grad.
         (outputs[0].float().square().sum() + outputs[1].float().square().sum()).backward()
 
     def clocks() -> tuple[float, float]:
@@ -195,12 +213,13 @@ def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[
 
 
 def _reset_rss() -> None:
-    """Starts the count of the highest resident set size anew, where Linux offers that."""
+    """Resets the peak of the resident set that Linux keeps for the process. Other systems have none."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_rss() -> int | None:
+    """The peak of the process's resident set in bytes since the last reset, or None if the system does not tell it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -219,6 +238,7 @@ def growths(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, MemoryReport]) -> None:
+    """Writes the numbers and both figures."""
     import torch
 
     from .. import __version__
@@ -239,7 +259,13 @@ def _write(args: argparse.Namespace, rows: list[Row], reports: dict[str, MemoryR
 
 
 def draw(path: Path, rows: Sequence[Row], clock: str) -> None:
-    """Peak memory, on a logarithmic axis, and time of a gradient against the number of steps. clock: a field of Row."""
+    """Draws the peak memory, on a logarithmic axis, and the time of a gradient against the number of steps.
+
+    Args:
+        path: The PNG file.
+        rows: What was measured.
+        clock: Which time is drawn: "seconds" or "cpu_seconds".
+    """
     from matplotlib.figure import Figure
 
     from .baselines import OURS, label

@@ -50,13 +50,15 @@ def add_solver(parser: Parser, names: Sequence[str] = tuple(SOLVERS)) -> None:
         "--solver",
         choices=tuple(names),
         default=EDICT,
-        help="of the steps" + ("; sampler is the pipeline's own scheduler" if "sampler" in names else ""),
+        help="how the steps are made" + ("; sampler is the pipeline's own scheduler" if "sampler" in names else ""),
     )
-    parser.add_argument("--mix-weight", type=number, help=f"for edict: its p (default: {DEFAULTS['mix_weight']})")
+    parser.add_argument(
+        "--mix-weight", type=number, help=f"for edict: p of its mixing (default: {DEFAULTS['mix_weight']})"
+    )
     parser.add_argument(
         "--gamma",
         type=number,
-        help=f"for bdia: lower is stabler and less accurate, in (0, 1] (default: {DEFAULTS['gamma']})",
+        help=f"for bdia: in (0, 1]; lower is more stable and less accurate (default: {DEFAULTS['gamma']})",
     )
 
 
