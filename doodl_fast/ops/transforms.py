@@ -15,10 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _dispatch_tls_is_dispatch_key_included as _is_active  # type: ignore[attr-defined]
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from .layout import rounded
+
+# PyTorch's older vmap, which is_grads_batched and vectorize=True use, switches this key on for its thread.
+_OLDER_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")  # type: ignore[attr-defined]
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -29,13 +33,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_dynamo_compiling():
         return False
-    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or _is_active(_OLDER_VMAP):
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:  # This loop takes half the time of all() with a generator.
-        if tensor is not None and (
-            type(tensor) is not Tensor or (grad and tensor.requires_grad) or is_legacy_batchedtensor(tensor)
-        ):
+        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
             return False
     return True
 
@@ -89,8 +91,8 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError if a registered op, which would drop a forward-mode tangent, is called with one."""
     if forward_ad._current_level >= 0 and has_tangent(*tensors):
         raise RuntimeError(
-            f"torch.ops.doodl_fast.{op}: the registered op has no forward-mode derivative; call doodl_fast.ops.{op}, "
-            "which has one, and not under torch.compile"
+            f"torch.ops.doodl_fast.{op}: the registered op has no forward-mode derivative; call doodl_fast.ops.{op} "
+            "instead, and not under torch.compile"
         )
 
 

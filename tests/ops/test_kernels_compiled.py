@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for GPUs that are not there: no spills, no stack, 16-byte loads.
+"""The kernels are compiled for GPUs that this machine need not have: no spills, no stack, loads of 16 bytes.
 
 `DOODL_FAST_EVERY_DTYPE=1` (continuous integration) compiles the CUDA kernels for all dtypes instead of fp16 and fp32.
 """
@@ -23,7 +23,7 @@ ARCHITECTURES = ("80", "90")
 
 
 def setup_constant(name: str) -> list[str]:
-    """A list of flags in setup.py: what is tested is what is built."""
+    """Returns a list of flags in setup.py, so that the tests compile as the build does."""
     found = re.search(rf"^{name} = (\[.*?\])$", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None
     return json.loads(found.group(1))
@@ -46,9 +46,9 @@ def test_cuda(source, architecture, tmp_path):
     said = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(said) >= 5 and set(said) == {("0", "0", "0")}
     ptx = next(tmp_path.glob("*.ptx")).read_text()
-    assert not re.search(r"\bfma\.rn\.f(32|64)\b|\.ftz\b|\.approx\b", ptx)  # nothing contracted, flushed or approximate
+    assert not re.search(r"\bfma\.rn\.f(32|64)\b|\.ftz\b|\.approx\b", ptx)  # Nothing is fused, flushed or approximate.
     if source == "cuda.cu":
-        # every kernel that is compiled for whole pieces reads and writes 16 bytes at once
+        # Every kernel that is compiled for complete pieces reads and writes 16 bytes at once.
         assert len(re.findall(r"ld\.global\S*\.v4\.\w?32|ld\.global\S*\.v2\.\w?64", ptx)) >= 50
         assert len(re.findall(r"st\.global\S*\.v4\.\w?32|st\.global\S*\.v2\.\w?64", ptx)) >= 50
 
@@ -129,7 +129,7 @@ def triton_built(tmp_path_factory) -> list[dict]:
     done = subprocess.run([sys.executable, "-c", AOT], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     cases, log = [], ""
-    for line in done.stdout.splitlines():  # ptxas's log of a kernel comes before its line
+    for line in done.stdout.splitlines():  # The log of ptxas on a kernel comes before the kernel's own line.
         if line.startswith("{"):
             cases.append({**json.loads(line), "log": log})
             log = ""
@@ -148,7 +148,7 @@ def test_triton_compiles_every_kernel(triton_built):
 def test_triton_loads_16_bytes_and_contracts_nothing(triton_built):
     for case in triton_built:
         assert not re.search(r"\bfma\.rn\.f(32|64)\b|\.ftz\b|\.approx\b", case["ptx"]), case["kernel"]
-        # integer divisions outweigh the lattice's traffic: its blocks are small
+        # The lattice kernel has small blocks, because its divisions take more time than its memory traffic.
         wide = re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", case["ptx"])
         assert wide or case["kernel"] == "lattice_kernel", case
 

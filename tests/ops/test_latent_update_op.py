@@ -1,4 +1,4 @@
-"""The latent update on every backend: against torch's own optimiser, and against the eager reference."""
+"""The latent update on every backend is compared with torch's own optimiser and with the eager kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UPDATES = [
 @pytest.mark.parametrize("settings", UPDATES, ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_latent_update_against_torch(backend, dtype, settings):
-    """torch's own SGD and clamp, in float64."""
+    """Returns the update by torch's own SGD and clamp, in float64."""
     x, y, _ = operands((2, 4, 9, 11), dtype, dtype, False)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(x)
     starts = list(torch.tensor([[3.0, 5.0], [2.0, 7.0]], device=DEVICE))
@@ -57,7 +57,7 @@ def test_latent_update_against_torch(backend, dtype, settings):
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1031), (2,), (0, 4), (2, 0)], ids=str)
 def test_latent_update_agrees(backend, shape, dtype):
-    """Bit for bit without the norm; with it up to the order of a float64 sum."""
+    """Without start norms the backends agree bit for bit, with them up to the order of a float64 sum."""
     x, y, noise = operands(shape, dtype, dtype, False)
     starts = list(torch.rand(2, shape[0], device=DEVICE) + 1)
     for options in UPDATES:

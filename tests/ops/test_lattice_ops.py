@@ -1,4 +1,4 @@
-"""The lattice's ops: against Python's integers, undone to the bit, and the same bits on every backend."""
+"""The lattice ops are compared with Python's integers, undone exactly, and give the same bits on every backend."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def faults() -> Tensor:
 
 
 def operands(shape, integer: str, eps: str, guided: bool, words: int = 4, seed: int = 0) -> tuple[Tensor, ...]:
-    """target, source, their buffers (with room to grow), eps."""
+    """Returns target, source, their buffers (with room to grow) and eps."""
     generator = torch.Generator().manual_seed(seed)
     largest = 2**27 if integer == "int32" else 2**46
 
@@ -46,11 +46,11 @@ def operands(shape, integer: str, eps: str, guided: bool, words: int = 4, seed: 
     return *pair, *buffers, torch.randn(batch, generator=generator, dtype=torch.float64).to(DTYPES[eps])
 
 
-# Against Python's integers
+# Comparison with Python's integers
 
 
 def whole(buffer: Tensor) -> list[int]:
-    """The buffers' integers."""
+    """Returns the integers that the words of a buffer hold."""
     words = buffer.flatten(1).tolist()
     return [sum(word << (31 * i) for i, word in enumerate(column)) for column in zip(*words, strict=True)]
 
@@ -64,12 +64,12 @@ def whole(buffer: Tensor) -> list[int]:
     st.integers(3, 5),
 )
 def test_multiplication_with_a_buffer(n, m, factor, integer, words):
-    """The formula of the docstring on unlimited integers; n by / over within a unit; undone."""
+    """The op computes the formula of its docstring, n by / over is off by less than a unit, and undo undoes it."""
     by, over = factor
     u, q = m % by, m // by
     expected, v = divmod(n * by + u, over)
     if integer == "int32":
-        n = n * over // (10000 * by) if by > over else n  # the result must fit
+        n = n * over // (10000 * by) if by > over else n  # The result must be in range.
         expected, v = divmod(n * by + u, over)
     target = torch.tensor([[n]], dtype=INTEGERS[integer])
     buffer = torch.tensor([(m >> (31 * i)) & (2**31 - 1) for i in range(words)], dtype=torch.int32).reshape(-1, 1, 1)
@@ -97,10 +97,10 @@ def test_coupling_adds_the_nearest_integer(backend, integer):
     assert torch.equal(out.long() - target.long(), exact.round().long()) and not table.any()
     halves = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5]], dtype=torch.float64)
     zero = torch.zeros(1, 5, dtype=INTEGERS[integer])
-    assert ops.lattice_coupling(zero, zero, halves, table, 0, b=1.0).tolist() == [[0, 2, 2, 0, -2]]  # ties to even
+    assert ops.lattice_coupling(zero, zero, halves, table, 0, b=1.0).tolist() == [[0, 2, 2, 0, -2]]  # Ties go to even.
 
 
-# Undone, and the same on every backend
+# The inverse, and agreement of the backends
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -140,7 +140,7 @@ def every_result(shape, integer: str, eps_dtype: str, words: int = 4) -> list[Te
 def test_every_backend_gives_the_same_bits(name, integer, eps_dtype):
     require(name)
     cases = [*((shape, 4) for shape in SHAPES), ((2, 3, 5), 1), ((1, 9), 7)]
-    for shape, words in [((2, 3, 5), 1), ((1, 261), 5)] if name == "triton" else cases:  # its interpreter is slow
+    for shape, words in [((2, 3, 5), 1), ((1, 261), 5)] if name == "triton" else cases:  # Its interpreter is slow.
         with ops.backend("eager"):
             want = every_result(shape, integer, eps_dtype, words)
         with ops.backend(name):
@@ -171,7 +171,7 @@ def test_any_layout_in_contiguous_out(backend):
 
 @pytest.mark.parametrize("integer", INTEGERS)
 def test_range(backend, integer):
-    """The limit itself may be reached; one more is a fault, of this row alone, and of no other element."""
+    """The limit itself is in range. One more is a fault, noted in this row alone, and changes no other element."""
     dtype = INTEGERS[integer]
     target = torch.tensor([[limit(dtype) - 1, 5]], dtype=dtype)
     source, eps, table = torch.zeros_like(target), torch.ones(1, 2, dtype=torch.float64), faults()
@@ -214,7 +214,7 @@ def test_what_is_not_a_number_or_too_large(backend, value, row, mixes, guided):
     assert table.tolist() == [[0, 0], row, [0, 0]]
 
 
-# Bad input
+# Operands that are refused
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_bad_buffers_and_factors():
             ops.lattice_mix(x, x, buffer, buffer, None, faults(), 0, LatticeMixing(True, factor, 100))
 
 
-# As PyTorch sees them
+# Registration with PyTorch
 
 
 def calls(name: str) -> list[tuple]:

@@ -1,4 +1,4 @@
-"""The native kernels, called directly, index no memory that a tensor does not have: everything else is refused."""
+"""The native kernels, called directly, refuse tensors of which they would read or write memory outside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def new() -> torch.Tensor:
     return torch.zeros(2, 4)
 
 
-CALLS = {  # the tensors of a call, by name, with the numbers after them
+CALLS = {  # Each entry has the tensors of a call by name, and the numbers after them.
     "coupling": ({"out": new(), "target": X, "source": X, "eps": X}, COEFFICIENTS),
     "coupling_vjp": (
         {"out": new(), "out_source": new(), "out_eps": new(), "grad": X, "scale": torch.ones(1)},

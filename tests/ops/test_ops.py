@@ -1,4 +1,4 @@
-"""Every op, on every backend that this machine has, in every dtype and layout: against float64, and bit for bit."""
+"""Every op, on every backend, in every dtype and layout, is compared with float64, and the backends bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mixed(first: Linear, second: Linear, m: ops.Mixing) -> tuple[Linear, Linear]
     return first, second * m.a1 + first * m.c1
 
 
-# Against float64
+# Comparison with float64
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -98,7 +98,7 @@ def test_coupling_mix(backend, state, eps_dtype, guided, mixing):
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(("state", "eps_dtype"), STATE_EPS)
 def test_coupling_mix_vjp(backend, state, eps_dtype, guided, mixing):
-    """The adjoint identity, in float64 from the very numbers that came out: <vjp(w), z> = <w, op(z)>."""
+    """The results satisfy <vjp(w), z> = <w, op(z)>, where both sides are computed from them in float64."""
     wt, ws, _ = operands((2, 4, 5, 13), state, eps_dtype, guided)
     zt, zs, ze = operands((2, 4, 5, 13), "fp64", "fp64", guided, seed=1)
     g, scale = (G if guided else None), torch.tensor(0.25, dtype=wt.dtype, device=DEVICE)
@@ -120,7 +120,7 @@ def test_mix_and_its_inverse(backend):
             torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-13)
 
 
-# Bit for bit
+# Agreement of the backends bit for bit
 
 
 def every_result(state: str, eps_dtype: str, shape: tuple[int, ...], layout=None, seed: int = 0) -> list[Tensor]:
@@ -150,7 +150,7 @@ def test_backends_agree_to_the_last_bit(backend, state, eps_dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, layout):
-    """Any strides give the bits of the contiguous operands; channels_last stays channels_last."""
+    """Operands of any strides give the same bits as contiguous ones, and channels_last is kept."""
     got = every_result("fp32", "fp16", (2, 4, 5, 6), LAYOUTS[layout])
     want = every_result("fp32", "fp16", (2, 4, 5, 6))
     for g, w in zip(got, want, strict=True):
@@ -181,7 +181,7 @@ def test_shapes(backend, shape):
 
 
 def test_large_enough_for_several_threads(backend):
-    """More than one thread's share on the CPU, and an odd end."""
+    """The size is more than one thread takes on the CPU, and it is odd."""
     size = 5000 if backend == "triton" else 150_001
     x, y, eps = operands((1, size), "fp32", "fp32", True)
     threads = torch.get_num_threads()
@@ -198,7 +198,7 @@ def test_large_enough_for_several_threads(backend):
 
 
 def test_special_values(backend):
-    """Signed zeros, infinities, NaN, subnormals, overflow to fp16, ties: as in the reference, wherever they stand."""
+    """Signed zeros, infinities, NaN, subnormals, overflow of fp16 and ties give the bits of the eager kernel."""
     values = torch.tensor(
         [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 6e-8, 65519.9, 65520.0, 3e38, 1.00048828125, 1e-300],
         dtype=torch.float64,
@@ -222,7 +222,7 @@ def test_special_values(backend):
 
 
 def test_fp64_is_rounded_once(backend):
-    """A float64 just above the middle between two fp16 numbers: by way of fp32 it would be taken for the middle."""
+    """A float64 just above the middle of two fp16 numbers is rounded up, as it is not by way of float32."""
     for dtype, above in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)):
         numbers = [[1 + above + 2.0**-40, 1 + above, -1 - above - 2.0**-40]]
         grad = torch.tensor(numbers, dtype=torch.float64, device=DEVICE)
@@ -232,7 +232,7 @@ def test_fp64_is_rounded_once(backend):
 
 
 def test_no_fused_multiply_add(backend):
-    """`a t + c s` where the product's rounding shows: exactly zero without an fma, 2^-46 with one."""
+    """In `a t + c s` the product is rounded: the result is exactly zero, and 2^-46 with a fused multiply-add."""
     number = 1 + 2.0**-12
     target, source = (torch.tensor([[value] * 9], device=DEVICE) for value in (number, number * number))
     assert float(source[0, 0]) != number * number
@@ -242,7 +242,7 @@ def test_no_fused_multiply_add(backend):
 
 
 def drops_signs_of_zero() -> bool:
-    """Whether this is Triton's interpreter of a version (3.6) that takes a float argument of -0.0 for 0."""
+    """Whether this is the interpreter of Triton 3.6, which takes a float argument of -0.0 for 0."""
     if DEVICE.type != "cpu":
         return False
     from triton.runtime.interpreter import _implicit_cvt
@@ -253,7 +253,7 @@ def drops_signs_of_zero() -> bool:
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 @pytest.mark.parametrize("tiny", [1e-237, 2.0**-150, -(2.0**-150), 2.0**-149, 1e-45])
 def test_coefficients_that_vanish_in_fp32(backend, tiny, zero):
-    """A coefficient that is rounded to zero counts as zero: its term is left out, signed zeros and infinities too."""
+    """The term of a coefficient that is rounded to zero is left out, even if its operand is infinite."""
     if backend == "triton" and math.copysign(1, zero) < 0 and drops_signs_of_zero():
         pytest.skip("this Triton's interpreter has no argument of -0.0; its compiler has")
     x = torch.tensor([[1.5, -0.0, -2.0, math.inf]], device=DEVICE)
@@ -267,7 +267,7 @@ def test_coefficients_that_vanish_in_fp32(backend, tiny, zero):
                 results[-1] += ops.coupling_mix(x, y, None, mixing)
                 results[-1] += ops.coupling_mix_vjp(x, y, mixing, 1.0, tiny)[:2]
     assert all(same_bits(got, want) for got, want in zip(*results, strict=True))
-    assert not torch.isnan(results[0][1]).any()  # 0 inf
+    assert not torch.isnan(results[0][1]).any()  # With the term, 0 times infinity would be NaN.
 
 
 def test_deterministic(backend):
@@ -312,7 +312,7 @@ def test_any_coefficients_agree(a, c, b, g, size, dtypes, seed):
         assert all(same_bits(got, want) for got, want in zip(*results, strict=True))
 
 
-# What is refused
+# Operands that are refused
 
 
 @pytest.mark.parametrize(

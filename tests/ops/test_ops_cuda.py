@@ -1,4 +1,4 @@
-"""The CUDA and Triton kernels on a GPU, against the eager reference on the CPU. Skipped, with a reason, without one."""
+"""The CUDA and Triton kernels on a GPU are compared with the eager kernels on the CPU; without a GPU, skipped."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_lattice_couplings_agree_to_the_last_bit(backend, integer, eps, guided, 
     results = []
     for name, device in (("eager", "cpu"), (backend, "cuda")):
         *four, network = (z.to(device) for z in tensors)
-        network[0, 0, 0, 0] = float("inf")  # a fault is noted on the device
+        network[0, 0, 0, 0] = float("inf")  # This fault is noted on the device.
         table = lattice.faults().to(device)
         with ops.backend(name):
             found = [ops.lattice_coupling(four[0], four[1], network, table, 0, *numbers)]

@@ -1,4 +1,4 @@
-"""`out=`: results in memory that the caller gives, the same bits, and what is refused."""
+"""`out=` writes the same bits into memory of the caller, and refuses memory that does not fit."""
 
 from __future__ import annotations
 

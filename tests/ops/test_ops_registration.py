@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: schemas, fakes, gradients, compilation; and the registry that picks a backend."""
+"""The registration of the ops with PyTorch (schemas, fakes, gradients, compilation), and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIX = ops.Mixing(True, 0.93, 0.07, 0.93, 0.07)
 
 
 def arguments(name: str, dtype: torch.dtype = torch.float32, grad: bool = False) -> list[tuple]:
-    """Calls of a registered op that between them take every way through it."""
+    """Returns calls of a registered op that together run every branch of it."""
     calls = []
     starts = torch.ones(2, 2, dtype=torch.float64, device=DEVICE)
     for guided in (False, True):
@@ -62,7 +62,7 @@ def test_opcheck(name, backend):
 
 
 def test_opcheck_of_the_native_kernels():
-    """They fill their outputs, and their schemas say so."""
+    """The native kernels write into their outputs, and their schemas say so."""
     require("native")
     x, y, eps = operands((2, 3, 4), "fp32", "fp16", True)
     outs = [torch.empty_like(x) for _ in range(4)]
@@ -84,7 +84,7 @@ def test_opcheck_of_the_native_kernels():
         "coupling_mix_vjp": (outs[0], outs[1], torch.empty_like(eps), x, y, None, *MIX, 0.9, 0.2, 0.3, 3.0),
         "latent_update": (*outs, x, y, x, y, y, x, None, starts, 0.5, 0.1, 0.9, False, True, 0.1),
     }
-    assert {*calls, "lattice_coupling", "lattice_mix"} == set(native.OPS)  # those: tests/test_lattice_ops.py
+    assert {*calls, "lattice_coupling", "lattice_mix"} == set(native.OPS)  # test_lattice_ops.py tests those two.
     for name, call in calls.items():
         op = getattr(torch.ops.doodl_fast_native, name).default
         written = [argument.name for argument in op._schema.arguments if argument.alias_info is not None]
@@ -104,7 +104,7 @@ def test_the_native_kernels_check_their_arguments():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["coupling", "coupling_mix"])
 def test_gradients(name, backend):
-    """gradcheck in fp64, and the gradient of plain torch expressions."""
+    """The gradients pass gradcheck in float64."""
     require(backend)
     with ops.backend(backend):
         for call in arguments(name, torch.float64, grad=True):
@@ -133,7 +133,7 @@ def test_vjps_are_not_silently_differentiated():
     x = torch.ones(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.ops.doodl_fast.coupling_vjp(x, 0.5, 0.0, 0.0, None, None, None, False)[0].sum().backward()
-    (grad,) = torch.autograd.grad(ops.coupling_vjp(x, 0.5)[0].sum(), x)  # the public function has the derivative
+    (grad,) = torch.autograd.grad(ops.coupling_vjp(x, 0.5)[0].sum(), x)  # The public function has the derivative.
     assert torch.equal(grad, torch.full_like(x, 0.5))
 
 
@@ -231,7 +231,7 @@ def test_choices_end_in_any_order_and_stay_in_their_thread():
             with ops.backend(name):
                 return ops.choice()
 
-        carried = ops.choice()  # what a chain keeps at its forward run, to enter it again in its backward pass
+        carried = ops.choice()  # A chain keeps this at its forward run and enters it again in its backward pass.
         assert threads.submit(chosen, carried).result() == "eager"
         entered = ops.backend("native")
         threads.submit(entered.__enter__).result()

@@ -1,6 +1,6 @@
-"""Every op under forward-mode differentiation, torch.func's transforms and higher derivatives, on every backend.
+"""Every op is tested under forward-mode differentiation, torch.func's transforms and for higher derivatives.
 
-The oracle is a formula written here in plain torch, or finite differences.
+The results on every backend are compared with a formula written here in plain torch, or with finite differences.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def close(got, want) -> None:
 
 
 def nonlinear(function):
-    """A scalar of a function's results that has second derivatives."""
+    """Returns a function with a scalar result that has second derivatives, from one of the ops."""
 
     def scalar(*inputs):
         results = function(*inputs)
@@ -166,7 +166,7 @@ def test_batched_gradients(backend):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_transformed_call_has_the_bits_of_a_plain_one(backend, name):
-    """fp64 latents and an fp16 network as well: what is rounded once stays rounded once."""
+    """This includes float64 latents with an fp16 network, whose results are rounded only once."""
     op, _, inputs = case(name)
     got, _ = torch.func.jvp(op, inputs, inputs)
     assert all(torch.equal(g, w) for g, w in zip(got, op(*inputs), strict=True))
@@ -190,6 +190,9 @@ def test_the_registered_ops_refuse_a_tangent(backend):
         dual = forward_ad.make_dual(x, x)
         with pytest.raises(RuntimeError, match=r"has no forward-mode derivative; call doodl_fast\.ops"):
             torch.ops.doodl_fast.coupling(dual, None, None, A, 0.0, 0.0, None)
+        n, faults = torch.ones(2, 3, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+        with pytest.raises(RuntimeError, match=r"doodl_fast\.lattice_coupling: the registered op has no forward-mode"):
+            torch.ops.doodl_fast.lattice_coupling(n, n, dual, faults, 0, 0.5, 2.0, None, False)
         with pytest.raises(ValueError, match="out: expected None under forward-mode"):
             ops.coupling(dual, None, None, A, out=torch.empty_like(x))
 

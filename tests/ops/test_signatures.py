@@ -1,4 +1,4 @@
-"""The table of signatures: what PyTorch, the native library and the Triton backend have is what the table says."""
+"""The ops that PyTorch, the native library and the Triton backend have are those of the table of signatures."""
 
 from __future__ import annotations
 
