@@ -69,7 +69,11 @@ def load_pipeline(
         raise ValueError(f"dtype: expected one of {PIPELINE_DTYPES}, got {dtype!r}")
     with loading(source):
         index = DiffusionPipeline.load_config(source)
-    missing = [name for name in COMPONENTS if not any(index.get(name) or ())]
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"model: expected model_index.json in {source!r} to hold an object, got {type(index).__name__}"
+        )
+    missing = [name for name in COMPONENTS if not _is_component(index.get(name))]
     if missing:
         raise ValueError(
             f"model: expected a pipeline with {', '.join(COMPONENTS)}, got {index.get('_class_name')} in {source!r} "
@@ -99,10 +103,15 @@ def load_pipeline(
     return pipeline
 
 
+def _is_component(entry: Any) -> bool:
+    """Whether an entry of model_index.json names the library and the class of a component."""
+    return isinstance(entry, (list, tuple)) and any(entry)
+
+
 def _refuse_ignored(index: dict[str, Any], source: str) -> None:
     """Refuses a pipeline of which a component would be ignored, by its model_index.json, before anything is loaded."""
     kind = index.get("_class_name")
-    parts = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and any(value)}
+    parts = {name: value for name, value in index.items() if _is_component(value)}
     ignored = sorted(name for name in parts if name not in KNOWN_COMPONENTS and not name.startswith("_"))
     if parts["unet"][-1] in VIDEO_UNETS or "motion_adapter" in ignored:
         raise ValueError(f"model: {kind} in {source!r} makes videos, which is not supported; use a text-to-image model")

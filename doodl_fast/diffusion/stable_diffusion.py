@@ -31,7 +31,7 @@ def check_pipeline(pipe: Any) -> None:
     Raises:
         TypeError: `pipe` has no UNet, VAE, scheduler or text encoder.
         ValueError: A component of `pipe` (a ControlNet, for instance) would be ignored, its UNet takes more than
-            latents and a prompt, or it makes videos.
+            latents and a prompt, it cannot encode prompts, or it makes videos.
 
     Warns:
         RuntimeWarning: The class is unknown, but has all parts. What it does besides is not part of the chain.
@@ -66,6 +66,8 @@ def check_pipeline(pipe: Any) -> None:
             f"pipe: {name} is a refiner (requires_aesthetics_score), which starts from another model's picture and not "
             "from noise; use the base model"
         )
+    if not callable(getattr(pipe, "encode_prompt", None)):
+        raise ValueError(f"pipe: {name} has no encode_prompt method, by which prompts are encoded; {BY_HAND}")
     if name not in KNOWN_CLASSES:
         warnings.warn(
             f"pipe: {name} is used as a Stable Diffusion text-to-image pipeline: its networks, prompts and scheduler "

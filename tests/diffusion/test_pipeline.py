@@ -97,6 +97,19 @@ def test_a_pipeline_without_a_unet_is_refused(folder: Path, tmp_path: Path) -> N
         load_pipeline(copy)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"model: expected model_index.json in .* to hold an object, got list"),
+        ('{"unet": 5}', r"model: expected a pipeline with unet.* without unet"),
+    ],
+)
+def test_an_odd_index_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(tmp_path)
+
+
 def test_an_inpainting_unet_is_refused(folder: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 

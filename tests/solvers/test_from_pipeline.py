@@ -306,6 +306,12 @@ def test_an_unknown_class_with_all_parts_is_used_and_named(pipe: Any) -> None:
         EDICT.from_pipeline(own, "a dog", num_inference_steps=2)
 
 
+def test_a_pipeline_that_cannot_encode_prompts_is_refused(pipe: Any) -> None:
+    other = with_parts("StableDiffusionInstructPix2PixPipeline", pipe)
+    with pytest.raises(ValueError, match="pipe: StableDiffusionInstructPix2PixPipeline has no encode_prompt method"):
+        EDICT.from_pipeline(other, "a dog", num_inference_steps=2)
+
+
 @pytest.mark.parametrize("scale", ["7", None, True])
 def test_a_guidance_scale_is_a_number(pipe: Any, scale: Any) -> None:
     with pytest.raises(TypeError, match="guidance_scale: expected a number"):
