@@ -85,17 +85,17 @@ class Options:
     def _check_modes(self) -> None:
         if self.latent_traversal and self.single_variable:
             raise ValueError(
-                "single_variable: expected latent_traversal=False with it: one variable cannot be undone, so its chain "
-                "has no gradient at constant memory; leave it out to optimise latents"
+                "single_variable: expected latent_traversal=False with it, got True; the steps of a single variable cannot "
+                "be undone, so leave single_variable out to optimise latents"
             )
         if self.latent_traversal and self.one_step_baseline and not self.quirks.ignored_one_step_baseline:
             raise ValueError(
-                "one_step_baseline: expected latent_traversal=False with it, which it has no effect without"
+                "one_step_baseline: expected latent_traversal=False with it, got True; it has no effect on latent traversal"
             )
         sampled_from_noise = not self.latent_traversal and self.source_im is None
         if sampled_from_noise and self.opt_t is not None and not self.quirks.ignored_opt_t:
             raise ValueError(
-                "opt_t: expected latent_traversal=True or source_im with it, which it has no effect without"
+                "opt_t: expected latent_traversal=True or source_im with it, got neither; it has no effect without them"
             )
 
     @property
