@@ -85,12 +85,13 @@ class Options:
     def _check_modes(self) -> None:
         if self.latent_traversal and self.single_variable:
             raise ValueError(
-                "single_variable: expected latent_traversal=False with it, got True; the steps of a single variable cannot "
-                "be undone, so leave single_variable out to optimise latents"
+                "single_variable: expected latent_traversal=False with it, got True; the steps of a single variable "
+                "cannot be undone, so leave single_variable out to optimise latents"
             )
         if self.latent_traversal and self.one_step_baseline and not self.quirks.ignored_one_step_baseline:
             raise ValueError(
-                "one_step_baseline: expected latent_traversal=False with it, got True; it has no effect on latent traversal"
+                "one_step_baseline: expected latent_traversal=False with it, got True; it has no "
+                "effect on latent traversal"
             )
         sampled_from_noise = not self.latent_traversal and self.source_im is None
         if sampled_from_noise and self.opt_t is not None and not self.quirks.ignored_opt_t:
