@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -54,11 +55,43 @@ class NetworkCall:
         return {**self.__dict__, "_target": None}
 
 
+class NetworkAdapter(ABC):
+    """A callable `(x, t, cond, **kwargs)` around a module that has to be called in another way.
+
+    A `Denoiser` takes it as its network, and finds the weights in the module.
+
+    Args:
+        module: The network.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: Tensor, cond: Any, **kwargs: Any) -> Any:
+        """Calls the module and returns its prediction, in x's shape.
+
+        Args:
+            x: The latents (B, C, ...), in the dtype of the module's weights.
+            t: The timestep, a 0-dim tensor.
+            cond: The condition (B, ...), or None.
+            **kwargs: What else the `Denoiser` was given.
+        """
+
+    def of(self, module: nn.Module) -> NetworkAdapter:
+        """Returns the same adapter around another module of the same kind, a copy with cast weights for instance."""
+        other = copy.copy(self)
+        other.module = module
+        return other
+
+
 def module_of(network: Callable[..., Any]) -> nn.Module | None:
     """The module behind a network: itself, compiled or wrapped for parallel use, a bound method's, a partial's."""
     while True:
         if isinstance(network, functools.partial):
             network = network.func
+        elif isinstance(network, NetworkAdapter):
+            network = network.module
         elif isinstance(network, nn.Module):
             inner = getattr(network, "_orig_mod", None)
             if inner is None and isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

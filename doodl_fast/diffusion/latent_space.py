@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ class LatentSpace:
         device: Default device of the latents.
         fixed_size: Whether the conditions hold the size (SDXL's time_ids), so that latents must have it.
         prompts: How many prompts the conditions hold; 1 serves any batch.
+        patch: Latents per patch of the network, along each axis.
+        largest: The largest height and width in pixels that the network takes; None is no limit.
+        fixed_by: What holds the size, in words.
     """
 
     channels: int
@@ -32,6 +35,13 @@ class LatentSpace:
     device: torch.device
     fixed_size: bool = False
     prompts: int = 1
+    patch: int = 1
+    largest: int | None = None
+    fixed_by: str = "this chain's conditions tell the network (SDXL's time_ids)"
+
+    def for_prompts(self, prompts: int) -> LatentSpace:
+        """Returns the same space for another number of prompts."""
+        return replace(self, prompts=prompts)
 
     def noise(
         self,
@@ -46,11 +56,11 @@ class LatentSpace:
         """Draws standard normal latents. See `DiffusionChain.noise`."""
         height, width = self.height if height is None else height, self.width if width is None else width
         for name, size, own in (("height", height, self.height), ("width", width, self.width)):
-            check_size(name, size, self.scale_factor)
+            check_size(name, size, self.scale_factor, self.patch, self.largest)
             if self.fixed_size and size != own:
                 raise ValueError(
-                    f"{name}: expected {own}, the size that this chain's conditions tell the network (SDXL's "
-                    f"time_ids), got {size}; make the chain with from_pipeline(..., {name}={size})"
+                    f"{name}: expected {own}, the size that {self.fixed_by}, got {size}; make the chain with "
+                    f"from_pipeline(..., {name}={size})"
                 )
         if batch is None:
             batch = self.prompts
@@ -65,14 +75,25 @@ class LatentSpace:
         return drawn.to(self.device if device is None else device, dtype)
 
 
-def check_size(name: str, size: Any, factor: int) -> None:
-    """Raises ValueError, naming the argument, unless `size` is a positive multiple of the VAE's scale factor."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < factor or size % factor:
-        near = max(factor, round(size / factor) * factor) if isinstance(size, (int, float)) else factor
+def check_size(name: str, size: Any, factor: int, patch: int = 1, largest: int | None = None) -> None:
+    """Raises ValueError, naming the argument, for a size in pixels that the VAE or the network cannot take.
+
+    Args:
+        name: Of the argument.
+        size: Height or width in pixels.
+        factor: The VAE's scale factor.
+        patch: Latents per patch of the network; a size is a positive multiple of `factor * patch`.
+        largest: The largest size that the network takes; None is no limit.
+    """
+    step = factor * patch
+    if isinstance(size, bool) or not isinstance(size, int) or size < step or size % step:
+        near = max(step, round(size / step) * step) if isinstance(size, (int, float)) else step
+        meaning = "the VAE's scale factor" + ("" if patch == 1 else f", {factor}, times the network's patch of {patch}")
         raise ValueError(
-            f"{name}: expected a positive multiple of {factor} (the VAE's scale factor), got {size!r}; "
-            f"the nearest is {near}"
+            f"{name}: expected a positive multiple of {step} ({meaning}), got {size!r}; the nearest is {near}"
         )
+    if largest is not None and size > largest:
+        raise ValueError(f"{name}: expected at most {largest}, for which the network has positions, got {size}")
 
 
 def latent_space(

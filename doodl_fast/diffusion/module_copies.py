@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .calling import NetworkAdapter
 from .networks import FLOAT_DTYPES, blocks_checkpointed, frozen
 
 DEPTH = 3
@@ -126,8 +127,8 @@ def rebound(value: Any, table: dict[int, Any], depth: int = DEPTH) -> Any:
     """Returns a value with every reference to a key of the table replaced, or the value itself if there is none.
 
     Args:
-        value: An object whose `id` is a key, a bound method, a partial, or a list, tuple or dict of such. Other
-            objects, closures for instance, are not looked into.
+        value: An object whose `id` is a key, a bound method, a partial, a `NetworkAdapter`, or a list, tuple or dict of
+            such. Other objects, closures for instance, are not looked into.
         table: What replaces an object, by the object's `id`.
         depth: How deep to look.
     """
@@ -139,6 +140,9 @@ def rebound(value: Any, table: dict[int, Any], depth: int = DEPTH) -> Any:
     if isinstance(value, types.MethodType):
         owner = inner(value.__self__)
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if isinstance(value, NetworkAdapter):
+        module = inner(value.module)
+        return value if module is value.module else value.of(module)
     if type(value) is functools.partial:
         parts = (value.func, value.args, value.keywords)
         function, args, keywords = found = tuple(map(inner, parts))

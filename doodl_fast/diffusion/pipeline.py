@@ -5,6 +5,7 @@ diffusers is imported when a pipeline is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,21 +191,8 @@ def encode_conditions(
         TypeError: A prompt is no text.
         ValueError: A prompt and its embeddings are both given.
     """
-    texts = {"prompt": prompt, "negative_prompt": negative_prompt}
-    for name, value in texts.items():
-        if encoding.get(f"{name}_embeds") is not None:
-            if value:
-                raise ValueError(
-                    f"{name}: expected None because {name}_embeds is given, got {value!r}; pass one of them"
-                )
-            texts[name] = None
-            continue
-        entries = value if isinstance(value, list) else [value]
-        if not entries or not all(isinstance(text, str) for text in entries):
-            raise TypeError(f"{name}: expected a string or a list of strings, got {value!r}")
+    texts, count = prompt_texts(prompt, negative_prompt, encoding)
     device = pipeline.unet.device
-    given = encoding.get("prompt_embeds")
-    count = len(given) if given is not None else len(prompt) if isinstance(prompt, list) else 1
     negative = texts["negative_prompt"]
     if isinstance(negative, str):
         # None is the pipelines' word for "no negative prompt": SDXL has embeddings of zeros for it
@@ -231,6 +219,39 @@ def encode_conditions(
     sizes = [height, width, 0, 0, height, width]  # original size, top left corner of the crop, target size
     time_ids = torch.tensor([sizes], device=device, dtype=cond.dtype)
     return cond, uncond if guided else None, {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+
+
+def prompt_texts(
+    prompt: Any, negative_prompt: Any, encoding: Mapping[str, Any]
+) -> tuple[dict[str, str | list[str] | None], int]:
+    """Checks the prompts against the embeddings that are given.
+
+    Args:
+        prompt: One prompt or a list of N prompts; None with `prompt_embeds`.
+        negative_prompt: One text for all prompts, or one for each.
+        encoding: Arguments of `encode_prompt`, of which `prompt_embeds` and `negative_prompt_embeds` count.
+
+    Returns:
+        The prompt and the negative prompt by name, None where there are embeddings, and N.
+
+    Raises:
+        TypeError: A prompt is no text.
+        ValueError: A prompt and its embeddings are both given.
+    """
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt}
+    for name, value in texts.items():
+        if encoding.get(f"{name}_embeds") is not None:
+            if value:
+                raise ValueError(
+                    f"{name}: expected None because {name}_embeds is given, got {value!r}; pass one of them"
+                )
+            texts[name] = None
+            continue
+        entries = value if isinstance(value, list) else [value]
+        if not entries or not all(isinstance(text, str) for text in entries):
+            raise TypeError(f"{name}: expected a string or a list of strings, got {value!r}")
+    given = encoding.get("prompt_embeds")
+    return texts, len(given) if given is not None else len(prompt) if isinstance(prompt, list) else 1
 
 
 def initial_latents(

@@ -16,11 +16,11 @@ from ..chain.memory.strategies import Memory
 from ..chain.program import Coupling
 from ..diffusion.decoder import Decoder
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.families import Family, Request, family_of
 from ..diffusion.flow import is_flow
 from ..diffusion.latent_space import LatentSpace
 from ..diffusion.pipeline import load_pipeline
-from ..diffusion.schedule import Schedule
-from ..diffusion.stable_diffusion import check_pipeline, pipeline_denoiser
+from ..diffusion.schedule import Schedule, setting
 from .truncated import LastSteps, run_truncated
 
 if TYPE_CHECKING:
@@ -79,17 +79,19 @@ class DiffusionChain(Chain):
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] = "",
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | str = "auto",
         memory: Memory = "auto",
         *,
         height: int | None = None,
         width: int | None = None,
+        family: Family | None = None,
         **options: Any,
     ) -> Self:
-        """Makes the chain of a diffusers pipeline of the Stable Diffusion family (versions 1, 2 and XL).
+        """Makes the chain of a diffusers pipeline: Stable Diffusion 1, 2, XL and 3, FLUX.1, PixArt, DDPM.
 
-        The pipeline is read and never changed. Its scheduler gives the noise levels and timesteps, see
-        `Schedule.from_scheduler`; the steps between them are this solver's.
+        The pipeline's class picks the family, see docs/pipelines.md. The pipeline is read and never changed. Its
+        scheduler gives the noise levels and timesteps, see `Schedule.from_scheduler`; the steps between them are this
+        solver's.
 
         Args:
             pipe: A diffusers pipeline, for instance from `StableDiffusionPipeline.from_pretrained(...)`.
@@ -97,14 +99,17 @@ class DiffusionChain(Chain):
             negative_prompt: What to steer away from: one text for all prompts, or one for each.
             num_inference_steps: The number of sampling steps. EDICT needs about 50 with its usual `mix_weight`.
             guidance_scale: The weight of classifier-free guidance (arXiv 2207.12598). As in diffusers, the prompt alone
-                is used with anything up to 1, and a network that embeds the guidance scale gets it as an input.
+                is used with anything up to 1, and a network that embeds the guidance scale gets it as an input. "auto"
+                is the family's own: 7.5 for Stable Diffusion 1, 2 and XL, 7 for 3, 3.5 for FLUX, 4.5 for PixArt.
             memory: What is kept for the gradient, see `Chain`. "auto" plans it by the memory that is free.
             height: Height of the pictures in pixels, for `noise` and SDXL's conditions. None is the pipeline's own.
             width: Width of the pictures in pixels.
+            family: Your own adapter for a class of pipelines that is not known, see docs/adapters.md.
             **options: The solver's own options (for EDICT: mix_weight, arithmetic, state_dtype, drift_tolerance,
                 memory_budget); `vjp_dtype` and `compile` of `Denoiser`; arguments of the pipeline's `encode_prompt`
-                (prompt_embeds, negative_prompt_embeds, clip_skip; for SDXL prompt_2, pooled_prompt_embeds, ...); and
-                arguments of the UNet's `forward` (cross_attention_kwargs, added_cond_kwargs, ...).
+                (prompt_embeds, negative_prompt_embeds, clip_skip; for SDXL prompt_2, pooled_prompt_embeds, ...);
+                arguments of the UNet's `forward` (cross_attention_kwargs, added_cond_kwargs, ...); and others of the
+                pipeline's own that its family names (FLUX's true_cfg_scale, for instance).
 
         Returns:
             A chain with `noise` and `decode`.
@@ -118,15 +123,17 @@ class DiffusionChain(Chain):
             >>> x0, y0 = chain(chain.noise(seed=0))
             >>> images = chain.decode(x0)
         """
-        check_pipeline(pipe)
+        family = family_of(pipe) if family is None else family
+        family.check(pipe)
+        _check_scheduler(pipe.scheduler, family)
         names = set(inspect.signature(cls.__init__).parameters) - {"self", "denoiser", "schedule", "memory"}
         solver = {name: options.pop(name) for name in sorted(names & options.keys())}
-        schedule = cls.read_scheduler(pipe.scheduler, num_inference_steps)
-        denoiser, space, decoder = pipeline_denoiser(
-            pipe, prompt, negative_prompt, guidance_scale, height, width, options
-        )
-        chain = cls(denoiser, schedule, memory=memory, **solver)
-        chain._space, chain._decoder = space, decoder
+        request = Request(prompt, negative_prompt, num_inference_steps, guidance_scale, height, width, options)
+        timesteps = family.set_timesteps(pipe, request)
+        schedule = cls.read_scheduler(pipe.scheduler, num_inference_steps, **timesteps)
+        parts = family.parts(pipe, request)
+        chain = cls(parts.denoiser, schedule, memory=memory, **solver)
+        chain._space, chain._decoder = parts.space, parts.decoder
         return chain
 
     @classmethod
@@ -163,18 +170,15 @@ class DiffusionChain(Chain):
         return cls.from_pipeline(load_pipeline(model, device, dtype, variant), prompt, **options)
 
     @classmethod
-    def read_scheduler(cls, scheduler: Any, num_inference_steps: int) -> Any:
+    def read_scheduler(cls, scheduler: Any, num_inference_steps: int, **set_timesteps: Any) -> Any:
         """Reads what `from_pipeline` gives this solver as its schedule off a diffusers scheduler.
 
-        Raises:
-            TypeError: The scheduler is one of flow matching, while the pipelines that `from_pipeline` takes are not.
+        Args:
+            scheduler: The pipeline's scheduler.
+            num_inference_steps: The number of sampling steps.
+            **set_timesteps: What else the pipeline gives its scheduler's `set_timesteps`: a flow's `mu` and `sigmas`.
         """
-        if is_flow(scheduler):
-            raise TypeError(
-                f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; flow-matching pipelines are not read by "
-                "from_pipeline. Make the chain by hand, of a Denoiser and Schedule.from_scheduler(scheduler, steps)"
-            )
-        return cls.schedule_type.from_scheduler(scheduler, num_inference_steps)
+        return cls.schedule_type.from_scheduler(scheduler, num_inference_steps, **set_timesteps)
 
     @property
     def last_steps(self) -> LastSteps | None:
@@ -256,3 +260,19 @@ class DiffusionChain(Chain):
         if self._decoder is None:
             raise AttributeError(f"decode: {MADE_BY_HAND} a VAE; use Decoder(pipe.vae)")
         return self._decoder
+
+
+def _check_scheduler(scheduler: Any, family: Family) -> None:
+    """Raises TypeError for a flow's scheduler where the network does not predict a velocity, and the reverse."""
+    name, is_of_flow = type(scheduler).__name__, is_flow(scheduler) or setting(scheduler, "use_flow_sigmas", False)
+    if is_flow(scheduler) and not family.takes_flows:
+        raise TypeError(
+            f"scheduler: {name} has no alphas_cumprod; flow-matching schedulers are not right for pipelines of the "
+            f"family {type(family).__name__}. Make the chain by hand, of a Denoiser and "
+            "Schedule.from_scheduler(scheduler, steps)"
+        )
+    if family.takes_flows and not is_of_flow:
+        raise TypeError(
+            f"scheduler: expected one of flow matching for pipelines of the family {type(family).__name__}, whose "
+            f"networks predict a velocity, got {name}; use FlowMatchEulerDiscreteScheduler"
+        )

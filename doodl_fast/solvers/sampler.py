@@ -150,9 +150,19 @@ class _Named(Sampler):
 
     @classmethod
     def read_scheduler(cls, scheduler: Any, num_inference_steps: int, **options: Any) -> SamplerSteps:
+        """Reads the steps of this solver's scheduler, which gets the settings of the pipeline's.
+
+        Raises:
+            ValueError: The pipeline's scheduler is one of flow matching, whose settings mean something else.
+        """
         import diffusers
 
         kind = getattr(diffusers, cls.scheduler_class)
+        if type(scheduler).__name__.startswith("FlowMatch"):
+            raise ValueError(
+                f"scheduler: {type(scheduler).__name__} cannot be turned into a {cls.scheduler_class}, whose settings "
+                "for a flow are others; put the scheduler that you want into pipe.scheduler and use Sampler"
+            )
         own = scheduler if isinstance(scheduler, kind) else kind.from_config(scheduler.config)
         return SamplerSteps.from_scheduler(own, num_inference_steps, **options)
 

@@ -1,0 +1,167 @@
+"""`Family`: what a kind of diffusers pipeline needs beside its scheduler to become a chain."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ..decoder import Decoder
+from ..denoiser import Denoiser
+from ..latent_space import LatentSpace
+
+ADAPTERS = "docs/adapters.md says how to write your own adapter"
+BY_HAND = f"make the chain by hand with Denoiser(network, cond, uncond, ...), which takes any network ({ADAPTERS})"
+DENOISER_OPTIONS = frozenset({"vjp_dtype", "compile"})
+
+
+class Parts(NamedTuple):
+    """What a chain is made of beside its schedule.
+
+    Attributes:
+        denoiser: The network with its conditions.
+        space: The shape of the latents.
+        decoder: From latents to images.
+    """
+
+    denoiser: Denoiser
+    space: LatentSpace
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `from_pipeline` that a family reads.
+
+    Attributes:
+        prompt: One prompt, or several; None with `prompt_embeds` in the options.
+        negative_prompt: One for all prompts, or one for each.
+        num_inference_steps: The number of sampling steps.
+        guidance_scale: The guidance scale; "auto" is the family's own.
+        height: Of a picture in pixels; None is the pipeline's own.
+        width: Of a picture in pixels; None is the pipeline's own.
+        options: Further arguments, which are neither from_pipeline's nor the solver's.
+    """
+
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] = ""
+    num_inference_steps: int = 50
+    guidance_scale: float | str = "auto"
+    height: int | None = None
+    width: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Family(ABC):
+    """Turns the diffusers pipelines of one kind into the parts of a chain.
+
+    A subclass says which classes of pipelines it serves and implements `check` and `parts`.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """The names of the pipeline classes that it serves."""
+    components: ClassVar[tuple[str, ...]] = ()
+    """The components that it uses, or that change no picture."""
+    guidance_scale: ClassVar[float] = 7.5
+    """The guidance scale where none is given."""
+    takes_flows: ClassVar[bool] = False
+    """Whether its networks predict the velocity of a flow, so that flow-matching schedulers are right for them."""
+
+    @abstractmethod
+    def check(self, pipe: Any) -> None:
+        """Refuses a pipeline that lacks a part, or a part of which would be ignored.
+
+        Raises:
+            TypeError: A part is missing.
+            ValueError: A part would be ignored.
+        """
+
+    @abstractmethod
+    def parts(self, pipe: Any, request: Request) -> Parts:
+        """Builds the denoiser, the latent space and the decoder of a pipeline that `check` has accepted.
+
+        Raises:
+            TypeError: An option is unknown, or a prompt is no text.
+            ValueError: An argument is out of range.
+        """
+
+    def set_timesteps(self, pipe: Any, request: Request) -> dict[str, Any]:
+        """Returns the arguments that the pipeline gives its scheduler's `set_timesteps` beside the number of steps."""
+        return {}
+
+    def scale_of(self, request: Request) -> float:
+        """Returns the guidance scale that was asked for, or the family's own.
+
+        Raises:
+            TypeError: It is no number.
+        """
+        scale = self.guidance_scale if request.guidance_scale == "auto" else request.guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(f"guidance_scale: expected a number, got {scale!r}")
+        return float(scale)
+
+    def check_components(self, pipe: Any, required: tuple[str, ...]) -> None:
+        """Refuses a pipeline without the required components, or with components that the family does not know.
+
+        Raises:
+            TypeError: A required component is missing.
+            ValueError: A component would be ignored.
+        """
+        name, parts = type(pipe).__name__, components_of(pipe)
+        missing = [part for part in required if parts.get(part) is None]
+        if missing:
+            raise TypeError(f"pipe: expected {name} with {', '.join(required)}, got one without {', '.join(missing)}")
+        ignored = sorted(part for part, value in parts.items() if value is not None and part not in self.components)
+        if ignored:
+            raise ValueError(
+                f"pipe: {name} has {', '.join(ignored)}, which from_pipeline would ignore; use a pipeline without it, "
+                f"or another family: {ADAPTERS}"
+            )
+
+
+def components_of(pipe: Any) -> dict[str, Any]:
+    """Returns a pipeline's components by name, without its plain settings."""
+    components = getattr(pipe, "components", None)
+    parts = components if isinstance(components, Mapping) else getattr(pipe, "__dict__", {})
+    return {name: value for name, value in parts.items() if not isinstance(value, (bool, int, float, str, list, tuple))}
+
+
+def take(options: dict[str, Any], names: set[str] | frozenset[str]) -> dict[str, Any]:
+    """Takes the entries of those names out of the options."""
+    return {name: options.pop(name) for name in sorted(names & options.keys())}
+
+
+def refuse_unknown(options: Mapping[str, Any], pipe: Any, known: set[str]) -> None:
+    """Raises TypeError for options that are left, with the names of those that there are."""
+    if options:
+        raise TypeError(
+            f"{', '.join(options)}: from_pipeline has no such argument for {type(pipe).__name__}, and neither has the "
+            f"solver; expected some of {', '.join(sorted(known | DENOISER_OPTIONS))}"
+        )
+
+
+def encoding_options(pipe: Any) -> set[str]:
+    """Returns the names of the arguments of the pipeline's `encode_prompt` that are the caller's to give."""
+    ours = {"prompt", "negative_prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "kwargs"}
+    return set(inspect.signature(pipe.encode_prompt).parameters) - ours
+
+
+def keep_given(made: dict[str, Tensor | None], given: Mapping[str, Any], device: Any) -> dict[str, Tensor | None]:
+    """Returns the embeddings that a pipeline has made, with those that the caller gave in their place.
+
+    The caller's keep their graph, which the pipeline's own handling has cut.
+    """
+    return {name: value if given.get(name) is None else given[name].to(device) for name, value in made.items()}
+
+
+def warn_unused_negative_prompt(request: Request, why: str) -> None:
+    """Says, at the line that calls `from_pipeline`, that a negative prompt or its embeddings have no effect."""
+    given = [name for name, value in request.options.items() if name.startswith("negative_") and value is not None]
+    for name in (["negative_prompt"] if request.negative_prompt else []) + given:
+        warnings.warn(f"{name}: it is not used {why}", RuntimeWarning, stacklevel=4)

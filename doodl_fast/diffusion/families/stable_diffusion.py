@@ -1,0 +1,163 @@
+"""The Stable Diffusion family (versions 1, 2 and XL): from a diffusers pipeline to a `Denoiser` and its latents.
+
+Latent diffusion: Rombach et al., CVPR 2022, arXiv 2112.10752; SDXL: Podell et al., arXiv 2307.01952.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..decoder import Decoder
+from ..denoiser import Denoiser
+from ..latent_space import latent_space
+from ..pipeline import KNOWN_COMPONENTS, VIDEO_UNETS, encode_conditions
+from .base import BY_HAND, DENOISER_OPTIONS, Family, Parts, Request, components_of, take
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1, 2 and XL (base models), with classifier-free guidance in one batch.
+
+    Beside the arguments of `from_pipeline` it takes those of the pipeline's `encode_prompt` and of the UNet's
+    `forward`.
+    """
+
+    # Text-to-image from noise is the same for these, whatever else they can start from.
+    pipelines = (
+        *(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Img2Img", "Inpaint")),
+        *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+    )
+    components = KNOWN_COMPONENTS
+
+    def check(self, pipe: Any) -> None:
+        """Refuses a pipeline that is no Stable Diffusion 1, 2 or XL, or a part of which would be ignored.
+
+        Raises:
+            TypeError: `pipe` has no UNet, VAE, scheduler or text encoder.
+            ValueError: A component of `pipe` (a ControlNet, for instance) would be ignored, its UNet takes more than
+                latents and a prompt, it cannot encode prompts, or it makes videos.
+
+        Warns:
+            RuntimeWarning: The class is unknown, but has all parts. What it does besides is not part of the chain.
+        """
+        name = type(pipe).__name__
+        parts = components_of(pipe)
+        missing = [part for part in ("unet", "vae", "scheduler") if parts.get(part) is None]
+        if parts.get("text_encoder") is None and parts.get("text_encoder_2") is None:
+            missing.append("text_encoder")
+        unet: Any = getattr(parts.get("unet"), "_orig_mod", parts.get("unet"))
+        if type(unet).__name__ in VIDEO_UNETS:
+            raise ValueError(f"pipe: {name} makes videos, which from_pipeline does not support; {BY_HAND}")
+        if missing:
+            raise TypeError(
+                f"pipe: expected a Stable Diffusion pipeline with unet, vae, scheduler and text_encoder, got {name} "
+                f"without {', '.join(missing)}; {BY_HAND}"
+            )
+        ignored = sorted(part for part, value in parts.items() if value is not None and part not in KNOWN_COMPONENTS)
+        if ignored:
+            raise ValueError(
+                f"pipe: {name} has {', '.join(ignored)}, which from_pipeline would ignore; use a pipeline without it, "
+                f"or {BY_HAND} and unet_kwargs"
+            )
+        channels, expected = unet.config.in_channels, parts["vae"].config.latent_channels
+        if channels != expected:
+            raise ValueError(
+                f"pipe: expected a UNet of {expected} input channels (the latents'), got {channels}: inpainting, "
+                f"editing, upscaling and depth models take more than a prompt; {BY_HAND}"
+            )
+        if getattr(getattr(pipe, "config", None), "requires_aesthetics_score", False):
+            raise ValueError(
+                f"pipe: {name} is a refiner (requires_aesthetics_score), which starts from another model's picture and "
+                "not from noise; use the base model"
+            )
+        if not callable(getattr(pipe, "encode_prompt", None)):
+            raise ValueError(f"pipe: {name} has no encode_prompt method, by which prompts are encoded; {BY_HAND}")
+        if name not in self.pipelines:
+            warnings.warn(
+                f"pipe: {name} is used as a Stable Diffusion text-to-image pipeline: its networks, prompts and "
+                "scheduler are part of the chain, and anything that its __call__ does besides is not",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def parts(self, pipe: Any, request: Request) -> Parts:
+        """See `Family.parts`. The options are arguments of `encode_prompt`, of `Denoiser` and of the UNet's `forward`.
+
+        Raises:
+            TypeError: An option is none of these, or a prompt is no text.
+            ValueError: An argument is out of range, or the UNet needs one that is not given.
+        """
+        guidance_scale = self.scale_of(request)
+        options = dict(request.options)
+        encoding = take(options, set(inspect.signature(pipe.encode_prompt).parameters) - _OURS)
+        own = take(options, DENOISER_OPTIONS)
+        unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
+        extra = take(options, set(inspect.signature(type(unet).forward).parameters) - _OURS)
+        if options:
+            raise TypeError(
+                f"{', '.join(options)}: from_pipeline has no such argument, and neither have the solver, Denoiser, "
+                f"{type(pipe).__name__}.encode_prompt and {type(unet).__name__}.forward"
+            )
+        scale = (extra.get("cross_attention_kwargs") or {}).get("scale")
+        if scale is not None:  # the weight of a LoRA, of which the text encoder may have a part
+            encoding.setdefault("lora_scale", scale)
+        _check_adapter(unet, extra)
+        distilled = getattr(unet.config, "time_cond_proj_dim", None)
+        guided = guidance_scale > 1 and distilled is None
+        if not guided and request.negative_prompt:
+            warnings.warn(
+                f"negative_prompt: it is not used with guidance_scale={guidance_scale:g}"
+                + (" and a network that embeds the guidance scale" if distilled else "; guidance needs more than 1"),
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        space = latent_space(pipe, request.height, request.width)
+        cond, uncond, conditions = encode_conditions(
+            pipe,
+            request.prompt,
+            request.negative_prompt,
+            height=space.height,
+            width=space.width,
+            guided=guided,
+            **encoding,
+        )
+        added = {**conditions.get("added_cond_kwargs", {}), **(extra.pop("added_cond_kwargs", None) or {})}
+        extra |= {"added_cond_kwargs": added} if added else {}
+        if distilled is not None:
+            extra.setdefault(
+                "timestep_cond",
+                pipe.get_guidance_scale_embedding(torch.tensor([guidance_scale - 1.0]), embedding_dim=distilled).to(
+                    cond.device
+                ),
+            )
+        denoiser = Denoiser(pipe.unet, cond, uncond, guidance_scale if guided else 1.0, **own, **extra)
+        return Parts(denoiser, space.for_prompts(len(cond)), Decoder(pipe.vae))
+
+
+_OURS = {
+    "self",
+    "device",
+    "num_images_per_prompt",
+    "do_classifier_free_guidance",
+    "sample",
+    "timestep",
+    "encoder_hidden_states",
+    "return_dict",
+    "args",
+    "kwargs",
+}
+"""Parameters of `encode_prompt` and of the UNet's `forward` that are not the caller's to give."""
+
+
+def _check_adapter(unet: Any, extra: Mapping[str, Any]) -> None:
+    """Refuses a UNet with an IP-Adapter whose image embeddings are not given."""
+    kind = getattr(unet.config, "encoder_hid_dim_type", None)
+    if kind == "ip_image_proj" and "image_embeds" not in (extra.get("added_cond_kwargs") or {}):
+        raise ValueError(
+            "pipe: its UNet has an IP-Adapter, which needs added_cond_kwargs={'image_embeds': [...]} "
+            "(pipe.prepare_ip_adapter_image_embeds makes them); or remove it with pipe.unload_ip_adapter()"
+        )

@@ -1,0 +1,150 @@
+"""What the families whose network is a diffusers transformer share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calling import NetworkAdapter
+from ..decoder import vae_scale_factor
+from ..latent_space import LatentSpace, check_size
+from ..pipeline import prompt_texts
+from .base import Request
+
+
+class TransformerCall(NetworkAdapter):
+    """Calls a diffusers transformer as `(x, t, cond, **kwargs)`, with one timestep for each row of the batch.
+
+    Args:
+        module: The transformer.
+    """
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None, **kwargs: Any) -> Tensor:
+        """Returns the network's prediction.
+
+        Args:
+            x: Latents (B, C, h, w).
+            t: The timestep, a 0-dim tensor.
+            cond: The prompts' embeddings, (B, tokens, features).
+            **kwargs: Further arguments of the transformer.
+        """
+        output: Tensor = self.module(
+            x, timestep=t.expand(len(x)), encoder_hidden_states=cond, return_dict=False, **kwargs
+        )[0]
+        return output
+
+
+def check_prompts(
+    pipe: Any, request: Request, encoding: Mapping[str, Any], guided: bool, companion: str, encoders: tuple[str, ...]
+) -> tuple[list[str] | None, list[str] | None]:
+    """Checks the prompts and embeddings, and returns the prompts as lists, or None where there are embeddings.
+
+    Args:
+        pipe: The pipeline.
+        request: Its prompt and negative prompt.
+        encoding: The embeddings that are given, and other arguments of `encode_prompt`.
+        guided: Whether the negative prompt is used.
+        companion: The name of what belongs to `prompt_embeds`, the pooled embeddings for instance.
+        encoders: The components without which no text can be encoded.
+
+    Raises:
+        TypeError: A prompt is no text.
+        ValueError: A prompt and its embeddings are both given, embeddings lack their companion, the pipeline has no
+            text encoder, or there are not as many negative prompts as prompts.
+    """
+    texts, count = prompt_texts(request.prompt, request.negative_prompt, encoding)
+    lacking = [part for part in encoders if getattr(pipe, part, None) is None]
+    for prefix in ("", "negative_") if guided else ("",):
+        name, embeds, other = f"{prefix}prompt", f"{prefix}prompt_embeds", f"{prefix}{companion}"
+        if (encoding.get(other) is None) != (encoding.get(embeds) is None):
+            lone, lost = (embeds, other) if encoding.get(other) is None else (other, embeds)
+            raise ValueError(f"{lost}: expected a tensor because {lone} is given, got None")
+        if texts[name] is not None and lacking:
+            raise ValueError(
+                f"{name}: {type(pipe).__name__} has no {', '.join(lacking)}, so it cannot encode a text; pass "
+                f"{embeds} and {other} instead"
+            )
+    prompts, negative = texts["prompt"], texts["negative_prompt"]
+    negatives = [negative] * count if isinstance(negative, str) else negative
+    if guided and negatives is not None and len(negatives) != count:
+        raise ValueError(f"negative_prompt: expected one text, or {count}, one for each prompt, got {len(negatives)}")
+    return [prompts] if isinstance(prompts, str) else prompts, negatives
+
+
+def transformer_space(
+    pipe: Any,
+    size: tuple[int, int],
+    channels: int,
+    patch: int,
+    prompts: int = 1,
+    fixed_by: str | None = None,
+    largest: int | None = None,
+) -> LatentSpace:
+    """Returns the latent space of a pipeline with a transformer and a VAE.
+
+    Args:
+        pipe: The pipeline.
+        size: Default height and width of a picture in pixels.
+        channels: Channels of the latents.
+        patch: Latents per patch of the network, along each axis.
+        prompts: How many prompts the chain's conditions hold.
+        fixed_by: What holds the size, in words, if noise of another size would be wrong.
+        largest: The largest height and width in pixels that the network has positions for.
+
+    Raises:
+        ValueError: A size is no positive multiple of the VAE's scale factor times the patch size, or too large.
+    """
+    factor = vae_scale_factor(pipe.vae)
+    for name, pixels in zip(("height", "width"), size, strict=True):
+        check_size(name, pixels, factor, patch, largest)
+    return LatentSpace(
+        channels,
+        factor,
+        *size,
+        device=pipe.transformer.device,
+        fixed_size=fixed_by is not None,
+        prompts=prompts,
+        patch=patch,
+        largest=largest,
+        fixed_by=fixed_by or "",
+    )
+
+
+def dynamic_shift(scheduler: Any, tokens: int, max_shift: float) -> dict[str, float]:
+    """Returns `mu`, by which a flow-matching scheduler with dynamic shifting moves its noise levels for large pictures.
+
+    It is linear in the number of patches (Esser et al., arXiv 2403.03206).
+
+    Args:
+        scheduler: The pipeline's scheduler.
+        tokens: How many patches a picture has.
+        max_shift: What `mu` is at the scheduler's `max_image_seq_len`, where its settings do not say.
+
+    Returns:
+        A dictionary with mu, or an empty one where the scheduler does not shift dynamically.
+    """
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    slope = (high - low) / (most - least)
+    return {"mu": tokens * slope + (low - slope * least)}
+
+
+def refuse_ip_adapter(pipe: Any, is_loaded: bool) -> None:
+    """Raises ValueError for a transformer with an IP-Adapter, whose pictures from_pipeline does not take."""
+    if is_loaded:
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} has an IP-Adapter, which from_pipeline would ignore; remove it with "
+            "pipe.unload_ip_adapter()"
+        )
+
+
+def no_grad_encode(pipe: Any, **arguments: Any) -> Any:
+    """Calls the pipeline's `encode_prompt` without gradient, for one picture of each prompt."""
+    with torch.no_grad():
+        return pipe.encode_prompt(device=pipe.transformer.device, num_images_per_prompt=1, **arguments)
