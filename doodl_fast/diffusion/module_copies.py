@@ -27,6 +27,9 @@ DEPTH = 3
 ATOMS = frozenset({bool, int, float, str})
 CONTAINERS = frozenset({dict, OrderedDict, list, tuple})
 TABLES = ("_parameters", "_buffers", "_modules")
+STANDARD = frozenset(nn.Module().__dict__)
+"""The attributes that every module has: the three tables, flags, and dicts of hooks, which are empty most often."""
+HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if type(value) in CONTAINERS and name not in TABLES)
 
 
 class ModuleCopies:
@@ -64,10 +67,9 @@ class ModuleCopies:
         for module, copied in self._pairs:
             for name in TABLES:
                 copied.__dict__[name] = {key: self._copy_of(value) for key, value in getattr(module, name).items()}
-            for name, value in module.__dict__.items():
-                # Most attributes are numbers or empty dicts of hooks, and this loop visits thousands of them.
-                empty = value is None or type(value) in ATOMS or (type(value) in CONTAINERS and not value)
-                if not empty and name not in TABLES:
+            for name in _names_to_look_at(module):
+                value = module.__dict__[name]
+                if value is not None and type(value) not in ATOMS and not (type(value) in CONTAINERS and not value):
                     copied.__dict__[name] = rebound(value, self._copies)
             if evaluation:
                 copied.training = False
@@ -76,7 +78,7 @@ class ModuleCopies:
                 copied.__dict__.update(
                     training=True, gradient_checkpointing=True, _gradient_checkpointing_func=_checkpoint
                 )
-        self._before = [dict(copied.__dict__, **{"_buffers": dict(copied._buffers)}) for _, copied in self._pairs]
+        self._before = [{**copied.__dict__, "_buffers": dict(copied._buffers)} for _, copied in self._pairs]
 
     def of(self, network: Any) -> Any:
         """Returns a module, a bound method or a partial with every module of the tree in it replaced by its copy."""
@@ -88,8 +90,9 @@ class ModuleCopies:
         A network may count its calls, or keep an intermediate result for its user. Of cast copies no tensors are.
         """
         for (module, copied), before in zip(self._pairs, self._before, strict=True):
-            self._write_table(module.__dict__, copied.__dict__, before)
-            if self._dtype is None:
+            if not _same(copied.__dict__, before):
+                self._write_table(module.__dict__, copied.__dict__, before)
+            if self._dtype is None and not _same(copied._buffers, before["_buffers"]):
                 self._write_table(module._buffers, copied._buffers, before["_buffers"])
 
     def release(self) -> None:
@@ -121,6 +124,19 @@ class ModuleCopies:
         if self._dtype is not None and tensor.dtype in FLOAT_DTYPES:
             return tensor.detach().to(self._dtype)
         return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
+
+
+def _names_to_look_at(module: nn.Module) -> list[str]:
+    """The attributes of a module that may refer to other modules. A network has thousands that cannot."""
+    attributes = module.__dict__
+    return [*(attributes.keys() - STANDARD), *(name for name in HOOKS if attributes.get(name))]
+
+
+def _same(table: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether a table has the very entries that it had, other than the dict of buffers, which is a copy in `before`."""
+    if len(table) != len(before):
+        return False
+    return all(value is before.get(name, table) or name == "_buffers" for name, value in table.items())
 
 
 def rebound(value: Any, table: dict[int, Any], depth: int = DEPTH) -> Any:
@@ -167,26 +183,43 @@ def why_not_copied(root: nn.Module, network: Any = None) -> str | None:
     table: dict[int, Any] = {id(module): nn.Identity for module in root.modules()}  # Only the keys matter.
     if network is not None and rebound(network, table) is network:
         return f"it is wrapped in {type(network).__name__}"
-    for name, module in root.named_modules():
-        where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-        if isinstance(module, torch.jit.ScriptModule):
-            return f"{where} is compiled by TorchScript"
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
-            return f"{where} wraps another module"
-        attributes = module.__dict__
-        if attributes.get("_compiled_call_impl") is not None:
-            return f"{where} is compiled in place"
-        forward = attributes.get("forward")
-        if attributes.get("_hf_hook") is not None or (forward is not None and rebound(forward, table) is forward):
-            return f"the forward method of {where} was replaced, by a hook that moves its weights for instance"
-        if any(getattr(kind, "__slots__", ()) for kind in type(module).__mro__):
-            return f"{where} has attributes in slots"
-        for key, weight in module._parameters.items():
-            if weight is not None and (
-                nn.parameter.is_lazy(weight)
-                or (weight.requires_grad and weight.is_leaf and type(weight) not in (nn.Parameter, Tensor))
-            ):
-                return f"{where} has a weight {key!r} of type {type(weight).__name__}"
+    for module in root.modules():
+        kind: Any = type(module)  # mypy takes a class of modules for unhashable.
+        reason = _why_type_is_not_copied(kind) or _why_module_is_not_copied(module, table)
+        if reason is not None:
+            name = next(name for name, other in root.named_modules() if other is module)
+            return reason.format(where=f"{type(module).__name__} {name!r}" if name else type(module).__name__)
+    return None
+
+
+@functools.cache
+def _why_type_is_not_copied(kind: type) -> str | None:
+    """Returns why no module of a class can be copied, as a template with "{where}", or None."""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return "{where} is compiled by TorchScript"
+    if issubclass(kind, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "{where} wraps another module"
+    if any(getattr(base, "__slots__", ()) for base in kind.__mro__):
+        return "{where} has attributes in slots"
+    return None
+
+
+def _why_module_is_not_copied(module: nn.Module, table: dict[int, Any]) -> str | None:
+    """The same for one module, given the `id` of each module of its tree."""
+    attributes = module.__dict__
+    if "_orig_mod" in attributes or "_orig_mod" in module._modules:
+        return "{where} wraps another module"
+    if attributes.get("_compiled_call_impl") is not None:
+        return "{where} is compiled in place"
+    forward = attributes.get("forward")
+    if attributes.get("_hf_hook") is not None or (forward is not None and rebound(forward, table) is forward):
+        return "the forward method of {where} was replaced, by a hook that moves its weights for instance"
+    for key, weight in module._parameters.items():
+        # Whatever is lazy, quantised or sharded has a class of its own.
+        if weight is None or type(weight) is nn.Parameter:
+            continue
+        if nn.parameter.is_lazy(weight) or (weight.requires_grad and weight.is_leaf and type(weight) is not Tensor):
+            return f"{{where}} has a weight {key!r} of type {type(weight).__name__}"
     return None
 
 
