@@ -192,7 +192,10 @@ def _coupling_forward(
             target.contiguous(memory_format=layout),
             None if source is None or c == 0 else source.contiguous(memory_format=layout),
             None if eps is None or b == 0 else eps.contiguous(memory_format=layout),
-            *(a, c, b, None if b == 0 else g),
+            a,
+            c,
+            b,
+            None if b == 0 else g,
         )
     return out
 

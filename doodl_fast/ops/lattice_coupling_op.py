@@ -118,7 +118,12 @@ def _lattice_coupling_forward(
             target.contiguous(),
             source.contiguous(),
             None if eps is None else eps.contiguous(),
-            *(faults, row, c, b, g, undo),
+            faults,
+            row,
+            c,
+            b,
+            g,
+            undo,
         )
     return out
 
