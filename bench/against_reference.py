@@ -1,18 +1,21 @@
-"""The DOODL reference's own layers and ours on the same network, in one run: time, calls, memory, differences.
+"""Compares the DOODL reference's own layers with ours on one network: time, calls, memory and differences.
 
     python bench/against_reference.py --reference DIR [--sizes tiny,small] [--steps 10] [--device D] [--dtype fp32]
 
 DIR is a checkout of the DOODL repository (github.com/salesforce/DOODL). Its layers, its step functions and its MemCNN
-are run as they are; nothing else of `doodl.py` and `helper_functions.py` is, as they load models when imported.
-"memcnn" is the reference's layers in our wrapper, "layers" is our layers in it. The network is a diffusers UNet with
-seeded random weights that require grad, as a loaded one's do; guidance 7.5, mixing 0.93, Stable Diffusion's schedule.
+are run unchanged. Nothing else of `doodl.py` and `helper_functions.py` is run, because they load models when they are
+imported. In the table "reference" is the reference's layers in the reference's wrapper, "memcnn" is the reference's
+layers in our wrapper, and "layers" is our layers in our wrapper. The network is a diffusers UNet with seeded random
+weights that require grad, as those of a loaded network do. The guidance scale is 7.5, the mixing weight 0.93, and the
+schedule that of Stable Diffusion.
 
-One gradient is a forward loop over all steps, a linear loss, its backward pass. Contenders take turns, `--rounds` times
-after one round to warm up; times are medians, of the process's CPU seconds on a CPU (other work then disturbs less), of
-seconds on a GPU. Memory is counted in runs of its own, with `--steps` and with twice as many: on a CPU every tensor's
-storage, while it lives; on a GPU by its allocator. Peak is above what there was before, weights' gradients included;
-growth is how much more is held between forward and backward for every further step. Differences are relative in the
-2-norm, from plain autograd through the reference's layers.
+One gradient is a forward loop over all steps, a linear loss and its backward pass. The implementations take turns for
+`--rounds` rounds after one round to warm up. Times are medians: of the process's CPU seconds on a CPU, which other work
+disturbs less, and of seconds on a GPU. Memory is counted in separate runs, with `--steps` steps and with twice as many:
+on a CPU as the storage of every living tensor, on a GPU by the allocator. The peak is counted above what was there
+before, and includes the gradients of the weights. The growth is how much more is held between the forward and the
+backward pass for every further step. Differences are relative in the 2-norm, and taken from plain autograd through the
+reference's layers.
 """
 
 from __future__ import annotations
@@ -45,9 +48,9 @@ from doodl_fast.compat.doodl import MixingLayer, SteppingLayer
 from doodl_fast.compat.schedule import ReferenceScheduler
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-CONTENDERS = ("reference", "memcnn", "layers")
+IMPLEMENTATIONS = ("reference", "memcnn", "layers")
 Layers = tuple[Callable[..., nn.Module], Callable[..., nn.Module]]
-# block widths, layers a block, width of the text embedding, its length, heads, latent's side
+# Block widths, layers per block, width of the text embedding, its length, heads, side of the latent.
 SIZES: dict[str, tuple[tuple[int, ...], int, int, int, int, int]] = {
     "tiny": ((16, 32, 32), 1, 16, 8, 2, 16),
     "small": ((64, 96, 160), 1, 64, 16, 4, 32),
@@ -57,14 +60,14 @@ SIZES: dict[str, tuple[tuple[int, ...], int, int, int, int, int]] = {
 
 
 def network(size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """A UNet, its embeddings (unconditional, conditional), and a starting pair."""
+    """Makes a UNet, its unconditional and conditional embeddings, and a pair of starting latents."""
     from diffusers import UNet2DConditionModel
 
     widths, layers, features, length, heads, side = SIZES[size]
     attention = len(widths) - 1 if size in ("medium", "sd15") else 1
     down = ["CrossAttnDownBlock2D"] * attention + ["DownBlock2D"] * (len(widths) - attention)
     up = ["UpBlock2D"] * (len(widths) - attention) + ["CrossAttnUpBlock2D"] * attention
-    if attention == 1:  # the small ones attend where it is cheap
+    if attention == 1:  # The small networks have attention where it is cheap.
         down, up = down[::-1], up[::-1]
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -84,7 +87,7 @@ def network(size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, Tens
 
 
 def reference_layers(folder: Path, device: str) -> Layers:
-    """The classes of `doodl.py`, with what they call of `helper_functions.py`."""
+    """The two classes of layers of `doodl.py`, with the functions of `helper_functions.py` that they call."""
     try:
         found = definitions(folder, torch.device(device))
     except ReferenceUnavailable as error:
@@ -93,9 +96,10 @@ def reference_layers(folder: Path, device: str) -> Layers:
 
 
 def reference_memcnn(folder: Path) -> types.ModuleType:
+    """Imports the MemCNN of a checkout."""
     sys.path.insert(0, str(folder))
     try:
-        # it prints, and names torch's older API
+        # It prints when it is imported, and torch warns of the deprecated functions that it names.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             return __import__("memcnn")
@@ -104,7 +108,7 @@ def reference_memcnn(folder: Path) -> types.ModuleType:
 
 
 class Bench:
-    """One network and the contenders on it."""
+    """A network, and the implementations that run on it."""
 
     def __init__(self, folder: Path, size: str, dtype: torch.dtype, device: str) -> None:
         self.device = device
@@ -123,7 +127,18 @@ class Bench:
     def gradient(
         self, name: str, steps: int, keep: bool, held: Callable[[], None] = lambda: None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Output and gradient of one run. held: called between forward and backward."""
+        """Takes one gradient.
+
+        Args:
+            name: The implementation.
+            steps: The number of diffusion steps.
+            keep: Whether the wrappers keep their inputs.
+            held: Called between the forward and the backward pass.
+            **options: Further arguments of the wrappers.
+
+        Returns:
+            The output and the gradient.
+        """
         (stepping, mixing), wrapper = self.parts[name]
         scheduler = ReferenceScheduler()
         s = stepping(self.unet, self.uncond, self.cond, scheduler=scheduler, num_timesteps=steps)
@@ -142,19 +157,21 @@ class Bench:
         return pair.detach(), start.grad
 
     def forget(self) -> None:
-        """The weights' gradients that the reference leaves behind."""
+        """Frees the gradients of the weights, which the reference leaves behind."""
         self.unet.zero_grad(set_to_none=True)
 
     def clock(self) -> float:
+        """The CPU seconds of the process on a CPU, and the seconds of the clock on a GPU."""
         if self.device == "cpu":
             return time.process_time()
         torch.cuda.synchronize()
         return time.perf_counter()
 
     def times(self, steps: int, keep: bool, rounds: int) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        """The times of all rounds, by implementation."""
+        found: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
         for turn in range(rounds + 1):
-            for name in CONTENDERS:
+            for name in IMPLEMENTATIONS:
                 begin = self.clock()
                 self.gradient(name, steps, keep)
                 if turn:
@@ -163,7 +180,7 @@ class Bench:
         return found
 
     def memory(self, name: str, steps: int, keep: bool) -> tuple[int, int]:
-        """(peak, held between forward and backward) in bytes, above what there was before."""
+        """The peak, and what is held between forward and backward, in bytes above what was there before."""
         middle: list[int] = []
         if self.device == "cpu":
             with Storages() as storages:
@@ -179,11 +196,12 @@ class Bench:
         return peak, middle[0]
 
     def rows(self, steps: int, keep: bool, rounds: int) -> list[dict[str, Any]]:
+        """Measures all implementations, and returns a row of the table for each."""
         out, grad = self.gradient("reference", steps, True, disable=True)
         self.forget()
         seconds = self.times(steps, keep, rounds)
         rows = []
-        for name in CONTENDERS:
+        for name in IMPLEMENTATIONS:
             self.calls = 0
             result = self.gradient(name, steps, keep)
             calls, spent = self.calls, statistics.median(seconds[name])
@@ -193,7 +211,7 @@ class Bench:
             rows.append(
                 {
                     "keep_input": keep,
-                    "contender": name,
+                    "implementation": name,
                     "seconds": spent,
                     "ratio": spent / statistics.median(seconds["reference"]),
                     "calls": calls,
@@ -207,9 +225,12 @@ class Bench:
 
 
 class Storages(TorchDispatchMode):
-    """Counts the bytes of all storages that are made inside, as long as they live; one emptied by hand counts as such.
+    """Counts the bytes of all living storages that are made within the context.
 
-    peak: the most after any operation, to within 1%.
+    A storage that was emptied by hand counts as empty.
+
+    Attributes:
+        peak: The largest count after any operation, to within 1%.
     """
 
     def __init__(self) -> None:
@@ -225,29 +246,34 @@ class Storages(TorchDispatchMode):
                 key = value.untyped_storage()._cdata
                 if key not in given and key not in self.known:
                     self._meet(value.untyped_storage())
-        if self.bound > 1.01 * self.peak:  # the bound knows nothing of emptied ones
+        if self.bound > 1.01 * self.peak:  # The bound does not know which storages were emptied.
             self.peak = max(self.peak, self.living())
         return result
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
+        """Begins to count a new storage."""
         self.known[storage._cdata] = StorageWeakRef(storage)
         self.bound += storage.nbytes()
         weakref.finalize(storage, self._lose, storage._cdata, storage.nbytes())
 
     def _lose(self, key: int, size: int) -> None:
+        """Stops counting a storage that was freed."""
         self.known.pop(key, None)
         self.bound -= size
 
     def living(self) -> int:
+        """The bytes of all storages that are alive."""
         storages = (torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in list(self.known.values()))
         return sum(storage.nbytes() for storage in storages if storage is not None)
 
 
 def difference(got: Tensor, want: Tensor) -> float:
+    """The relative difference in the 2-norm."""
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def mebibytes(value: float) -> str:
+    """A number of bytes in MiB."""
     return f"{value / 2**20:.3f}"
 
 
@@ -278,7 +304,7 @@ def main() -> None:
             for row in bench.rows(args.steps, keep, args.rounds):
                 found.append({"size": size, "parameters": millions, **row})
                 print(
-                    f"| {size}, {millions:.1f} M | {keep} | {row['contender']} | {row['seconds']:.3f} "
+                    f"| {size}, {millions:.1f} M | {keep} | {row['implementation']} | {row['seconds']:.3f} "
                     f"| {row['ratio']:.2f} | {row['calls']} | {mebibytes(row['peak'])} | {mebibytes(row['growth'])} "
                     f"| {row['output']:.1e} | {row['gradient']:.1e} |",
                     flush=True,

@@ -19,18 +19,30 @@ LAYERS = {
     "helper_functions.py": ("get_alpha_and_beta", "forward_step", "reverse_step"),
     "doodl.py": ("SteppingLayer", "MixingLayer"),
 }
+"""The definitions that are executed, by the file that they are in."""
 
 
 class ReferenceUnavailable(Exception):
-    """The reference's code, or what it needs, cannot be had."""
+    """The public code, or something that it needs, is missing, or it cannot run the setting."""
 
 
 def reference(folder: str, setting: Any, steps: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The layers of a checkout of the public DOODL code (arXiv 2303.13703), strung together as its `gen()` does.
+    """Makes a chain of the layers of the public DOODL code (arXiv 2303.13703), in the order of its `gen()`.
 
-    They run on the caller's UNet, in its dtype, on one image. Of the checkout only the definitions named in LAYERS are
-    executed, as its modules load models from the hub when they are imported. Raises ReferenceUnavailable if it lacks
-    them or memcnn, which wraps them, is not installed.
+    They run on the caller's UNet, in its dtype, on one image. Only the definitions named in LAYERS are executed,
+    because the modules of the public code load models from the hub when they are imported.
+
+    Args:
+        folder: A checkout of the public DOODL code.
+        setting: A `doodl_fast.cli.baselines.Setting`.
+        steps: The number of diffusion steps.
+
+    Returns:
+        A function from a start x that requires grad to the final latents (x0, y0).
+
+    Raises:
+        ReferenceUnavailable: The folder lacks the definitions, memcnn is not installed, or the setting is one that the
+            public code cannot run.
     """
     if len(setting.x) != 1:
         raise ReferenceUnavailable(f"the reference takes one image, got a batch of {len(setting.x)}; use --batch 1")
@@ -63,7 +75,7 @@ def reference(folder: str, setting: Any, steps: int) -> Callable[[Tensor], tuple
 
 
 def definitions(folder: Path, device: torch.device) -> dict[str, Any]:
-    """What LAYERS names, by name."""
+    """Executes the definitions that LAYERS names, and returns them by their names."""
     space: dict[str, Any] = {"torch": torch, "nn": torch.nn, "device": device}
     for file, names in LAYERS.items():
         path = folder / file

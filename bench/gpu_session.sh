@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# On a GPU machine without network (torch >= 2.11 with CUDA, its triton, a CUDA toolkit, pytest, pytest-benchmark,
-# hypothesis, setuptools >= 77): builds the native kernels, runs the tests on CUDA, compute-sanitizer on the small cases,
-# counts launches, and runs the benchmarks; within 8 minutes.
+# Builds the native kernels on a GPU machine without network, runs the tests on CUDA and compute-sanitizer on the small
+# cases, counts launches, and runs the benchmarks, all within 8 minutes. The machine needs torch >= 2.11 with CUDA, its
+# triton, a CUDA toolkit, pytest, pytest-benchmark, hypothesis and setuptools >= 77.
 #
 #   bench/gpu_session.sh [OUT] [WHEELS]
 #
-# OUT: a folder (gpu_session), in which session.json, session.md and session.log are left. WHEELS: a folder of wheels of
-# what the machine lacks (for the recorded chains: diffusers and importlib_metadata); they are installed for the session
-# alone. Nothing outside OUT and the build in this folder is changed. Every part has a time limit and none stops the
-# others. DEVICE=cpu tries the script out where there is no GPU: what needs one is left out, and says so.
+# OUT is the folder for session.json, session.md and session.log (default: gpu_session). WHEELS is a folder of wheels that
+# the machine lacks (diffusers and importlib_metadata for the recorded chains); they are installed for the session alone.
+# Nothing outside OUT and the build in this folder is changed. Every part has a time limit, and a part that fails does not
+# stop the others. DEVICE=cpu tries the script out where there is no GPU; it leaves out the parts that need one and says
+# so.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${1:-gpu_session}")
@@ -26,7 +27,8 @@ export PYTHONPATH=$PWD:$SCRATCH/site
 export DOODL_FAST_TEST_DEVICE=$DEVICE
 unset TRITON_INTERPRET DOODL_FAST_BACKEND
 
-part() { # part NAME SECONDS COMMAND...: interrupted after its time or the session's, killed 10 s later
+# part NAME SECONDS COMMAND...: runs a command, interrupts it after its time or the session's, and kills it 10 s later
+part() {
   local name=$1 limit=$2 start=$SECONDS left=$((SESSION - SECONDS)) status
   shift 2
   ((limit > left)) && limit=$left
@@ -40,14 +42,16 @@ part() { # part NAME SECONDS COMMAND...: interrupted after its time or the sessi
   report "$name" "$status" "$((SECONDS - start))"
 }
 
-report() { # report NAME STATUS SECONDS: the log's last line goes into the summary
+# report NAME STATUS SECONDS: puts a part and the last line of its log into the summary
+report() {
   local last
   last=$(grep -v '^[[:space:]]*$' "$SCRATCH/log" | tail -n 1 | tr '\t' ' ')
   { echo "===== $1"; cat "$SCRATCH/log"; } >>"$OUT/session.log"
   printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$last" | tee -a "$SCRATCH/parts"
 }
 
-needs_gpu() { # needs_gpu PART...: the same, where there is a GPU
+# needs_gpu NAME SECONDS COMMAND...: as part, but leaves the part out where there is no GPU
+needs_gpu() {
   if [ "$DEVICE" = cuda ]; then
     part "$@"
   else
@@ -70,12 +74,12 @@ part build 120 "$PYTHON" setup.py build_ext --inplace
 part doctor 30 "$PYTHON" -c 'from doodl_fast.cli.doctor import run; run()'
 cp "$SCRATCH/log" "$SCRATCH/doctor"
 part tests 130 "$PYTHON" -m pytest -q -p no:cacheprovider "${WORKERS[@]}" "${TESTS[@]}"
-# without torch's caching allocator every tensor has its own memory, and an access beyond it is seen
+# Without torch's caching allocator every tensor has its own memory, so that an access beyond it is seen.
 SANITIZER=$(command -v compute-sanitizer || echo "$CUDA_HOME/bin/compute-sanitizer")
 SANITIZED=("$PYTHON" -m pytest -q -x -p no:cacheprovider tests/ops/test_ops_cuda.py)
 needs_gpu memcheck 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool memcheck --error-exitcode 9 \
   "${SANITIZED[@]}" -k "small and native and (update or fp32-fp16 or fp64-bf16)"
-# races are looked for in shared memory, which the sums of the latent update alone use
+# The racecheck tool looks at shared memory, which only the sums of the latent update use.
 needs_gpu racecheck 30 "$SANITIZER" --tool racecheck --error-exitcode 9 "${SANITIZED[@]}" -k "small_latent_update and native"
 needs_gpu launches 30 "$PYTHON" bench/launches.py
 part bench 240 "$PYTHON" bench/ops.py --device="$DEVICE" --sizes=2^24,SD,SDXL,video "${QUICK[@]}" \

@@ -1,15 +1,17 @@
-"""Errors of EDICT's gradient by network dtype, beside those recorded from the reference; prints a markdown table.
+"""Prints the errors of EDICT's gradient by the network's dtype, beside those recorded from the reference.
 
     python bench/gradient_error.py [--steps 10 50]
 
-and, before it, what torch's kernels have to do with it: the error of a convolution's input gradient by its size, and
-the seconds of a network call with a graph and its VJP in each dtype, for this network and for the embedded one.
+Two more tables come first. They show how much of an error comes from torch's kernels: the error of a convolution's
+input gradient by its size, and the seconds of a network call with a graph and its VJP in each dtype, for this network
+and for the embedded one.
 
-Everything is in the clone: tests/golden holds a small UNet, a start, a loss `(out * w).sum()` and the reference's
-gradients (tests/golden/README.md). An error is |gradient - truth| / |truth| in the 2-norm. The truth is the fp64
-gradient of the same weights: for fp16 and bf16 the rounded ones, as are conditions, start and w (for fp16 recorded from
-the reference; for bf16 made here with an fp64 chain, which agrees with the recorded one to 1e-14). Latents are fp32,
-guidance 7.5, mixing 0.93. Needs diffusers.
+All that is needed is in the repository: tests/golden holds a small UNet, a start, a loss `(out * w).sum()` and the
+reference's gradients (see tests/golden/README.md). An error is |gradient - truth| / |truth| in the 2-norm. The truth is
+the fp64 gradient of the same weights. For fp16 and bf16 the weights, conditions, start and w are rounded to that dtype
+first; the truth of fp16 was recorded from the reference, and that of bf16 is computed here by an fp64 chain, which
+agrees with recorded gradients to 1e-14. Latents are fp32, the guidance scale is 7.5, the mixing weight 0.93. The script
+needs diffusers.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ LOSS_SCALES = (1.0, 1e-6)
 
 @cache
 def stored(name: str) -> dict[str, Tensor]:
+    """The tensors of a file in tests/golden."""
     return load_file(GOLDEN / f"{name}.safetensors")
 
 
 @cache
 def network(dtype: torch.dtype) -> nn.Module:
+    """The recorded UNet in a dtype."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(**json.loads((GOLDEN / "unet_config.json").read_text()))
@@ -48,7 +52,7 @@ def network(dtype: torch.dtype) -> nn.Module:
 
 
 def schedule(steps: int) -> Schedule:
-    """The reference's own."""
+    """The reference's own schedule."""
     table = {key: stored("schedule")[f"reference/T{steps}/{key}"].tolist() for key in ("t", "alpha", "alpha_prev")}
     return Schedule(tuple(int(t) for t in table["t"]), tuple(table["alpha"]), tuple(table["alpha_prev"]))
 
@@ -62,7 +66,7 @@ def gradient(
     latents: torch.dtype = torch.float32,
     vjp_dtype: torch.dtype | str | None = "auto",
 ) -> Tensor:
-    """Of the loss with respect to the start; everything that goes in is rounded to `dtype` first."""
+    """The gradient of the loss with respect to the start, of which everything is rounded to `dtype` first."""
     conditions = (stored("models")[f"embedding_{kind}conditional"].to(dtype) for kind in ("", "un"))
     chain = EDICT(Denoiser(unet, *conditions, 7.5, vjp_dtype=vjp_dtype), schedule(steps), memory=memory)
     start, weight = (stored("chain")[name].to(dtype).to(latents) for name in ("pair", "w"))
@@ -73,6 +77,7 @@ def gradient(
 
 
 def truth(name: str, steps: int) -> Tensor:
+    """The fp64 gradient that the gradients of a dtype are compared with."""
     if name == "bf16":
         rounded = copy.deepcopy(network(torch.bfloat16)).double()
         return gradient(rounded, torch.bfloat16, steps, latents=torch.float64)
@@ -80,11 +85,12 @@ def truth(name: str, steps: int) -> Tensor:
 
 
 def error(got: Tensor, want: Tensor) -> float:
+    """The relative error in the 2-norm."""
     return float((got.double() - want).norm() / want.norm())
 
 
 def rows(steps: int, name: str) -> dict[str, list[str]]:
-    """Cells by row, one a loss scale."""
+    """The table of a dtype: for each row its cells, one for each scale of the loss."""
     dtype, right = DTYPES[name], truth(name, steps)
     table = {}
     recorded = stored("chain").get(f"T{steps}/{name}/keep_input/grad")
@@ -102,11 +108,11 @@ def rows(steps: int, name: str) -> dict[str, list[str]]:
     return table
 
 
-# What the kernels have to do with it
+# The share of torch's kernels in the error
 
 
 def convolution(dtype: torch.dtype, channels: int, size: int) -> tuple[float, float]:
-    """Errors of a convolution's input gradient, and of the right one rounded once; operands are numbers of `dtype`."""
+    """The error of a convolution's input gradient in a dtype, and the error of the exact gradient rounded to it."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, channels, 16, 16), (channels, channels, size, size), (1, channels, 16, 16))
     operands = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -121,7 +127,7 @@ def convolution(dtype: torch.dtype, channels: int, size: int) -> tuple[float, fl
 
 
 def seconds(unet: nn.Module, dtype: torch.dtype, repeats: int = 5) -> tuple[float, float]:
-    """The least of a call without a graph, and of one with a graph and its VJP, on a guidance batch of 2."""
+    """The least time of a call without a graph, and of one with a graph and its VJP, on a batch of 2."""
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
     unet = copy.deepcopy(unet).to(dtype).requires_grad_(False)
     x, cond = torch.randn(2, 4, size, size).to(dtype).requires_grad_(), torch.randn(2, 8, width).to(dtype)
@@ -141,6 +147,7 @@ def seconds(unet: nn.Module, dtype: torch.dtype, repeats: int = 5) -> tuple[floa
 
 
 def kernels() -> None:
+    """Prints the two tables on torch's kernels."""
     from doodl_fast import shapes
 
     print("| convolution's input gradient | error | rounded once |\n|---|---|---|")

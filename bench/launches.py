@@ -1,10 +1,11 @@
-"""Kernels launched for an EDICT step on a GPU, by the plain expressions and by each backend of the fused ops.
+"""Counts the kernels that one EDICT step launches on a GPU, with plain expressions and with each backend of the ops.
 
     python bench/launches.py        (prints one line of JSON)
 
-The network is guided and costs one launch, or two with its gradient. A step's count is the difference between chains of
-6 and of 5 steps; copies and fills count as launches. "plain" is memory="naive", the couplings in torch expressions
-under plain autograd, whose backward pass does not evaluate the network again; the others are memory="checkpoint".
+The network runs with guidance and costs one launch, or two with its gradient. The count of a step is the difference
+between chains of 6 and of 5 steps. Copies and fills count as launches. "plain" is memory="naive", which computes the
+couplings by torch expressions under plain autograd and does not evaluate the network again in its backward pass. The
+others are memory="checkpoint".
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ SHAPE = (1, 4, 64, 64)
 
 
 def launches(steps: int, memory: str) -> tuple[int, int]:
-    """Of a chain's forward and backward pass."""
+    """The number of launches in a chain's forward pass, and in its backward pass."""
     alphas = torch.linspace(0.1, 0.95, steps + 1).tolist()
     schedule = doodl_fast.Schedule(tuple(range(steps, 0, -1)), tuple(alphas[:-1]), tuple(alphas[1:]))
     conditions = torch.zeros(2, 1, 1, 1, device="cuda", dtype=torch.float16)
-    network = torch.nn.Tanh()  # any module of one launch
+    network = torch.nn.Tanh()  # Any module of one launch would do.
     denoiser = doodl_fast.Denoiser(lambda x, t, cond: network(x), conditions[0], conditions[1])
     chain = doodl_fast.EDICT(denoiser, schedule, memory=memory)
     x = torch.randn(SHAPE, device="cuda").requires_grad_()
     counts = (0, 0)
-    for _ in range(2):  # the first round compiles
+    for _ in range(2):  # The first round compiles the Triton kernels.
         with profile(activities=[ProfilerActivity.CUDA]) as forward:
             outputs = chain(x, x)
             torch.cuda.synchronize()
@@ -45,10 +46,12 @@ def launches(steps: int, memory: str) -> tuple[int, int]:
 
 
 def on_device(seen: profile) -> int:
+    """The number of events on the GPU."""
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
 
 
 def per_step(memory: str) -> dict[str, int]:
+    """The number of launches that one more step adds to each pass."""
     short, long = launches(5, memory), launches(6, memory)
     return {"forward": long[0] - short[0], "backward": long[1] - short[1]}
 

@@ -6,8 +6,8 @@ runs this file under pytest and writes the table from the JSON, in place of a pa
 `pytest bench/ops.py` takes the same options.
 
 "eager" is the plain torch expression that a user would write, not this package's eager backend. Every figure is the
-median of interleaved rounds: a test is one round of one contender, the tests of a round follow each other, and the
-rounds of a contender are put together when the JSON is written; so a machine that slows down slows all of them.
+median of interleaved rounds: a test is one round of one implementation, the tests of a round follow each other, and the
+rounds of a implementation are put together when the JSON is written; so a machine that slows down slows all of them.
 
 "moved" counts every operand read once and every result written once, "allocated" every tensor that a call makes: the
 ops make their outputs (`latent_update` also a few numbers a sample, for the norms), eager its intermediate results,
@@ -209,21 +209,21 @@ def copy_of(moved: int, device: str) -> dict[str, Call]:
     return {"copy": lambda: other.copy_(half), "clone": half.clone}
 
 
-def call_of(case: Case, contender: str, device: str) -> Call:
-    if contender in COPIES:
-        return copy_of(case.moved, device)[contender]
-    if contender in INTO.values():
+def call_of(case: Case, implementation: str, device: str) -> Call:
+    if implementation in COPIES:
+        return copy_of(case.moved, device)[implementation]
+    if implementation in INTO.values():
         assert case.into is not None
         return case.into
-    if contender in FUSED:
+    if implementation in FUSED:
         return case.fused
-    function = case.compiled if contender == "compiled" else case.plain
+    function = case.compiled if implementation == "compiled" else case.plain
     assert function is not None
     return lambda: function(*case.operands)
 
 
-def contenders(options: Any) -> list[str]:
-    """Those that this machine has."""
+def implementations(options: Any) -> list[str]:
+    """The names of the implementations that this machine has."""
     there = [name for name in PLAIN if name != "compiled" or not options.no_compile]
     for name in FUSED:
         interpreted = name == "triton" and options.device == "cpu"
@@ -246,33 +246,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         (*case, turn, name)
         for case in cases(options)
         for turn in rounds
-        for name in contenders(options)
+        for name in implementations(options)
         if name not in INTO.values() or case[0] in ("coupling", "coupling_mix")
     ]
     metafunc.parametrize(
-        ("op", "size", "dtype", "turn", "contender"), runs, ids=["-".join(map(str, run)) for run in runs]
+        ("op", "size", "dtype", "turn", "implementation"), runs, ids=["-".join(map(str, run)) for run in runs]
     )
 
 
 @torch.no_grad()
-def test_op(benchmark: Any, pytestconfig: pytest.Config, op: str, size: str, dtype: str, turn: int, contender: str):
-    """One round of one contender."""
+def test_op(
+    benchmark: Any, pytestconfig: pytest.Config, op: str, size: str, dtype: str, turn: int, implementation: str
+):
+    """One round of one implementation."""
     options = pytestconfig.option
     case = prepared(op, size, dtype, options.device)
-    call = call_of(case, contender, options.device)
-    with ops.backend(BACKENDS.get(contender, ops.AUTO)):
+    call = call_of(case, implementation, options.device)
+    with ops.backend(BACKENDS.get(implementation, ops.AUTO)):
         if turn == 0:
             call(), call()
             start = clock()
             call()
             budget = 0.01 if options.quick else 0.03
-            case.repeats[contender] = max(1, min(1000, int(budget / max(clock() - start, 1e-7))))
-        elif contender not in case.repeats:
-            pytest.skip(f"{contender} failed in the first round")
+            case.repeats[implementation] = max(1, min(1000, int(budget / max(clock() - start, 1e-7))))
+        elif implementation not in case.repeats:
+            pytest.skip(f"{implementation} failed in the first round")
         benchmark.group = f"{op} {size} {dtype}"
-        benchmark.pedantic(call, iterations=case.repeats[contender])
-    benchmark.extra_info.update(op=op, size=size, dtype=dtype, contender=contender, bytes_moved=case.moved)
-    benchmark.extra_info["bytes_allocated"] = case.allocated.get("ops" if contender in FUSED else contender)
+        benchmark.pedantic(call, iterations=case.repeats[implementation])
+    benchmark.extra_info.update(op=op, size=size, dtype=dtype, implementation=implementation, bytes_moved=case.moved)
+    benchmark.extra_info["bytes_allocated"] = case.allocated.get("ops" if implementation in FUSED else implementation)
 
 
 # What is written
@@ -296,16 +298,16 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Puts the rounds of each contender together."""
+    """Puts the rounds of each implementation together."""
     from pytest_benchmark.stats import Stats
 
     rounds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in output_json["benchmarks"]:
-        rounds.setdefault((entry["group"], entry["extra_info"]["contender"]), []).append(entry)
-    for (group, contender), entries in rounds.items():
+        rounds.setdefault((entry["group"], entry["extra_info"]["implementation"]), []).append(entry)
+    for (group, implementation), entries in rounds.items():
         stats = Stats()
         stats.data = [seconds for entry in entries for seconds in entry["stats"]["data"]]
-        name = f"{group} {contender}"
+        name = f"{group} {implementation}"
         entries[0].update(name=name, fullname=name, param=None, params=None)
         entries[0]["stats"].update(stats.as_dict(), data=stats.data)
     output_json["benchmarks"][:] = [entries[0] for entries in rounds.values()]
@@ -344,10 +346,10 @@ def table(results: dict[str, Any]) -> str:
     for entry in results["benchmarks"]:
         info = entry["extra_info"]
         row = rows.setdefault((info["op"], info["size"], info["dtype"]), {"us": {}, "MB": {}})
-        row["us"][info["contender"]] = entry["stats"]["median"] * 1e6
+        row["us"][info["implementation"]] = entry["stats"]["median"] * 1e6
         row["MB"]["moved"] = info["bytes_moved"] / 1e6
         if info["bytes_allocated"] is not None:
-            row["MB"]["eager" if info["contender"] == "eager" else "ops"] = info["bytes_allocated"] / 1e6
+            row["MB"]["eager" if info["implementation"] == "eager" else "ops"] = info["bytes_allocated"] / 1e6
     names = [name for name in (*PLAIN, *FUSED) if any(name in row["us"] for row in rows.values())]
     fused = [name for name in names if name in FUSED]
     head = ["op", "size", "dtype", *(f"{name} us" for name in names)]

@@ -28,7 +28,7 @@ def bench():
     return module
 
 
-def test_every_contender_computes_the_same(bench):
+def test_every_implementation_computes_the_same(bench):
     for dtype, (state, network) in bench.DTYPES.items():
         for op in bench.OPS:
             if op == "latent_update" and dtype != "fp32":
@@ -68,8 +68,8 @@ def test_script(tmp_path, bench):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     entries = json.loads(results.read_text())["benchmarks"]
-    found = {(entry["extra_info"]["op"], entry["extra_info"]["contender"]) for entry in entries}
-    assert found >= {(op, contender) for op in bench.OPS for contender in ("eager", "copy", "clone")}
+    found = {(entry["extra_info"]["op"], entry["extra_info"]["implementation"]) for entry in entries}
+    assert found >= {(op, implementation) for op in bench.OPS for implementation in ("eager", "copy", "clone")}
     assert len(found) == len(entries) and all(len(entry["stats"]["data"]) == 5 for entry in entries)
     said = page.read_text()
     assert "| coupling_mix | SD | fp32 |" in said and torch.__version__ in said and "was busy" in said
