@@ -42,6 +42,8 @@ NOISY = {
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "LCM": ("LCMScheduler", {}),
     "TCD": ("TCDScheduler", {}),
+    "flow, LCM": ("FlowMatchLCMScheduler", {"shift": 3.0}),
+    "flow, stochastic": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
 }
 STEPS = 6
 
@@ -70,8 +72,8 @@ def test_pictures_are_those_of_the_scheduler(name):
     scheduler, denoiser, x = scheduler_of(name), golden_denoiser(torch.float64), latents(1, 4, 16, 16)[0]
     steps = SamplerSteps.from_scheduler(scheduler, STEPS)
     chain = Sampler(denoiser, steps)
-    # This scheduler draws its noise in float32 whatever the latents' dtype.
-    like = x.float() if "SDE" in name else x
+    # These schedulers draw their noise in float32 whatever the latents' dtype.
+    like = x.float() if "SDE" in name or "stochastic" in name else x
     noise = [z.double() for z in chain.draw_noise(like, generator=torch.Generator().manual_seed(7))]
     assert bool(noise) == (name in NOISY)
     (picture,) = chain(x, noise)
@@ -124,6 +126,19 @@ def test_latents_are_those_of_the_pipeline(tmp_path, solver, kind):
     ).images
     noise = chain.draw_noise(x, generator=torch.Generator().manual_seed(11))
     assert relative(chain(x, noise)[0], expected) < FP32
+
+
+def test_dynamic_shifting_of_flows():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    denoiser = golden_denoiser(torch.float32)
+    x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
+    (picture,) = Sampler(denoiser, SamplerSteps.from_scheduler(scheduler, STEPS, mu=0.9))(x)
+    scheduler.set_timesteps(STEPS, mu=0.9)
+    expected = x
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            expected = scheduler.step(denoiser(expected, t), t, expected).prev_sample
+    assert relative(picture, expected) < 1e-5
 
 
 def test_eta_adds_noise():
