@@ -129,12 +129,12 @@ def pixart(kind: str = "PixArtSigmaPipeline", is_told: bool = False) -> Any:
     words = t5_tokenizer()
     torch.manual_seed(0)
     transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
+        num_attention_heads=3,
         attention_head_dim=8,
         in_channels=4,
         out_channels=8,
         num_layers=2,
-        cross_attention_dim=16,
+        cross_attention_dim=24,
         sample_size=8,
         patch_size=2,
         caption_channels=32,

@@ -1,0 +1,77 @@
+"""The solvers that follow a flow's noise levels: DDIM is the pipeline's own sampler, the invertible ones are undone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_families
+import torch
+from conftest import relative
+
+from doodl_fast.diffusion.families.flux import pack
+from doodl_fast.solvers.bdia import BDIA
+from doodl_fast.solvers.ddim import DDIM
+from doodl_fast.solvers.edict import EDICT
+
+STEPS = 4
+OPTIONS: dict[str, Any] = {"num_inference_steps": STEPS, "max_sequence_length": 8, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def pipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    work = tmp_path_factory.mktemp("flows")
+    made = {"sd3": tiny_families.stable_diffusion_3(work), "flux": tiny_families.flux(work)}
+    for pipe in made.values():
+        pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+def embeddings(pipe: Any) -> dict[str, Any]:
+    """The prompt's embeddings and the pooled ones, which require grad."""
+    encoded = pipe.encode_prompt("a dog", prompt_2=None, device="cpu", max_sequence_length=8, **_more(pipe))
+    cond, pooled = (encoded[0], encoded[2]) if len(encoded) == 4 else encoded[:2]
+    given = {"prompt_embeds": cond, "pooled_prompt_embeds": pooled}
+    return {name: value.detach().clone().requires_grad_() for name, value in given.items()}
+
+
+def _more(pipe: Any) -> dict[str, Any]:
+    return {"prompt_3": None} if hasattr(pipe, "text_encoder_3") else {}
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_ddim_is_the_pipelines_own_sampler(pipes: dict[str, Any], kind: str) -> None:
+    pipe = pipes[kind]
+    chain = DDIM.from_pipeline(pipe, "a dog", memory="checkpoint", height=16, width=24, **OPTIONS)
+    x = chain.noise(seed=3)
+    packed = pack if kind == "flux" else torch.clone
+    options = {"latents": packed(x), "output_type": "latent", "height": 16, "width": 24}
+    expected = pipe("a dog", **options, **OPTIONS).images
+    with torch.no_grad():
+        assert relative(packed(chain(x)[0]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("solver", [EDICT, BDIA])
+@pytest.mark.parametrize("memory", ["reversible", "checkpoint"])
+def test_gradient_of_invertible_solvers(pipes: dict[str, Any], kind: str, solver: Any, memory: str) -> None:
+    pipe, gradients = pipes[kind], []
+    options = {"num_inference_steps": STEPS, "guidance_scale": 1.0 if kind == "sd3" else 3.5}
+    for mode in ("naive", memory):
+        given = embeddings(pipe)
+        chain = solver.from_pipeline(pipe, memory=mode, **options, **given)
+        x = chain.noise(seed=1).requires_grad_()
+        loss = chain.decode(chain(x)[0]).square().mean()
+        gradients.append(torch.autograd.grad(loss, [x, *given.values()]))
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        assert want.norm() > 0 and relative(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_edict_is_undone(pipes: dict[str, Any], kind: str) -> None:
+    chain = EDICT.from_pipeline(pipes[kind], "a dog", memory="checkpoint", **OPTIONS)
+    x = chain.noise(seed=2)
+    with torch.no_grad():
+        ends = chain(x)
+        starts = chain.inverse(*ends)
+    assert all(relative(start, x) < 1e-5 < relative(ends[0], x) for start in starts)
