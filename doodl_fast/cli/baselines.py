@@ -94,6 +94,7 @@ class _PerStep:
         return state[0].to(x.dtype), state[1].to(x.dtype)
 
     def _step(self, couplings: Program, dtype: torch.dtype, *state: Tensor) -> Pair:
+        """Computes the couplings of one step in plain PyTorch."""
         values = list(state)
 
         def evaluate(coupling: Coupling, source: Tensor) -> Tensor:

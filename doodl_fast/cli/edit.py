@@ -60,14 +60,14 @@ LARGEST_DEVIATION, LARGEST_DIFFERENCE = 1.5, 1.0
 
 
 def open_image(path: Path) -> Image.Image:
-    """A picture file as an RGB picture of 8 bits a channel."""
+    """Reads a picture file as an RGB picture of 8 bits per channel."""
     from ..diffusion.images import open_picture, to_pil
 
     return to_pil(open_picture(path))[0]
 
 
 def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest piece of that shape from a picture's centre, resized (bicubic, antialiased)."""
+    """Cuts the largest piece of the wanted shape from a picture's centre, and resizes it (bicubic, antialiased)."""
     from PIL import Image
 
     scale = min(picture.width / width, picture.height / height)
@@ -85,7 +85,7 @@ def as_tensor(picture: Image.Image) -> Tensor:
 
 
 def picture_error(images: Tensor, truth: Tensor) -> float:
-    """Root mean square of what differs between two pictures as they are saved, in units of 1 of 255."""
+    """The root mean square difference of two pictures as they are saved, in units of 1 of 255."""
     images, truth = (pixels.double().clamp(-1, 1) for pixels in (images, truth))
     return float((images - truth).square().mean().sqrt()) * 127.5
 
@@ -249,7 +249,7 @@ def _regular(path: Path) -> Path:
 
 
 def read_state(folder: Path) -> Stored:
-    """What `doodl-fast invert` wrote. Raises ValueError for another folder, or a damaged one."""
+    """Reads what `doodl-fast invert` wrote. Raises ValueError for another folder, or a damaged one."""
     from ..chain.exact.state import LatticeState
 
     if not (folder / INDEX).is_file():

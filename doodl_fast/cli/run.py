@@ -1,4 +1,4 @@
-"""`doodl-fast run`: optimises the latents of a diffusers pipeline for a guide and stores what comes of it."""
+"""`doodl-fast run`: optimises the latents of a diffusers pipeline for a guide, and stores pictures, losses and state."""
 
 from __future__ import annotations
 
@@ -229,6 +229,7 @@ class _Writer:
 
 
 def _write_result(out: Path, settings: dict[str, Any], result: Result, seconds: float) -> None:
+    """Writes the last and the best picture, the curve of the losses, and a JSON file of the numbers."""
     import torch
 
     from .. import __version__
@@ -250,6 +251,7 @@ def _write_result(out: Path, settings: dict[str, Any], result: Result, seconds: 
 
 
 def _plot(path: Path, losses: Sequence[float], name: str) -> None:
+    """Draws the loss against the number of optimisation steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
