@@ -1,4 +1,4 @@
-"""`doodl-fast run`: optimises the latents of a diffusers pipeline for a guide, and stores pictures, losses and state."""
+"""`doodl-fast run`: optimises the latents of a diffusers pipeline for a guide; stores pictures, losses and state."""
 
 from __future__ import annotations
 
