@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny_families
 import torch
@@ -13,6 +15,7 @@ from doodl_fast.diffusion.families.flux import pack
 from doodl_fast.solvers.bdia import BDIA
 from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
+from doodl_fast.solvers.sampler import Sampler
 
 STEPS = 4
 OPTIONS: dict[str, Any] = {"num_inference_steps": STEPS, "max_sequence_length": 8, "guidance_scale": 3.0}
@@ -75,3 +78,20 @@ def test_edict_is_undone(pipes: dict[str, Any], kind: str) -> None:
         ends = chain(x)
         starts = chain.inverse(*ends)
     assert all(relative(start, x) < 1e-5 < relative(ends[0], x) for start in starts)
+
+
+def test_schedulers_that_are_no_flow_are_refused(tmp_path: Path) -> None:
+    pipe = tiny_families.stable_diffusion_3(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    with pytest.raises(
+        TypeError, match=r"^scheduler: expected one of flow matching .* got DDIMScheduler; use FlowMatch"
+    ):
+        DDIM.from_pipeline(pipe, "a dog", **OPTIONS)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(**flow)
+    chain = Sampler.from_pipeline(pipe, "a dog", memory="checkpoint", **OPTIONS)
+    x = chain.noise(seed=3)
+    expected = pipe("a dog", latents=x, output_type="latent", **OPTIONS).images
+    with torch.no_grad():
+        assert relative(chain(x)[0], expected) < 1e-5
