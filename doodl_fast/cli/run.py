@@ -203,6 +203,8 @@ def _check_out(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
         return True
     # A run that was killed in its first step has no state yet, and begins anew.
     later = [name for name in taken if name not in (SETTINGS, STATE, "before.png", "step_000.png")]
+    if later and any((out / STATE).glob("state-*")):
+        return True  # Loading the state says that its index is missing.
     if later:
         raise ValueError(
             f"--resume: {str(out)!r} holds {later[0]} and no {STATE}/state.json, without which the run cannot be "
