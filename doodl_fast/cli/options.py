@@ -157,6 +157,8 @@ def find_dtype(name: str) -> torch.dtype:
 def load_pipeline(args: argparse.Namespace) -> Any:
     """The diffusers pipeline that --model, --variant, --device and --dtype ask for."""
     check_model(args.model)
+    if args.model == EMBEDDED and args.variant is not None:
+        raise ValueError(f"--variant: expected none, as the embedded model has no variants, got {args.variant!r}")
     quiet_libraries()
     device, dtype = find_device(args.device), find_dtype(args.dtype)
     if args.model == EMBEDDED:

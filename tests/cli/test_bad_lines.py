@@ -27,6 +27,7 @@ BAD = [
     ([*RUN, "--height", "100000000"], "argument --height: expected at most 32768"),
     ([*INVERT, "--width", "100000000"], "argument --width: expected at most 32768"),
     ([*PROFILE, "--batch", "99999999999"], "argument --batch: expected at most 65536"),
+    ([*RUN, "--variant", "fp16"], "--variant: expected none, as the embedded model has no variants, got 'fp16'"),
     ([*PROFILE, "--batch", "0"], "batch: expected an int of at least 1"),
     ([*PROFILE, "--estimate", "sd15", "--resolution", "99999999"], "argument --resolution: expected at most 32768"),
     ([*RUN, "--height", "33"], "height: expected a positive multiple of 4 (the VAE's scale factor), got 33"),
