@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,10 @@ TABLES = ("_parameters", "_buffers", "_modules")
 STANDARD = frozenset(nn.Module().__dict__)
 """The attributes that every module has: the three tables, flags, and dicts of hooks, which are empty most often."""
 HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if type(value) in CONTAINERS and name not in TABLES)
+
+
+_TYPES: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+"""What `_why_type_is_not_copied` has found of each class. torch.compile warns of functools.cache."""
 
 
 class ModuleCopies:
@@ -184,24 +189,25 @@ def why_not_copied(root: nn.Module, network: Any = None) -> str | None:
     if network is not None and rebound(network, table) is network:
         return f"it is wrapped in {type(network).__name__}"
     for module in root.modules():
-        kind: Any = type(module)  # mypy takes a class of modules for unhashable.
-        reason = _why_type_is_not_copied(kind) or _why_module_is_not_copied(module, table)
+        reason = _why_type_is_not_copied(type(module)) or _why_module_is_not_copied(module, table)
         if reason is not None:
             name = next(name for name, other in root.named_modules() if other is module)
             return reason.format(where=f"{type(module).__name__} {name!r}" if name else type(module).__name__)
     return None
 
 
-@functools.cache
-def _why_type_is_not_copied(kind: type) -> str | None:
+def _why_type_is_not_copied(kind: Any) -> str | None:
     """Returns why no module of a class can be copied, as a template with "{where}", or None."""
-    if issubclass(kind, torch.jit.ScriptModule):
-        return "{where} is compiled by TorchScript"
-    if issubclass(kind, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return "{where} wraps another module"
-    if any(getattr(base, "__slots__", ()) for base in kind.__mro__):
-        return "{where} has attributes in slots"
-    return None
+    if kind not in _TYPES:
+        reason = None
+        if issubclass(kind, torch.jit.ScriptModule):
+            reason = "{where} is compiled by TorchScript"
+        elif issubclass(kind, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            reason = "{where} wraps another module"
+        elif any(getattr(base, "__slots__", ()) for base in kind.__mro__):
+            reason = "{where} has attributes in slots"
+        _TYPES[kind] = reason
+    return _TYPES[kind]
 
 
 def _why_module_is_not_copied(module: nn.Module, table: dict[int, Any]) -> str | None:

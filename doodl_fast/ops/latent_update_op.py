@@ -34,6 +34,8 @@ from .signatures import LATENT_UPDATE
 from .transforms import is_plain, needs_formula
 
 Pair = tuple[Tensor, Tensor]
+LARGEST = torch.finfo(torch.float32).max
+"""Numbers from half a spacing of float32 above it, 2^103, are rounded to infinity."""
 
 
 def latent_update(
@@ -137,8 +139,8 @@ def _check(call: Any) -> None:
 def _stepped(call: Any, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns x, y and their momenta after the first pass, which does not scale samples to their start norms."""
     clip, momentum = call.clip, call.momentum
-    if call.x.dtype == torch.float32:  # clamp refuses a bound outside the dtype's range; kernels round it to infinity.
-        clip = float(torch.tensor(clip, dtype=torch.float64).float())
+    if call.x.dtype == torch.float32:  # clamp refuses a bound outside the dtype's range, which the kernels round.
+        clip = math.inf if clip >= LARGEST + 2.0**103 else min(clip, LARGEST)
     gx, gy = call.gx * call.rate, call.gy * call.rate
     if call.tied:
         gx = gy = (gx + gy) * 0.5
