@@ -20,10 +20,11 @@ from .active_calls import Variant, active_call, calling_copies
 from .calling import NetworkCall, module_of
 from .conditions import Fit, map_tensors, tensors_of
 from .module_copies import why_not_copied
-from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks
+from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic
 from .timesteps import Timesteps
 
 AUTO = "auto"
+Combine = Callable[[Tensor, Tensor, float, Tensor], Tensor]
 _DTYPES = re.compile(r"\b(dtype|scalar type|[Ii]nput type)\b")
 
 
@@ -60,6 +61,10 @@ class Denoiser(Evaluator):
             than the network itself, and may round otherwise with a graph than without; see docs/memory.md.
         guide_below_one: Whether the formula of guidance is used for a `guidance_scale` below 1 too. At 0 it gives the
             prediction for `uncond`.
+        combine: For guidance that is not the formula above, such as one that keeps the norm of the prediction for
+            `cond`: a function `(uncond, cond, guidance_scale, t)` of both predictions (B, C, ...), in float32 at least,
+            that returns eps. It is differentiated by autograd, so it must be made of differentiable operations, and it
+            must return the same value whenever it is given the same arguments. It is not called without guidance.
         **unet_kwargs: Further arguments of the network. Tensors may be nested in dicts, lists and tuples. A tensor has
             1 or B rows. If `uncond` is given these are used for both halves, and a tensor may also have 2 or 2B rows,
             [uncond; cond], whose second half is used where the prediction for `cond` is used alone. Two rows for a
@@ -86,6 +91,7 @@ class Denoiser(Evaluator):
         vjp_dtype: torch.dtype | str | None = AUTO,
         compile: bool = False,
         guide_below_one: bool = False,
+        combine: Combine | None = None,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
@@ -104,6 +110,11 @@ class Denoiser(Evaluator):
         self._uncond: Tensor | None = uncond
         self._guidance_scale: float = float(guidance_scale)
         self._guided = uncond is not None and (guidance_scale > 1 or (guide_below_one and guidance_scale < 1))
+        if combine is not None and not callable(combine):
+            raise TypeError(
+                f"combine: expected a function (uncond, cond, guidance_scale, t) -> eps or None, got {combine!r}"
+            )
+        self._combine = combine
         self._unet_kwargs: dict[str, Any] = unet_kwargs
         self._module: nn.Module | None = module_of(unet)
         self._call: NetworkCall = NetworkCall(unet, compile)
@@ -133,6 +144,10 @@ class Denoiser(Evaluator):
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
+
+    @property
+    def combine(self) -> Combine | None:
+        return self._combine
 
     @property
     def unet_kwargs(self) -> dict[str, Any]:
@@ -243,7 +258,7 @@ class Denoiser(Evaluator):
             yield
             return
         if self._variant.cast_to is None:
-            _refuse_stochastic(self._module)
+            refuse_stochastic(self._module)
         with calling_copies(self._call, self._module, self._variant):
             yield
 
@@ -284,7 +299,8 @@ class Denoiser(Evaluator):
         The fused operators of a chain cast, combine and differentiate it in one pass. Arguments are as in `__call__`.
 
         Returns:
-            Either (eps, None), or ([uncond; cond], guidance_scale) where two predictions are to be combined.
+            Either (eps, None), or ([uncond; cond], guidance_scale) where two predictions are to be combined. What
+            `combine` returns is eps.
 
         Raises:
             ValueError: The network's output has another shape than its input, or a condition does not fit the batch.
@@ -316,7 +332,15 @@ class Denoiser(Evaluator):
             )
         if eps.dtype not in FLOAT_DTYPES:  # Such a dtype, float8 for instance, is for storage.
             eps = eps.float()
-        return eps, self._guidance_scale if self._guided else None
+        if not self._guided or self._combine is None:
+            return eps, self._guidance_scale if self._guided else None
+        eps_uncond, eps_cond = eps.to(torch.promote_types(eps.dtype, torch.float32)).chunk(2)
+        combined = self._combine(eps_uncond, eps_cond, self._guidance_scale, timestep)
+        if combined.shape != x.shape:
+            raise ValueError(
+                f"combine: expected it to return a tensor of shape {tuple(x.shape)}, got {tuple(combined.shape)}"
+            )
+        return combined, None
 
     def _conditions(self) -> dict[str, Any]:
         """All conditions as one tree, without those for `uncond` if they are not used."""
@@ -339,29 +363,6 @@ def _explain_cast(dtype: torch.dtype | None) -> Iterator[None]:
             "The network reaches some of its weights by a closure or another object, where they cannot be cast; use "
             "vjp_dtype=None"
         ) from error
-
-
-def _refuse_stochastic(network: nn.Module) -> None:
-    """Raises ValueError if a module is random or keeps running statistics, so that a second call differs."""
-    for name, module in network.named_modules():
-        if not module.training:
-            continue
-        dropout: float = 0.0
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            dropout = module.p
-        elif isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-            dropout = module.dropout
-        batch_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
-            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
-        )
-        # The power iteration of spectral norm goes on at every call.
-        batch_statistics = batch_statistics or isinstance(module, nn.utils.parametrizations._SpectralNorm)
-        if dropout > 0 or batch_statistics or isinstance(module, nn.RReLU):
-            why = f"dropout p={dropout:g}" if dropout > 0 else "random or running statistics"
-            raise ValueError(
-                f"unet: {type(module).__name__} {name!r} is in training mode ({why}), so a second evaluation "
-                "differs from the first and no gradient can be right; call unet.eval() first"
-            )
 
 
 def _check_conditions(cond: Any, uncond: Any, guidance_scale: Any) -> None:

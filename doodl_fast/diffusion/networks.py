@@ -176,6 +176,29 @@ def as_tensor(output: Any, argument: str) -> Tensor:
     return output
 
 
+def refuse_stochastic(network: nn.Module) -> None:
+    """Raises ValueError if a module is random or keeps running statistics, so that a second call differs."""
+    for name, module in network.named_modules():
+        if not module.training:
+            continue
+        dropout: float = 0.0
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            dropout = module.p
+        elif isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            dropout = module.dropout
+        batch_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
+        )
+        # The power iteration of spectral norm goes on at every call.
+        batch_statistics = batch_statistics or isinstance(module, nn.utils.parametrizations._SpectralNorm)
+        if dropout > 0 or batch_statistics or isinstance(module, nn.RReLU):
+            why = f"dropout p={dropout:g}" if dropout > 0 else "random or running statistics"
+            raise ValueError(
+                f"unet: {type(module).__name__} {name!r} is in training mode ({why}), so a second evaluation "
+                "differs from the first and no gradient can be right; call unet.eval() first"
+            )
+
+
 def has_blocks(network: Any) -> bool:
     """Whether a network can checkpoint its blocks, as those of diffusers can."""
     return isinstance(network, nn.Module) and any(hasattr(m, "gradient_checkpointing") for m in network.modules())

@@ -52,6 +52,9 @@ def fingerprint(chain: Any, decode: Callable[..., Any], loss: Callable[..., Any]
     couplings = [(c.target, *(f"{v:.10g}" for v in (c.a, c.c, c.b)), c.step, str(c.tag)) for c in chain.program]
     scale = getattr(chain.evaluator, "guidance_scale", None)
     words = [type(chain).__qualname__, chain.arithmetic, str(chain.state_dtype), repr(scale), repr(couplings)]
+    combine = getattr(chain.evaluator, "combine", None)
+    if combine is not None:
+        words.append(repr(_of_function(combine)))
     conditions = list(evaluator.tensors())
     return {
         "chain": {"exact": _hash(words), "near": []},

@@ -77,7 +77,7 @@ class DiffusionChain(Chain):
         cls,
         pipe: Any,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | str = "auto",
         memory: Memory = "auto",
@@ -96,7 +96,8 @@ class DiffusionChain(Chain):
         Args:
             pipe: A diffusers pipeline, for instance from `StableDiffusionPipeline.from_pretrained(...)`.
             prompt: One prompt, or a list of B prompts for a batch of B latents. None with `prompt_embeds`.
-            negative_prompt: What to steer away from: one text for all prompts, or one for each.
+            negative_prompt: What to steer away from: one text for all prompts, or one for each. None is what the
+                pipeline does without one: "" for most, no guidance for some, see docs/pipelines.md.
             num_inference_steps: The number of sampling steps. EDICT needs about 50 with its usual `mix_weight`.
             guidance_scale: The weight of classifier-free guidance (arXiv 2207.12598). As in diffusers, the prompt alone
                 is used with anything up to 1, and a network that embeds the guidance scale gets it as an input. "auto"

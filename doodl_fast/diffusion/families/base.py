@@ -41,7 +41,7 @@ class Request:
 
     Attributes:
         prompt: One prompt, or several; None with `prompt_embeds` in the options.
-        negative_prompt: One for all prompts, or one for each.
+        negative_prompt: One for all prompts, or one for each; None where the caller gave none.
         num_inference_steps: The number of sampling steps.
         guidance_scale: The guidance scale; "auto" is the family's own.
         height: Of a picture in pixels; None is the pipeline's own.
@@ -50,7 +50,7 @@ class Request:
     """
 
     prompt: str | list[str] | None = None
-    negative_prompt: str | list[str] = ""
+    negative_prompt: str | list[str] | None = None
     num_inference_steps: int = 50
     guidance_scale: float | str = "auto"
     height: int | None = None
