@@ -70,6 +70,11 @@ class SamplerSteps:
         return f"SamplerSteps({self.name}, {len(self)} network calls, {self.num_draws} draws of noise)"
 
     @property
+    def timesteps(self) -> tuple[int | float, ...]:
+        """What the network is given in each of its calls."""
+        return tuple(step.timestep for step in self.steps)
+
+    @property
     def num_draws(self) -> int:
         """How often the scheduler adds noise."""
         return len({term for step in self.steps for term in step.result if term.kind == "noise"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -132,7 +133,7 @@ class DiffusionChain(Chain):
         request = Request(prompt, negative_prompt, num_inference_steps, guidance_scale, height, width, options)
         timesteps = family.set_timesteps(pipe, request)
         schedule = cls.read_scheduler(pipe.scheduler, num_inference_steps, **timesteps)
-        parts = family.parts(pipe, request)
+        parts = family.parts(pipe, replace(request, timesteps=tuple(getattr(schedule, "timesteps", ()))))
         chain = cls(parts.denoiser, schedule, memory=memory, **solver)
         chain._space, chain._decoder = parts.space, parts.decoder
         return chain

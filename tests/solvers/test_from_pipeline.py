@@ -235,8 +235,8 @@ def test_a_network_that_embeds_the_guidance_scale_gets_it(pipe: Any) -> None:
 
 def test_components_that_would_be_ignored_are_named(pipe: Any) -> None:
     control = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
-    controlled = with_parts("StableDiffusionControlNetPipeline", pipe, controlnet=control)
-    with pytest.raises(ValueError, match=r"pipe: StableDiffusionControlNetPipeline has controlnet, which .* ignore"):
+    controlled = with_parts("StableDiffusionControlNetInpaintPipeline", pipe, controlnet=control)
+    with pytest.raises(ValueError, match=r"pipe: StableDiffusionControlNetInpaint\w+ has controlnet, which .* ignore"):
         EDICT.from_pipeline(controlled, "a dog")
     adapter = diffusers.T2IAdapter(channels=[16, 16], num_res_blocks=1, adapter_type="full_adapter")
     adapted = with_parts("StableDiffusionAdapterPipeline", pipe, adapter=adapter)

@@ -47,6 +47,7 @@ class Request:
         height: Of a picture in pixels; None is the pipeline's own.
         width: Of a picture in pixels; None is the pipeline's own.
         options: Further arguments, which are neither from_pipeline's nor the solver's.
+        timesteps: Those of the chain, from noise to picture; none before the scheduler was read.
     """
 
     prompt: str | list[str] | None = None
@@ -56,6 +57,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    timesteps: tuple[int | float, ...] = ()
 
 
 class Family(ABC):

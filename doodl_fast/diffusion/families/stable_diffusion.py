@@ -16,7 +16,13 @@ from ..decoder import Decoder
 from ..denoiser import Denoiser
 from ..latent_space import latent_space
 from ..pipeline import KNOWN_COMPONENTS, VIDEO_UNETS, encode_conditions
+from .additions import Addition, Build
 from .base import BY_HAND, DENOISER_OPTIONS, Family, Parts, Request, components_of, take
+from .controlnet import TEXT_TO_IMAGE as CONTROLLED
+from .controlnet import ControlNet
+
+ADDITIONS: tuple[type[Addition], ...] = (ControlNet,)
+"""What may stand around the UNet, in the order in which it is put there."""
 
 
 class StableDiffusion(Family):
@@ -30,6 +36,7 @@ class StableDiffusion(Family):
     pipelines = (
         *(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Img2Img", "Inpaint")),
         *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+        *CONTROLLED,
     )
     components = KNOWN_COMPONENTS
 
@@ -57,7 +64,8 @@ class StableDiffusion(Family):
                 f"pipe: expected a Stable Diffusion pipeline with unet, vae, scheduler and text_encoder, got {name} "
                 f"without {', '.join(missing)}; {BY_HAND}"
             )
-        ignored = sorted(part for part, value in parts.items() if value is not None and part not in KNOWN_COMPONENTS)
+        known = {*KNOWN_COMPONENTS, *(kind.component for kind in ADDITIONS if kind.is_in(pipe))}
+        ignored = sorted(part for part, value in parts.items() if value is not None and part not in known)
         if ignored:
             raise ValueError(
                 f"pipe: {name} has {', '.join(ignored)}, which from_pipeline would ignore; use a pipeline without it, "
@@ -95,13 +103,10 @@ class StableDiffusion(Family):
         options = dict(request.options)
         encoding = take(options, set(inspect.signature(pipe.encode_prompt).parameters) - _OURS)
         own = take(options, DENOISER_OPTIONS)
+        additions = [kind(pipe, take(options, kind.options), request) for kind in ADDITIONS if kind.is_in(pipe)]
         unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
         extra = take(options, set(inspect.signature(type(unet).forward).parameters) - _OURS)
-        if options:
-            raise TypeError(
-                f"{', '.join(options)}: from_pipeline has no such argument, and neither have the solver, Denoiser, "
-                f"{type(pipe).__name__}.encode_prompt and {type(unet).__name__}.forward"
-            )
+        _refuse_left_over(options, pipe, unet)
         scale = (extra.get("cross_attention_kwargs") or {}).get("scale")
         if scale is not None:  # the weight of a LoRA, of which the text encoder may have a part
             encoding.setdefault("lora_scale", scale)
@@ -115,7 +120,7 @@ class StableDiffusion(Family):
                 RuntimeWarning,
                 stacklevel=3,
             )
-        space = latent_space(pipe, request.height, request.width)
+        space = latent_space(pipe, *_size(additions, request))
         cond, uncond, conditions = encode_conditions(
             pipe,
             request.prompt,
@@ -134,7 +139,10 @@ class StableDiffusion(Family):
                     cond.device
                 ),
             )
-        denoiser = Denoiser(pipe.unet, cond, uncond, guidance_scale if guided else 1.0, **own, **extra)
+        build = Build(pipe, request, guided, pipe.unet, extra)
+        for addition in additions:
+            addition.add(build)
+        denoiser = Denoiser(build.network, cond, uncond, guidance_scale if guided else 1.0, **own, **build.kwargs)
         return Parts(denoiser, space.for_prompts(len(cond)), Decoder(pipe.vae))
 
 
@@ -151,6 +159,24 @@ _OURS = {
     "kwargs",
 }
 """Parameters of `encode_prompt` and of the UNet's `forward` that are not the caller's to give."""
+
+
+def _size(additions: list[Addition], request: Request) -> tuple[int | None, int | None]:
+    """Returns the height and width that were asked for, or else those of a picture that is given."""
+    height, width = request.height, request.width
+    for addition in additions:
+        own_height, own_width = addition.size()
+        height, width = own_height if height is None else height, own_width if width is None else width
+    return height, width
+
+
+def _refuse_left_over(options: Mapping[str, Any], pipe: Any, unet: Any) -> None:
+    """Raises TypeError for options that nobody has taken."""
+    if options:
+        raise TypeError(
+            f"{', '.join(options)}: from_pipeline has no such argument, and neither have the solver, Denoiser, "
+            f"{type(pipe).__name__}.encode_prompt and {type(unet).__name__}.forward"
+        )
 
 
 def _check_adapter(unet: Any, extra: Mapping[str, Any]) -> None:

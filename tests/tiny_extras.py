@@ -1,0 +1,111 @@
+"""Tiny versions of what stands around Stable Diffusion's UNet, and the comparisons that their tests share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import tiny_pipeline
+import torch
+from conftest import relative
+from tiny_families import awake
+from tolerances import FP32
+from torch import Tensor
+
+from doodl_fast.solvers.ddim import DDIM
+
+STEPS = 4
+
+
+def with_parts(kind: str, pipe: Any, **changes: Any) -> Any:
+    """A pipeline of another class from the parts of `pipe`."""
+    make = getattr(diffusers, kind)
+    parts = {**pipe.components, "requires_safety_checker": False, **changes}
+    made = make(**{name: part for name, part in parts.items() if name in inspect.signature(make).parameters})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def unet_like(pipe: Any, **changes: Any) -> Any:
+    """A UNet of the pipeline's configuration but for the changes, with other weights."""
+    torch.manual_seed(0)
+    config = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
+    return diffusers.UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def controlnet(unet: Any, seed: int = 0, **changes: Any) -> Any:
+    """A ControlNet whose convolutions that start from zero have random weights, and that looks at its picture."""
+    torch.manual_seed(seed)
+    config = {"conditioning_embedding_out_channels": (4, 4, 8, 8), **changes}
+    made = awake(diffusers.ControlNetModel.from_unet(unet, **config)).requires_grad_(False)
+    for weight in made.controlnet_cond_embedding.parameters():
+        weight.mul_(3.0)
+    return made
+
+
+def picture(batch: int = 1, height: int = 64, width: int = 64, seed: int = 0, channels: int = 3) -> Tensor:
+    """Pixels in [0, 1]."""
+    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def chain_and_pipeline(
+    pipe: Any, options: Mapping[str, Any], ours: Mapping[str, Any] | None = None, solver: Any = DDIM, batch: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Returns the latents of a chain and those of the pipeline, from the same noise.
+
+    Args:
+        pipe: The pipeline.
+        options: Arguments of both.
+        ours: Arguments of `from_pipeline` alone.
+        solver: The class of the chain.
+        batch: How many latents.
+    """
+    negative = options.get("negative_prompt") or ""
+    given = {name: value for name, value in options.items() if name not in ("prompt", "negative_prompt")}
+    settings = {"num_inference_steps": STEPS, "memory": "checkpoint", **given, **(ours or {})}
+    chain = solver.from_pipeline(pipe, options.get("prompt", "a dog"), negative, **settings)
+    x = chain.noise(seed=3, batch=batch)
+    asked = {"prompt": "a dog", "num_inference_steps": STEPS, **options}
+    with torch.no_grad():
+        (x0,) = chain(x)
+    expected = pipe(**asked, latents=x, output_type="latent").images
+    assert relative(x, expected) > 0.1, "the weights must matter"
+    return x0, expected
+
+
+def assert_same_gradients(
+    make: Any, inputs: Sequence[Tensor], memories: Sequence[Any], latents: Tensor, tolerance: float = FP32
+) -> None:
+    """Compares the gradients of chains with those of naive autograd, none of which is zero.
+
+    Args:
+        make: Makes a chain of the inputs' copies and of the memory strategy.
+        inputs: What the gradients are taken of, besides the latents.
+        memories: The strategies.
+        latents: The start.
+        tolerance: Relative.
+    """
+    found = []
+    for memory in ("naive", *memories):
+        leaves = [value.detach().clone().requires_grad_() for value in inputs]
+        chain = make(memory, *leaves)
+        x = latents.clone().requires_grad_()
+        loss = sum((end * (1 + index)).square().mean() for index, end in enumerate(chain(x)))
+        found.append(torch.autograd.grad(loss, [x, *leaves]))
+    for memory, gradients in zip(memories, found[1:], strict=True):
+        for want, got in zip(found[0], gradients, strict=True):
+            assert want.norm() > 0
+            assert relative(got, want) < tolerance, memory
+
+
+def pipelines(work: Any) -> dict[str, Any]:
+    """Stable Diffusion and Stable Diffusion XL, both tiny."""
+    made = {
+        "sd": tiny_pipeline.stable_diffusion(work / "sd"),
+        "xl": tiny_pipeline.stable_diffusion_xl(work / "xl"),
+    }
+    for pipe in made.values():
+        pipe.set_progress_bar_config(disable=True)
+    return made
