@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .diffusion.pipeline import encode_prompt
     from .diffusion.schedule import Schedule
     from .diffusion.tracing import SamplerSteps
+    from .diffusion.videos import VideoTensor
     from .ops import backend
     from .optimization.loop import Result, StepInfo, optimize
     from .optimization.update import UpdateSettings
@@ -83,6 +84,7 @@ __all__ = [
     "StepInfo",
     "UniPC",
     "UpdateSettings",
+    "VideoTensor",
     "backend",
     "check_reversibility",
     "encode_prompt",
@@ -125,6 +127,7 @@ _HOMES = {
     "Schedule": "diffusion.schedule",
     "StepInfo": "optimization.loop",
     "UpdateSettings": "optimization.update",
+    "VideoTensor": "diffusion.videos",
     "backend": "ops",
     "check_reversibility": "chain.reversibility",
     "encode_prompt": "diffusion.pipeline",

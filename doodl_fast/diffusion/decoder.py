@@ -37,7 +37,9 @@ class Decoder:
     """
 
     def __init__(self, vae: Any) -> None:
-        if not callable(getattr(vae, "decode", None)) or not hasattr(getattr(vae, "config", None), "scaling_factor"):
+        config = getattr(vae, "config", None)
+        is_scaled = any(hasattr(config, name) for name in ("scaling_factor", "latents_mean"))
+        if not callable(getattr(vae, "decode", None)) or not is_scaled:
             raise TypeError(f"vae: expected a diffusers autoencoder (pipe.vae, for instance), got {type(vae).__name__}")
         self.vae = vae
         self._checkpoints = self._singly = False
@@ -51,7 +53,9 @@ class Decoder:
             The other decoder, or None where nothing is left to save.
         """
         other = copy.copy(self)
-        if not self._checkpoints and has_blocks(self.vae):
+        # Some video autoencoders have the switch and never read it.
+        can_checkpoint = has_blocks(self.vae) and getattr(self.vae, "_supports_gradient_checkpointing", True)
+        if not self._checkpoints and can_checkpoint:
             other._checkpoints = True
         elif not self._singly:
             other._singly = True
@@ -73,6 +77,10 @@ class Decoder:
             ValueError: `latents` has another shape, or the VAE overflows in fp16.
         """
         check_images(latents, "latents", self.vae.config.latent_channels)
+        return self._decoded(latents)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Returns what the VAE makes of latents whose shape is checked."""
         scale, shift = self._affine(latents)
         images = run_in_dtype(self._decode, (latents - shift) / scale, self.vae.dtype)
         if self.vae.dtype == torch.float16 and torch.isfinite(latents).all() and not torch.isfinite(images).all():
@@ -130,9 +138,10 @@ class Decoder:
     def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Returns (scale, shift) with `latents = raw * scale + shift`, where raw is what the VAE has."""
         config = self.vae.config
-        scale = float(config.scaling_factor)
+        scale = float(getattr(config, "scaling_factor", None) or 1.0)
         mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is not None and deviation is not None:
-            means, deviations = (like.new_tensor(values).reshape(1, -1, 1, 1) for values in (mean, deviation))
+            shape = 1, -1, *[1] * (like.ndim - 2)
+            means, deviations = (like.new_tensor(values).reshape(shape) for values in (mean, deviation))
             return scale / deviations, -scale * means / deviations
         return scale, -scale * float(getattr(config, "shift_factor", None) or 0.0)

@@ -10,9 +10,9 @@ import copy
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,19 @@ INTEGER_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 INTEGER_RANGES = (2**8 - 1, 2**16 - 1, 2**31 - 1)
 
 
-class ImageTensor(Tensor):
+class SavableTensor(Tensor):
+    """A tensor with methods to save and show it, for which the result of any torch operation is a plain tensor."""
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavableTensor:
+        # PyTorch's own method asks for a `new_empty` that returns the subclass, which no operation here does.
+        copied = copy.deepcopy(self.as_subclass(Tensor), memo).as_subclass(type(self))
+        memo[id(self)] = copied
+        return copied
+
+
+class ImageTensor(SavableTensor):
     """Images (B, 3, H, W) in [-1, 1] that can be saved and shown.
 
     It is a tensor like any other; the result of any torch operation on it is a plain `torch.Tensor`. Functions that
@@ -53,18 +65,10 @@ class ImageTensor(Tensor):
         >>> ImageTensor(decoder(latents)).save("dog.png")
     """
 
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
-
     @staticmethod
     def __new__(cls: type[ImageTensor], images: Tensor) -> ImageTensor:
         check_images(images)
         return images.as_subclass(cls)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ImageTensor:
-        # PyTorch's own method asks for a `new_empty` that returns the subclass, which no operation here does.
-        copied = copy.deepcopy(self.as_subclass(Tensor), memo).as_subclass(type(self))
-        memo[id(self)] = copied
-        return copied
 
     def pil(self) -> list[Image.Image]:
         """Converts the images to PIL pictures.
@@ -88,7 +92,15 @@ def check_images(images: Any, argument: str = "images", channels: int = 3) -> No
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"{argument}: expected a floating tensor, got {got}")
     if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"{argument}: expected shape (B, {channels}, height, width), got {tuple(images.shape)}")
+        hint = video_hint(images) if channels == 3 else ""
+        raise ValueError(f"{argument}: expected shape (B, {channels}, height, width), got {tuple(images.shape)}{hint}")
+
+
+def video_hint(images: Tensor) -> str:
+    """Returns what an error should say besides where videos (B, F, 3, H, W) came in the place of pictures."""
+    if images.ndim != 5 or images.shape[2] != 3:
+        return ""
+    return "; of videos (B, F, 3, H, W), videos.flatten(0, 1) are the frames as pictures"
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -130,30 +142,62 @@ def write_picture(path: str | Path, images: Tensor) -> None:
         ValueError: `images` cannot be shown (see `to_pil`), the suffix is missing or another one, the folder does not
             exist, or `path` is a folder.
     """
+    target, format = check_target(path, SUFFIXES)
+    row = in_a_row(to_pil(images))
+    write_whole(target, lambda file: row.save(file, format=format))
+
+
+def in_a_row(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Returns one PIL picture with pictures of one size side by side."""
     from PIL import Image
 
-    if not isinstance(path, (str, Path)):
-        raise TypeError(f"path: expected the name of a picture file, got {type(path).__name__}")
-    target = Path(path)
-    format = SUFFIXES.get(target.suffix.lower())
-    if format is None:
-        raise ValueError(
-            f"path: expected a name that ends in one of {', '.join(SUFFIXES)}, got {str(path)!r}; use {target.stem}.png"
-        )
-    if not target.parent.is_dir():
-        raise ValueError(f"path: the folder {str(target.parent)!r} does not exist; create it first")
-    if target.is_dir():
-        raise ValueError(f"path: expected the name of a picture file, got the folder {str(path)!r}")
-    pictures = to_pil(images)
     width, height = pictures[0].size
     row = Image.new("RGB", (width * len(pictures), height))
     for index, picture in enumerate(pictures):
         row.paste(picture, (index * width, 0))
+    return row
+
+
+def check_target(path: str | Path, formats: Mapping[str, str], kind: str = "picture") -> tuple[Path, str]:
+    """Returns the path of a file that is to be written, and its format by its suffix.
+
+    Args:
+        path: Where to save.
+        formats: The formats by suffix, of which the first is recommended in errors.
+        kind: What is saved, in a word.
+
+    Raises:
+        TypeError: `path` is no name of a file.
+        ValueError: The suffix is another one, the folder does not exist, or `path` is a folder.
+    """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path: expected the name of a {kind} file, got {type(path).__name__}")
+    target = Path(path)
+    format = formats.get(target.suffix.lower())
+    if format is None:
+        raise ValueError(
+            f"path: expected a name that ends in one of {', '.join(formats)}, got {str(path)!r}; use "
+            f"{target.stem}{next(iter(formats))}"
+        )
+    if not target.parent.is_dir():
+        raise ValueError(f"path: the folder {str(target.parent)!r} does not exist; create it first")
+    if target.is_dir():
+        raise ValueError(f"path: expected the name of a {kind} file, got the folder {str(path)!r}")
+    return target, format
+
+
+def write_whole(target: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file that appears under its name when it is complete.
+
+    Args:
+        target: The file's name.
+        write: Writes the content into the open file that it is given.
+    """
     # A random name that must be new follows no symbolic link that somebody else has put there.
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            row.save(file, format=format)
+            write(file)
         os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -52,16 +52,10 @@ class LatentSpace:
         generator: torch.Generator | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        num_frames: int | None = None,
     ) -> Tensor:
         """Draws standard normal latents. See `DiffusionChain.noise`."""
-        height, width = self.height if height is None else height, self.width if width is None else width
-        for name, size, own in (("height", height, self.height), ("width", width, self.width)):
-            check_size(name, size, self.scale_factor, self.patch, self.largest)
-            if self.fixed_size and size != own:
-                raise ValueError(
-                    f"{name}: expected {own}, the size that {self.fixed_by}, got {size}; make the chain with "
-                    f"from_pipeline(..., {name}={size})"
-                )
+        rest = self._shape(*self._checked_size(height, width), num_frames)
         if batch is None:
             batch = self.prompts
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
@@ -70,9 +64,30 @@ class LatentSpace:
             raise ValueError(f"batch: expected {self.prompts}, one for each prompt of the chain, got {batch}")
         if generator is None:
             generator = torch.Generator().manual_seed(seed)
-        shape = (batch, self.channels, height // self.scale_factor, width // self.scale_factor)
-        drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+        drawn = torch.randn((batch, *rest), generator=generator, device=generator.device, dtype=torch.float32)
         return drawn.to(self.device if device is None else device, dtype)
+
+    def _checked_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Returns the size in pixels that is asked for. Raises ValueError for one that does not fit."""
+        height, width = self.height if height is None else height, self.width if width is None else width
+        for name, size, own in (("height", height, self.height), ("width", width, self.width)):
+            check_size(name, size, self.scale_factor, self.patch, self.largest)
+            if self.fixed_size and size != own:
+                raise ValueError(
+                    f"{name}: expected {own}, the size that {self.fixed_by}, got {size}; make the chain with "
+                    f"from_pipeline(..., {name}={size})"
+                )
+        return height, width
+
+    def _shape(self, height: int, width: int, num_frames: int | None) -> tuple[int, ...]:
+        """Returns the shape of the latents behind B, for a size in pixels that is checked.
+
+        Raises:
+            ValueError: `num_frames` does not fit.
+        """
+        if num_frames is not None:
+            raise ValueError(f"num_frames: expected None, because this chain makes pictures, got {num_frames!r}")
+        return self.channels, height // self.scale_factor, width // self.scale_factor
 
 
 def check_size(name: str, size: Any, factor: int, patch: int = 1, largest: int | None = None) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..diffusion.images import video_hint
 from .arguments import check_count, check_positive
 
 
@@ -22,7 +23,8 @@ def check_images(images: Any, name: str = "images") -> Tensor:
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"{name}: expected a floating tensor in [-1, 1], got {got}")
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"{name}: expected shape (B, 3, height, width), got {tuple(images.shape)}")
+        shape = tuple(images.shape)
+        raise ValueError(f"{name}: expected shape (B, 3, height, width), got {shape}{video_hint(images)}")
     return images
 
 

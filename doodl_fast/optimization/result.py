@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..diffusion.images import ImageTensor
+from ..diffusion.videos import VideoTensor
 
 Pair = tuple[Tensor, Tensor]
 
@@ -20,8 +21,9 @@ class StepInfo:
         step: Number of the optimisation step, counted from 0.
         loss: Mean of the losses of the decoded images.
         latents: The noise latents (x, y) that were decoded, each (B, C, ...).
-        images: The decoded images, detached: those of x and of y, or those of x alone with ``first_image_only``. Images
-            of shape (B, 3, H, W) are `ImageTensor`s, which have a method `save`.
+        images: The decoded images, detached: those of x and of y, or those of x alone with ``first_image_only``.
+            Pictures (B, 3, H, W) are `ImageTensor`s and videos (B, F, 3, H, W) `VideoTensor`s, which have a method
+            `save`.
     """
 
     step: int
@@ -37,7 +39,8 @@ class Result:
     Attributes:
         latents: The final noise latents (x, y), each (B, C, ...), in float32 or float64.
         images: The images that they decode to: those of x and of y, or those of x alone with ``first_image_only``.
-            Images of shape (B, 3, H, W) are `ImageTensor`s, which have a method `save`.
+            Images of shape (B, 3, H, W) are `ImageTensor`s and videos (B, F, 3, H, W) `VideoTensor`s, which have a
+            method `save`.
         losses: The mean loss of every step, each taken before the step's update.
         pair_losses: For every step the loss of each decoded image.
         final_loss: The mean loss of the final latents.
@@ -66,5 +69,13 @@ class Result:
 
 
 def as_images(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors, those of the shape (B, 3, H, W) of pictures as `ImageTensor`s."""
-    return tuple(ImageTensor(t) if t.ndim == 4 and t.shape[1] == 3 and t.is_floating_point() else t for t in tensors)
+    """The tensors, pictures (B, 3, H, W) as `ImageTensor`s and videos (B, F, 3, H, W) as `VideoTensor`s."""
+    return tuple(_as_image(tensor) for tensor in tensors)
+
+
+def _as_image(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    if tensor.ndim == 4 and tensor.shape[1] == 3:
+        return ImageTensor(tensor)
+    return VideoTensor(tensor) if tensor.ndim == 5 and tensor.shape[2] == 3 else tensor

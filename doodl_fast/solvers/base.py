@@ -88,7 +88,7 @@ class DiffusionChain(Chain):
         family: Family | None = None,
         **options: Any,
     ) -> Self:
-        """Makes the chain of a diffusers pipeline: Stable Diffusion 1, 2, XL and 3, FLUX.1, PixArt, DDPM.
+        """Makes the chain of a diffusers pipeline: Stable Diffusion 1, 2, XL and 3, FLUX.1, PixArt, DDPM, Wan, ...
 
         The pipeline's class picks the family, see docs/pipelines.md. The pipeline is read and never changed. Its
         scheduler gives the noise levels and timesteps, see `Schedule.from_scheduler`; the steps between them are this
@@ -102,7 +102,8 @@ class DiffusionChain(Chain):
             num_inference_steps: The number of sampling steps. EDICT needs about 50 with its usual `mix_weight`.
             guidance_scale: The weight of classifier-free guidance (arXiv 2207.12598). As in diffusers, the prompt alone
                 is used with anything up to 1, and a network that embeds the guidance scale gets it as an input. "auto"
-                is the family's own: 7.5 for Stable Diffusion 1, 2 and XL, 7 for 3, 3.5 for FLUX, 4.5 for PixArt.
+                is the family's own: 7.5 for Stable Diffusion 1, 2 and XL, 7 for 3, 3.5 for FLUX, 4.5 for PixArt,
+                5 for Wan.
             memory: What is kept for the gradient, see `Chain`. "auto" plans it by the memory that is free.
             height: Height of the pictures in pixels, for `noise` and SDXL's conditions. None is the pipeline's own.
             width: Width of the pictures in pixels.
@@ -111,7 +112,7 @@ class DiffusionChain(Chain):
                 memory_budget); `vjp_dtype` and `compile` of `Denoiser`; arguments of the pipeline's `encode_prompt`
                 (prompt_embeds, negative_prompt_embeds, clip_skip; for SDXL prompt_2, pooled_prompt_embeds, ...);
                 arguments of the UNet's `forward` (cross_attention_kwargs, added_cond_kwargs, ...); and others of the
-                pipeline's own that its family names (FLUX's true_cfg_scale, for instance).
+                pipeline's own that its family names (FLUX's true_cfg_scale, or the num_frames of videos, for instance).
 
         Returns:
             A chain with `noise` and `decode`.
@@ -222,6 +223,7 @@ class DiffusionChain(Chain):
         *,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         generator: torch.Generator | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -238,23 +240,27 @@ class DiffusionChain(Chain):
             batch: How many latents B. None is one for each prompt of the chain.
             height: Height of the pictures in pixels. None is that of the chain.
             width: Width of the pictures in pixels. None is that of the chain.
+            num_frames: Frames of the videos. None is that of the chain, and for a chain that makes pictures.
             generator: Where the noise is drawn from instead, as in diffusers.
             device: Of the result. None is the network's.
             dtype: Of the result.
 
         Returns:
-            Latents (B, C, height / f, width / f), where f is the VAE's scale factor.
+            Latents (B, C, height / f, width / f), where f is the VAE's scale factor. Latents of videos have frames as
+            well, in the axis where the pipeline has them.
 
         Raises:
             ValueError: A size or the batch does not fit, or the chain was not made by `from_pipeline`.
         """
         if self._space is None:
             raise ValueError(f"noise: {MADE_BY_HAND} its latents' shape; use torch.randn(batch, channels, h, w)")
-        return self._space.noise(seed, batch, height, width, generator, device, dtype)
+        return self._space.noise(seed, batch, height, width, generator, device, dtype, num_frames)
 
     @property
     def decode(self) -> Decoder:
-        """The pipeline's decoder: `chain.decode(latents)` gives images (B, 3, H, W) in [-1, 1].
+        """The pipeline's decoder: `chain.decode(latents)` gives images (B, 3, H, W) in [-1, 1], or videos.
+
+        Videos are (B, F, 3, H, W); see `doodl_fast.diffusion.video.VideoDecoder`.
 
         Raises:
             AttributeError: The chain was not made by `from_pipeline`.

@@ -13,10 +13,18 @@ from .pixart import PixArt
 from .pixel import PixelSpace
 from .sd3 import StableDiffusion3
 from .stable_diffusion import StableDiffusion
+from .wan import Wan
 
 __all__ = ["FAMILIES", "Family", "NetworkAdapter", "Parts", "Request", "family_of", "family_of_class"]
 logger = logging.getLogger(__name__)
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusion3(), Flux(), PixArt(), PixelSpace())
+FAMILIES: tuple[Family, ...] = (
+    StableDiffusion(),
+    StableDiffusion3(),
+    Flux(),
+    PixArt(),
+    PixelSpace(),
+    Wan(),
+)
 
 
 def family_of_class(name: str) -> Family | None:

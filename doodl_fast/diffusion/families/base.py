@@ -150,7 +150,8 @@ def refuse_unknown(options: Mapping[str, Any], pipe: Any, known: set[str]) -> No
 
 def encoding_options(pipe: Any) -> set[str]:
     """Returns the names of the arguments of the pipeline's `encode_prompt` that are the caller's to give."""
-    ours = {"prompt", "negative_prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "kwargs"}
+    ours = {"prompt", "negative_prompt", "device", "do_classifier_free_guidance", "dtype", "kwargs"}
+    ours |= {f"num_{things}_per_prompt" for things in ("images", "videos", "waveforms")}
     return set(inspect.signature(pipe.encode_prompt).parameters) - ours
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,12 @@ class TransformerCall(NetworkAdapter):
 
 
 def check_prompts(
-    pipe: Any, request: Request, encoding: Mapping[str, Any], guided: bool, companion: str, encoders: tuple[str, ...]
+    pipe: Any,
+    request: Request,
+    encoding: Mapping[str, Any],
+    guided: bool,
+    companion: str | None,
+    encoders: tuple[str, ...],
 ) -> tuple[list[str] | None, list[str] | None]:
     """Checks the prompts and embeddings, and returns the prompts as lists, or None where there are embeddings.
 
@@ -47,7 +53,8 @@ def check_prompts(
         request: Its prompt and negative prompt.
         encoding: The embeddings that are given, and other arguments of `encode_prompt`.
         guided: Whether the negative prompt is used.
-        companion: The name of what belongs to `prompt_embeds`, the pooled embeddings for instance.
+        companion: The name of what belongs to `prompt_embeds`, the pooled embeddings for instance; None if nothing
+            does.
         encoders: The components without which no text can be encoded.
 
     Raises:
@@ -59,13 +66,13 @@ def check_prompts(
     lacking = [part for part in encoders if getattr(pipe, part, None) is None]
     for prefix in ("", "negative_") if guided else ("",):
         name, embeds, other = f"{prefix}prompt", f"{prefix}prompt_embeds", f"{prefix}{companion}"
-        if (encoding.get(other) is None) != (encoding.get(embeds) is None):
+        if companion is not None and (encoding.get(other) is None) != (encoding.get(embeds) is None):
             lone, lost = (embeds, other) if encoding.get(other) is None else (other, embeds)
             raise ValueError(f"{lost}: expected a tensor because {lone} is given, got None")
         if texts[name] is not None and lacking:
             raise ValueError(
                 f"{name}: {type(pipe).__name__} has no {', '.join(lacking)}, so it cannot encode a text; pass "
-                f"{embeds} and {other} instead"
+                f"{embeds}{'' if companion is None else f' and {other}'} instead"
             )
     prompts, negative = texts["prompt"], texts["negative_prompt"]
     negatives = [negative] * count if isinstance(negative, str) else negative
@@ -145,6 +152,25 @@ def refuse_ip_adapter(pipe: Any, is_loaded: bool) -> None:
 
 
 def no_grad_encode(pipe: Any, **arguments: Any) -> Any:
-    """Calls the pipeline's `encode_prompt` without gradient, for one picture of each prompt."""
+    """Calls the pipeline's `encode_prompt` without gradient, for one picture or video of each prompt."""
+    known = inspect.signature(pipe.encode_prompt).parameters
+    counts = {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in known}
     with torch.no_grad():
-        return pipe.encode_prompt(device=pipe.transformer.device, num_images_per_prompt=1, **arguments)
+        return pipe.encode_prompt(device=pipe.transformer.device, **counts, **arguments)
+
+
+def reweighted(output: Tensor, weight: float) -> Tensor:
+    """Changes the guidance scale of one call of a network by a factor, in what the network returns.
+
+    A `Denoiser` has one guidance scale s. Where a pipeline changes it from step to step, the adapter of its network
+    moves the prediction for the prompt, so that `u + s (c' - u)` is `u + weight s (c - u)`.
+
+    Args:
+        output: The predictions (2B, ...), [uncond; cond].
+        weight: The step's guidance scale divided by the denoiser's.
+
+    Returns:
+        The predictions in float32 at least, because the pipelines of diffusers combine them in it.
+    """
+    uncond, cond = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
+    return torch.cat([uncond, uncond + weight * (cond - uncond)])
