@@ -48,13 +48,15 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "solver": str,
     "mix_weight": (float, type(None)),
     "gamma": (float, type(None)),
+    "scheme": (str, type(None)),
+    "zeta": (float, type(None)),
     "arithmetic": str,
     "height": int,
     "width": int,
 }
 """The options of `invert` that `generate` must know, and the types that they have in the file."""
-OLD_STATES = {"solver": EDICT, "gamma": None}
-"""Settings of states that were stored before there was a choice of solvers."""
+OLD_STATES = {"solver": EDICT, "gamma": None, "scheme": None, "zeta": None}
+"""Settings of states that were stored before there were these."""
 LARGEST_DEVIATION, LARGEST_DIFFERENCE = 1.5, 1.0
 """Edits were mostly poor if the noise had a larger standard deviation, or the image a larger |x - y| / |x|."""
 
@@ -130,16 +132,16 @@ def advice(settings: dict[str, Any], chain: DiffusionChain) -> str:
         growth = settings["gamma"] ** -steps
         cause = f"BDIA divides a latent by gamma in every step, here {growth:.2g} times"
         remedy = ", a --gamma nearer to 1"
+    elif name == "rex":
+        growth = settings["zeta"] ** -steps
+        cause = f"Rex divides a latent by zeta in every step, here {growth:.2g} times, and its two latents part"
+        remedy = ", a --zeta nearer to 1"
     return f"On the way to noise {cause}: try fewer --steps, a lower --strength or --guidance-scale{remedy}{wider}"
 
 
 def picture_of(chain: DiffusionChain, state: LatticeState) -> Tensor:
-    """The latents of the picture in a state at the image's end, (1, C, h, w).
-
-    EDICT's are the first ones. A solver whose two latents take turns has them where its last step wrote.
-    """
-    index = 0 if chain.num_starts == 2 else chain.program[-1].target
-    return state.latents()[index]
+    """The latents of the picture in a state at the image's end, (1, C, h, w)."""
+    return state.latents()[chain.picture_index]
 
 
 def decoded(decode: Decoder, latents: Tensor) -> Tensor:
@@ -154,11 +156,13 @@ def describe(chain: DiffusionChain, state: LatticeState) -> dict[str, float]:
     """Measures the two latents x and y of a state.
 
     Returns:
-        "deviation" is the standard deviation of x. "parted" is |x - y| / |x|; at the noise of a solver that starts from
-        one latent it is |y| / |x|, as y is 0 there if x alone leads to the picture.
+        "deviation" is the standard deviation of x. "parted" is |x - y| / |x|; at the noise of a solver whose second
+        latent starts from zero it is |y| / |x|, as y is 0 there if x alone leads to the picture.
     """
+    from ..solvers.single import SingleLatentChain
+
     x, y = (latent.double() for latent in state.latents())
-    apart = y if chain.num_starts == 1 and state.end == "noise" else x - y
+    apart = y if isinstance(chain, SingleLatentChain) and state.end == "noise" else x - y
     return {"deviation": float(x.std()), "parted": float(apart.norm() / x.norm())}
 
 
@@ -218,8 +222,10 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"dtype is {settings['dtype']!r}, arithmetic is {settings['arithmetic']!r}")
     if settings["solver"] not in INVERTIBLE:
         raise ValueError(f"solver is {settings['solver']!r}")
-    own = solvers.SOLVERS[settings["solver"]].options
-    for name in ("strength", *own):
+    own = set(solvers.SOLVERS[settings["solver"]].options)
+    if "scheme" in own and settings["scheme"] not in solvers.SCHEMES:
+        raise ValueError(f"scheme is {settings['scheme']!r}")
+    for name in ("strength", *sorted(own - {"scheme"})):
         if settings[name] is None or not 0 < settings[name] <= 1:
             raise ValueError(f"{name} is {settings[name]!r}")
     for name in ("height", "width"):

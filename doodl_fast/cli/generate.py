@@ -93,7 +93,8 @@ def _said(report: dict[str, Any], solver: str, same: bool, out: Path) -> str:
     if not same:
         said = f"edited: the picture changed by {change}, |x - y| / |x| = {report['parted']:.2g}; {out}"
         if report["parted"] > LARGEST_DIFFERENCE:
-            lower = {"edict": "a lower --mix-weight, ", "bdia": "a lower --gamma, "}.get(solver, "")
+            names = {"edict": "--mix-weight", "bdia": "--gamma", "rex": "--zeta"}
+            lower = f"a lower {names[solver]}, " if solver in names else ""
             said += f"\nthe two latents have parted: invert with {lower}less guidance or more --steps"
         return said
     if report["equal"]:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         write_picture(folder / ENCODED, encoded)
         index = {"settings": settings, "image": str(args.image), "weights": fingerprint(pipeline), "report": report}
         write_json(folder / INDEX, index)
-    apart = "|x - y| / |x|" if args.solver == EDICT else "|y| / |x|"
+    apart = "|x - y| / |x|" if args.solver in (EDICT, "rex") else "|y| / |x|"
     print(f"the noise: standard deviation {report['deviation']:.3g}, {apart} = {report['parted']:.2g}")
     if report["deviation"] > LARGEST_DEVIATION:
         print(

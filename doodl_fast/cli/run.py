@@ -29,8 +29,8 @@ OUTPUTS = ("before.png", "after.png", "best.png", "losses.png", SETTINGS, RESULT
 MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "memory_budget", "device")
 """The options with which a run may be continued differently from how it began."""
 
-OLD_RUNS = {"solver": EDICT, "gamma": None}
-"""Options of runs that were stored before there was a choice of solvers."""
+OLD_RUNS = {"solver": EDICT, "gamma": None, "scheme": None, "zeta": None}
+"""Options of runs that were stored before there were these."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from ..solvers.base import DiffusionChain
 
 EDICT = "edict"
-DEFAULTS = {"mix_weight": 0.93, "gamma": 1.0}
+DEFAULTS: dict[str, float | str] = {"mix_weight": 0.93, "gamma": 1.0, "scheme": "midpoint", "zeta": 0.999}
 """What a solver's option is when it is not given. The parser does not know these, so that a given one can be told."""
+SCHEMES = ("euler", "midpoint", "heun", "rk4")
+"""Those of `Rex`, which the parser must know before torch is loaded."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ SOLVERS = {
     "ddim": Solver(),
     "bdia": Solver(invertible=True, options=("gamma",)),
     "obelm": Solver(invertible=True),
+    "rex": Solver(invertible=True, options=("scheme", "zeta")),
     "sampler": Solver(),
     "dpm-solver": Solver(),
     "unipc": Solver(),
+    "lcm": Solver(),
 }
 INVERTIBLE = tuple(name for name, solver in SOLVERS.items() if solver.invertible)
 
@@ -60,13 +64,19 @@ def add_solver(parser: Parser, names: Sequence[str] = tuple(SOLVERS)) -> None:
         type=number,
         help=f"for bdia: in (0, 1]; lower is more stable and less accurate (default: {DEFAULTS['gamma']})",
     )
+    parser.add_argument(
+        "--scheme", choices=SCHEMES, help=f"for rex: its Runge-Kutta scheme (default: {DEFAULTS['scheme']})"
+    )
+    parser.add_argument(
+        "--zeta", type=number, help=f"for rex: in (0, 1]; lower is more stable (default: {DEFAULTS['zeta']})"
+    )
 
 
 def check_solver(args: argparse.Namespace) -> None:
     """Checks the options of the solver before anything is loaded, and fills in their defaults.
 
     Args:
-        args: The command line: solver, mix_weight, gamma; of `run` also tied, first_image_only and memory.
+        args: The command line: solver and the options in `DEFAULTS`; of `run` also tied, first_image_only and memory.
 
     Raises:
         ValueError: An option belongs to another solver, or is out of range.
@@ -79,7 +89,8 @@ def check_solver(args: argparse.Namespace) -> None:
             raise _misplaced(name, owner, args.solver)
         if name in solver.options:
             value = default if value is None else value
-            check_share(name, value)
+            if not isinstance(value, str):
+                check_share(name, value)
             setattr(args, name, value)
     if solver.has_two_latents:
         return
@@ -139,12 +150,13 @@ def solver_class(name: str) -> Any:
     from ..solvers.ddim import DDIM
     from ..solvers.edict import EDICT as Edict
     from ..solvers.obelm import OBELM
-    from ..solvers.sampler import DPMSolver, Sampler, UniPC
+    from ..solvers.rex import Rex
+    from ..solvers.sampler import LCM, DPMSolver, Sampler, UniPC
 
-    classes = (Edict, DDIM, BDIA, OBELM, Sampler, DPMSolver, UniPC)
+    classes = (Edict, DDIM, BDIA, OBELM, Rex, Sampler, DPMSolver, UniPC, LCM)
     return dict(zip(SOLVERS, classes, strict=True))[name]
 
 
-def solver_options(args: argparse.Namespace) -> dict[str, float]:
+def solver_options(args: argparse.Namespace) -> dict[str, float | str]:
     """The arguments of the solver's class that the command line gives."""
     return {name: getattr(args, name) for name in SOLVERS[args.solver].options}

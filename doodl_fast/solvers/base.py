@@ -207,6 +207,11 @@ class DiffusionChain(Chain):
         return run_truncated(self, latents, self._last_steps.draw())
 
     @property
+    def picture_index(self) -> int:
+        """Which of the program's values is the picture at its end: of `program` and of a `LatticeState`'s latents."""
+        return 0
+
+    @property
     def denoiser(self) -> Denoiser:
         """The network with its conditions: the chain's evaluator."""
         return cast(Denoiser, self.evaluator)

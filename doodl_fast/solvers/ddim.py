@@ -86,7 +86,12 @@ class DDIM(DiffusionChain):
             memory_budget=memory_budget,
         )
 
+    @property
+    def picture_index(self) -> int:
+        """Which of the two values the last coupling changes."""
+        return self.program[-1].target if self.program else 0
+
     def __call__(self, x: Tensor) -> tuple[Tensor]:  # type: ignore[override]
         """Samples from noise x (B, C, ...). Returns a tuple of one: the picture's latents, alike in shape and dtype."""
         ends = super().__call__(x, torch.zeros_like(x))
-        return (ends[self.program[-1].target if self.program else 0],)
+        return (ends[self.picture_index],)

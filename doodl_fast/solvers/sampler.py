@@ -93,6 +93,11 @@ class Sampler(DiffusionChain):
         return cls.read_scheduler(origin.scheduler, origin.num_inference_steps, **origin.options)
 
     @property
+    def picture_index(self) -> int:
+        """Which of the program's values holds the picture after the last step."""
+        return self._layout.result
+
+    @property
     def num_draws(self) -> int:
         """How many tensors of noise the steps add, 0 for a deterministic sampler."""
         return len(self._layout.noise_slots)
@@ -140,7 +145,7 @@ class Sampler(DiffusionChain):
             )
         rest = self._layout.slots - 1 - len(given)
         ends = self.run(x, *given, *(torch.zeros_like(x) for _ in range(rest)))
-        return (ends[self._layout.result],)
+        return (ends[self.picture_index],)
 
 
 class _Named(Sampler):

@@ -21,6 +21,11 @@ class SingleLatentChain(DiffusionChain):
     num_starts = 1
     num_pictures = 1
 
+    @property
+    def picture_index(self) -> int:
+        """Which of the two values the last coupling changes."""
+        return self.program[-1].target if self.program else 0
+
     def __call__(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs the sampler.
 
@@ -55,8 +60,7 @@ class SingleLatentChain(DiffusionChain):
 
     def _picture_first(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Exchanges the two latents if the last coupling changes the second one. Doing it twice changes nothing."""
-        last = self.program[-1].target if self.program else 0
-        return (pair[1], pair[0]) if last else pair
+        return (pair[1], pair[0]) if self.picture_index else pair
 
 
 def check_real(name: str, value: object, low: float, high: float, hint: str) -> float:

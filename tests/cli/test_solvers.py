@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from test_cli_run import refused
 
 import doodl_fast
 from doodl_fast import cli, shapes
+from doodl_fast.cli import edit, solvers
 from doodl_fast.cli import run as run_command
-from doodl_fast.cli import solvers
 from doodl_fast.optimization import loop
 
 CLASSES = {
@@ -24,9 +25,11 @@ CLASSES = {
     "ddim": doodl_fast.DDIM,
     "bdia": doodl_fast.BDIA,
     "obelm": doodl_fast.OBELM,
+    "rex": doodl_fast.Rex,
     "sampler": doodl_fast.Sampler,
     "dpm-solver": doodl_fast.DPMSolver,
     "unipc": doodl_fast.UniPC,
+    "lcm": doodl_fast.LCM,
 }
 
 
@@ -59,6 +62,7 @@ def test_every_solver_optimises(name: str, tmp_path: Path) -> None:
     assert stored["solver"] == name
     assert stored["mix_weight"] == (0.93 if name == "edict" else None)
     assert stored["gamma"] == (1.0 if name == "bdia" else None)
+    assert (stored["scheme"], stored["zeta"]) == (("midpoint", 0.999) if name == "rex" else (None, None))
     result = json.loads((out / "result.json").read_text())
     assert len(result["losses"]) == 1 and result["final_loss"] != result["losses"][0]
     assert len(result["pair_losses"][0]) == (2 if name == "edict" else 1)
@@ -66,7 +70,12 @@ def test_every_solver_optimises(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "scheduler"),
-    [("ddim", "DDIMScheduler"), ("dpm-solver", "DPMSolverMultistepScheduler"), ("unipc", "UniPCMultistepScheduler")],
+    [
+        ("ddim", "DDIMScheduler"),
+        ("dpm-solver", "DPMSolverMultistepScheduler"),
+        ("unipc", "UniPCMultistepScheduler"),
+        ("lcm", "LCMScheduler"),
+    ],
 )
 def test_the_first_picture_is_the_pipelines_own(
     name: str, scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,9 +90,11 @@ def test_the_first_picture_is_the_pipelines_own(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     assert type(seen["chain"]) is CLASSES[name]
-    own = pipeline(
-        "a red circle", num_inference_steps=3, guidance_scale=4.0, latents=seen["latents"], output_type="latent"
-    ).images
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randn(seen["latents"].shape, generator=generator)  # The latents come before LCM's own noise.
+    assert torch.equal(drawn, seen["latents"])
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent", "generator": generator}
+    own = pipeline("a red circle", latents=drawn, **options).images
     with torch.no_grad():
         ours = seen["chain"](seen["latents"])[0]
     assert float((ours - own).norm() / own.norm()) < 1e-5
@@ -170,6 +181,11 @@ BAD = [
     (["--solver", "obelm", "--first-image-only"], "--first-image-only: expected --solver edict with it"),
     (["--solver", "ddim", "--memory", "reversible"], "--memory: expected checkpoint, naive or auto with --solver ddim"),
     (["--solver", "sampler", "--memory", "3"], "--memory: expected checkpoint, naive or auto with --solver sampler"),
+    (["--solver", "ddim", "--zeta", "0.9"], "--zeta: expected --solver rex with it, got --solver ddim"),
+    (["--scheme", "rk4"], "--scheme: expected --solver rex with it, got --solver edict"),
+    (["--solver", "rex", "--zeta", "1.5"], "zeta: expected a number in (0, 1], got 1.5"),
+    (["--solver", "rex", "--scheme", "rk5"], "argument --scheme: invalid choice: 'rk5'"),
+    (["--solver", "lcm", "--memory", "2"], "--memory: expected checkpoint, naive or auto with --solver lcm"),
     (["--solver", "heun"], "argument --solver: invalid choice: 'heun'"),
 ]
 
@@ -206,6 +222,8 @@ def pixels(path: Path) -> np.ndarray:
         ("--solver", "bdia", "--gamma", "0.7", "--steps", "6", "--arithmetic", "exact64"),
         ("--solver", "obelm"),
         ("--solver", "obelm", "--steps", "4", "--strength", "1"),
+        ("--solver", "rex"),
+        ("--solver", "rex", "--scheme", "rk4", "--zeta", "0.9", "--steps", "4"),
     ],
     ids=" ".join,
 )
@@ -218,7 +236,7 @@ def test_there_and_back_bit_for_bit(
     settings = json.loads((out / "invert.json").read_text())["settings"]
     assert settings["solver"] == more[1] and settings["mix_weight"] is None
     assert np.abs(pixels(out / "encoded.png") - pixels(picture)).mean() < 10  # the VAE's error: it is the same picture
-    assert "|y| / |x| =" in capsys.readouterr().out
+    assert ("|x - y| / |x| =" if more[1] == "rex" else "|y| / |x| =") in capsys.readouterr().out
     assert cli.main(["generate", str(out), "--solver", more[1]]) == 0
     assert "came back bit for bit" in capsys.readouterr().out
     assert (out / "reconstruction.png").read_bytes() == (out / "encoded.png").read_bytes()
@@ -262,10 +280,33 @@ def test_what_invert_refuses(picture: Path, tmp_path: Path, capsys: pytest.Captu
         (("--solver", "ddim"), "argument --solver: invalid choice: 'ddim'"),
         (("--solver", "obelm", "--gamma", "0.5"), "--gamma: expected --solver bdia with it, got --solver obelm"),
         (("--solver", "bdia", "--gamma", "0.01", "--steps", "40"), "BDIA divides a latent by gamma in every step"),
+        (("--solver", "lcm"), "argument --solver: invalid choice: 'lcm'"),
     ):
         assert message in refused(invert(picture, *more), capsys)
         assert not (tmp_path / "state").exists()
 
 
+def test_damaged_settings_of_rex(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "state"
+    assert cli.main(invert(picture, "--solver", "rex", "--steps", "2")) == 0
+    index = json.loads((out / "invert.json").read_text())
+    for name, value in {"scheme": "rk5", "zeta": None}.items():
+        (out / "invert.json").write_text(json.dumps(index | {"settings": index["settings"] | {name: value}}))
+        assert f"{name} is {value!r}" in refused(["generate", str(out)], capsys)
+    del index["settings"]["scheme"], index["settings"]["zeta"]
+    (out / "invert.json").write_text(json.dumps(index))
+    assert "scheme is None" in refused(["generate", str(out)], capsys)
+
+
+def test_what_to_do_when_rex_overflows() -> None:
+    settings = {"solver": "rex", "zeta": 0.5, "arithmetic": "exact"}
+    said = edit.advice(settings, SimpleNamespace(schedule=range(10)))  # type: ignore[arg-type]
+    assert "Rex divides a latent by zeta in every step, here 1e+03 times" in said
+    assert said.endswith("a --zeta nearer to 1, or --arithmetic exact64")
+
+
 def test_every_solver_has_its_class() -> None:
+    from doodl_fast.solvers.runge_kutta import SCHEMES
+
+    assert tuple(SCHEMES) == solvers.SCHEMES
     assert {name: solvers.solver_class(name) for name in solvers.SOLVERS} == CLASSES
