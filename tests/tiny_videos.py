@@ -56,3 +56,55 @@ def wan(scheduler: Any = None, **changes: Any) -> Any:
     pipe = diffusers.WanPipeline(**parts | changes)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def cogvideox(scheduler: Any = None, **changes: Any) -> Any:
+    """A pipeline of CogVideoX; with patch_size_t=2 of version 1.5."""
+    words = t5_tokenizer()
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "text_embed_dim": 32,
+        "num_layers": 2,
+        "sample_width": 8,
+        "sample_height": 8,
+        "sample_frames": 9,
+        "temporal_compression_ratio": 4,
+        "max_text_seq_length": 8,
+        "use_rotary_positional_embeddings": True,
+    }
+    transformer = awake(diffusers.CogVideoXTransformer3DModel(**settings | changes))
+    torch.manual_seed(4)
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+        scaling_factor=0.7,
+    )
+    own = diffusers.CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        snr_shift_scale=3.0,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=words,
+        text_encoder=t5_encoder(words),
+        vae=vae.eval(),
+        transformer=transformer,
+        scheduler=own if scheduler is None else scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -29,6 +29,7 @@ class VideoSpace(LatentSpace):
         frame_factor: Frames of a video per frame of the latents.
         first_is_single: Whether the first frame of the latents stands for a single frame, and each further one for
             `frame_factor`, as in the causal VAEs of most video models.
+        frame_group: How many frames of the latents, without such a first one, the VAE takes at a time.
         frames_first: Whether the latents are (B, F, C, h, w) instead of (B, C, F, h, w).
         padding: Frames of the latents before those of the video, which the decoder drops. With any, the number of
             frames is that of the chain.
@@ -38,6 +39,7 @@ class VideoSpace(LatentSpace):
     num_frames: int = 1
     frame_factor: int = 1
     first_is_single: bool = True
+    frame_group: int = 1
     frames_first: bool = False
     padding: int = 0
     most_frames: int | None = None
@@ -53,7 +55,8 @@ class VideoSpace(LatentSpace):
         """
         count: Any = self.num_frames if num_frames is None else num_frames
         more = int(self.first_is_single)
-        step, least = self.frame_factor, 1 if self.first_is_single else self.frame_factor
+        step = self.frame_factor * self.frame_group
+        least = 1 if self.first_is_single else step
         if isinstance(count, bool) or not isinstance(count, int) or count < least or (count - more) % step:
             near = max(least, round((count - more) / step) * step + more) if isinstance(count, (int, float)) else least
             expected = f"a multiple of {step}" + (", plus 1" if more else "")
@@ -70,7 +73,7 @@ class VideoSpace(LatentSpace):
                 f"num_frames: expected {self.num_frames}, for which the latents of this chain have {self.padding} more "
                 f"than the video needs, got {count}; make the chain with from_pipeline(..., num_frames={count})"
             )
-        return (count - more) // step + more + self.padding
+        return (count - more) // self.frame_factor + more + self.padding
 
     def _shape(self, height: int, width: int, num_frames: int | None) -> tuple[int, ...]:
         channels, *size = super()._shape(height, width, None)

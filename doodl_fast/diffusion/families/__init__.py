@@ -8,6 +8,7 @@ from typing import Any
 
 from ..calling import NetworkAdapter
 from .base import ADAPTERS, Family, Parts, Request, components_of
+from .cogvideox import CogVideoX
 from .flux import Flux
 from .pixart import PixArt
 from .pixel import PixelSpace
@@ -24,6 +25,7 @@ FAMILIES: tuple[Family, ...] = (
     PixArt(),
     PixelSpace(),
     Wan(),
+    CogVideoX(),
 )
 
 

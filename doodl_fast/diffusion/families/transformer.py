@@ -157,20 +157,3 @@ def no_grad_encode(pipe: Any, **arguments: Any) -> Any:
     counts = {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in known}
     with torch.no_grad():
         return pipe.encode_prompt(device=pipe.transformer.device, **counts, **arguments)
-
-
-def reweighted(output: Tensor, weight: float) -> Tensor:
-    """Changes the guidance scale of one call of a network by a factor, in what the network returns.
-
-    A `Denoiser` has one guidance scale s. Where a pipeline changes it from step to step, the adapter of its network
-    moves the prediction for the prompt, so that `u + s (c' - u)` is `u + weight s (c - u)`.
-
-    Args:
-        output: The predictions (2B, ...), [uncond; cond].
-        weight: The step's guidance scale divided by the denoiser's.
-
-    Returns:
-        The predictions in float32 at least, because the pipelines of diffusers combine them in it.
-    """
-    uncond, cond = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
-    return torch.cat([uncond, uncond + weight * (cond - uncond)])

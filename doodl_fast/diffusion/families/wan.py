@@ -6,8 +6,10 @@ little, each with a guidance scale of its own. Its model of 5 B parameters gives
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
@@ -22,7 +24,7 @@ from .base import (
     take,
     warn_unused_negative_prompt,
 )
-from .transformer import TransformerCall, reweighted
+from .transformer import TransformerCall
 from .transformer_video import encode_pair, video_space
 
 DEFAULTS = (81, 480, 832)
@@ -40,22 +42,36 @@ class TwoExperts(nn.Module):
         high_noise: The pipeline's `transformer`.
         low_noise: The pipeline's `transformer_2`.
         boundary: The lowest timestep of the first one.
-        weight: How much larger the guidance scale of the second one is, as a factor; 1 where there is no guidance.
     """
 
-    def __init__(self, high_noise: nn.Module, low_noise: nn.Module, boundary: float, weight: float) -> None:
+    def __init__(self, high_noise: nn.Module, low_noise: nn.Module, boundary: float) -> None:
         super().__init__()
-        self.high_noise, self.low_noise = high_noise, low_noise
-        self.boundary, self.weight = boundary, weight
+        self.high_noise, self.low_noise, self.boundary = high_noise, low_noise, boundary
         self.training = high_noise.training or low_noise.training
         self._keep_in_fp32_modules = getattr(high_noise, "_keep_in_fp32_modules", None)
 
     def forward(self, x: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
         """Returns the prediction of the transformer that the timestep belongs to, in a tuple."""
-        if bool(timestep.flatten()[0] >= self.boundary):
-            return (self.high_noise(x, timestep=timestep, **kwargs)[0],)
-        output = self.low_noise(x, timestep=timestep, **kwargs)[0]
-        return (output if self.weight == 1 else reweighted(output, self.weight),)
+        network = self.high_noise if bool(timestep.flatten()[0] >= self.boundary) else self.low_noise
+        return (network(x, timestep=timestep, **kwargs)[0],)
+
+
+@dataclass(frozen=True)
+class TwoScales:
+    """Guidance with another scale for the timesteps below a boundary.
+
+    Attributes:
+        boundary: The lowest timestep of the denoiser's own scale.
+        scale: The guidance scale below.
+    """
+
+    boundary: float
+    scale: float
+
+    def __call__(self, uncond: Tensor, cond: Tensor, guidance_scale: float, t: Tensor) -> Tensor:
+        """Returns the combined prediction. See `Denoiser`."""
+        scale = torch.where(t >= self.boundary, guidance_scale, self.scale)
+        return uncond + scale * (cond - uncond)
 
 
 class WanCall(TransformerCall):
@@ -121,7 +137,7 @@ class Wan(Family):
         if not guided:
             why = f"with guidance_scale={guidance_scale:g}; guidance needs more than 1"
             warn_unused_negative_prompt(request, why)
-        network = self._network(pipe, guidance_scale, others.get("guidance_scale_2"))
+        network, combine = self._network(pipe, guidance_scale, others.get("guidance_scale_2"))
         vae = pipe.vae.config
         space = video_space(
             pipe,
@@ -134,18 +150,19 @@ class Wan(Family):
         )
         cond, uncond = encode_pair(pipe, request, encoding, guided, max_sequence_length=MAX_SEQUENCE_LENGTH)
         call = WanCall(network, bool(pipe.config.get("expand_timesteps")))
-        denoiser = Denoiser(call, cond, uncond, guidance_scale if guided else 1.0, **own, **extra)
+        denoiser = Denoiser(call, cond, uncond, guidance_scale if guided else 1.0, combine=combine, **own, **extra)
         return Parts(denoiser, space.for_prompts(len(cond)), CausalVideoDecoder(pipe.vae, space))
 
-    def _network(self, pipe: Any, guidance_scale: float, second: Any) -> nn.Module:
-        """Returns the network of all timesteps."""
+    def _network(self, pipe: Any, guidance_scale: float, second: Any) -> tuple[nn.Module, TwoScales | None]:
+        """Returns the network of all timesteps, and how its predictions are combined if that changes with them."""
         low_noise = getattr(pipe, "transformer_2", None)
         if second is not None and (low_noise is None or guidance_scale <= 1):
             why = "there is no transformer_2" if low_noise is None else f"guidance_scale is {guidance_scale:g}"
             raise ValueError(f"guidance_scale_2: expected None because {why}, got {second!r}")
         if low_noise is None:
-            network: nn.Module = pipe.transformer
-            return network
-        weight = 1.0 if second is None else self.scale_of(Request(guidance_scale=second)) / guidance_scale
+            return pipe.transformer, None
         boundary = pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps
-        return TwoExperts(pipe.transformer, low_noise, boundary, weight)
+        experts = TwoExperts(pipe.transformer, low_noise, boundary)
+        if second is None:
+            return experts, None
+        return experts, TwoScales(boundary, self.scale_of(Request(guidance_scale=second)))
