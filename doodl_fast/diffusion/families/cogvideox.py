@@ -92,8 +92,8 @@ class CogVideoX(Family):
         channels, expected = pipe.transformer.config.in_channels, pipe.vae.config.latent_channels
         if channels != expected:
             raise ValueError(
-                f"pipe: expected a transformer of {expected} input channels (the latents'), got {channels}: models that "
-                "start from a picture or a video take more than a prompt"
+                f"pipe: expected a transformer of {expected} input channels (the latents'), got {channels}: models "
+                "that start from a picture or a video take more than a prompt"
             )
 
     def parts(self, pipe: Any, request: Request) -> Parts:
@@ -113,8 +113,8 @@ class CogVideoX(Family):
         config = pipe.transformer.config
         if not config.use_rotary_positional_embeddings and cond.shape[1] != config.max_text_seq_length:
             raise ValueError(
-                f"prompt_embeds: expected {config.max_text_seq_length} tokens, for which the network has positions, got "
-                f"{cond.shape[1]}; max_sequence_length is how many a prompt is encoded into"
+                f"prompt_embeds: expected {config.max_text_seq_length} tokens, for which the network has positions, "
+                f"got {cond.shape[1]}; max_sequence_length is how many a prompt is encoded into"
             )
         combine = DynamicGuidance(request.num_inference_steps) if is_dynamic else None
         scale = guidance_scale if guided else 1.0
