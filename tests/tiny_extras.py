@@ -109,3 +109,42 @@ def pipelines(work: Any) -> dict[str, Any]:
     for pipe in made.values():
         pipe.set_progress_bar_config(disable=True)
     return made
+
+
+def t2i_adapter(kind: str = "sd", seed: int = 0) -> Any:
+    """A T2I-Adapter for the UNets of `with_t2i_adapter`."""
+    torch.manual_seed(seed)
+    changes: dict[str, Any] = {"channels": [8, 16, 24], "downscale_factor": 8, "adapter_type": "full_adapter"}
+    if kind == "xl":
+        changes = {"channels": [8, 16, 24, 24], "downscale_factor": 16, "adapter_type": "full_adapter_xl"}
+    return diffusers.T2IAdapter(num_res_blocks=1, **changes).eval().requires_grad_(False)
+
+
+def with_t2i_adapter(pipe: Any, kind: str = "sd", adapter: Any = None) -> Any:
+    """A pipeline with a T2I-Adapter, and a UNet that has attention in the same blocks as the real ones."""
+    down = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+    up = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
+    if kind == "xl":
+        down, up = ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2], [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"]
+    name = {"sd": "StableDiffusionAdapterPipeline", "xl": "StableDiffusionXLAdapterPipeline"}[kind]
+    unet = unet_like(pipe, down_block_types=down, up_block_types=up).requires_grad_(False)
+    return with_parts(name, pipe, unet=unet, adapter=t2i_adapter(kind) if adapter is None else adapter)
+
+
+def ip_adapter(unet: Any, width: int = 16, seed: int = 0) -> dict[str, Any]:
+    """The weights of an IP-Adapter as their files hold them, for pictures' embeddings of a width."""
+    generator = torch.Generator().manual_seed(seed)
+    cross = unet.config.cross_attention_dim
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    attention = {}
+    names = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
+    for number, name in enumerate(names):
+        layer = unet.get_submodule(name.removesuffix(".processor"))
+        for part in ("k", "v"):
+            attention[f"{2 * number + 1}.to_{part}_ip.weight"] = draw(layer.to_k.out_features, cross) * 0.3
+    projection = {"proj.weight": draw(4 * cross, width), "proj.bias": draw(4 * cross)}
+    projection |= {"norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross)}
+    return {"image_proj": projection, "ip_adapter": attention}

@@ -20,8 +20,10 @@ from .additions import Addition, Build
 from .base import BY_HAND, DENOISER_OPTIONS, Family, Parts, Request, components_of, take
 from .controlnet import TEXT_TO_IMAGE as CONTROLLED
 from .controlnet import ControlNet
+from .ip_adapter import IPAdapter
+from .t2i_adapter import ADAPTED, T2IAdapter
 
-ADDITIONS: tuple[type[Addition], ...] = (ControlNet,)
+ADDITIONS: tuple[type[Addition], ...] = (IPAdapter, T2IAdapter, ControlNet)
 """What may stand around the UNet, in the order in which it is put there."""
 
 
@@ -36,7 +38,7 @@ class StableDiffusion(Family):
     pipelines = (
         *(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Img2Img", "Inpaint")),
         *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
-        *CONTROLLED,
+        *(*CONTROLLED, *ADAPTED),
     )
     components = KNOWN_COMPONENTS
 
@@ -110,7 +112,6 @@ class StableDiffusion(Family):
         scale = (extra.get("cross_attention_kwargs") or {}).get("scale")
         if scale is not None:  # the weight of a LoRA, of which the text encoder may have a part
             encoding.setdefault("lora_scale", scale)
-        _check_adapter(unet, extra)
         distilled = getattr(unet.config, "time_cond_proj_dim", None)
         guided = guidance_scale > 1 and distilled is None
         if not guided and request.negative_prompt:
@@ -176,14 +177,4 @@ def _refuse_left_over(options: Mapping[str, Any], pipe: Any, unet: Any) -> None:
         raise TypeError(
             f"{', '.join(options)}: from_pipeline has no such argument, and neither have the solver, Denoiser, "
             f"{type(pipe).__name__}.encode_prompt and {type(unet).__name__}.forward"
-        )
-
-
-def _check_adapter(unet: Any, extra: Mapping[str, Any]) -> None:
-    """Refuses a UNet with an IP-Adapter whose image embeddings are not given."""
-    kind = getattr(unet.config, "encoder_hid_dim_type", None)
-    if kind == "ip_image_proj" and "image_embeds" not in (extra.get("added_cond_kwargs") or {}):
-        raise ValueError(
-            "pipe: its UNet has an IP-Adapter, which needs added_cond_kwargs={'image_embeds': [...]} "
-            "(pipe.prepare_ip_adapter_image_embeds makes them); or remove it with pipe.unload_ip_adapter()"
         )
