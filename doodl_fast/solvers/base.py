@@ -150,7 +150,7 @@ class DiffusionChain(Chain):
         variant: str | None = None,
         **options: Any,
     ) -> Self:
-        """Loads a diffusers pipeline and makes its chain.
+        """Loads a diffusers pipeline of a family that `from_pipeline` takes, and makes its chain.
 
         Args:
             model: A local folder with model_index.json, or a hub id such as `org/name`. Only safetensors are read.
@@ -170,7 +170,8 @@ class DiffusionChain(Chain):
         Example:
             >>> chain = EDICT.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", "a dog", device="cuda")
         """
-        return cls.from_pipeline(load_pipeline(model, device, dtype, variant), prompt, **options)
+        pipe = load_pipeline(model, device, dtype, variant, options.get("family"))
+        return cls.from_pipeline(pipe, prompt, **options)
 
     @classmethod
     def read_scheduler(cls, scheduler: Any, num_inference_steps: int, **set_timesteps: Any) -> Any:

@@ -25,7 +25,7 @@ def run(model: Path | str, out: Path, *more: str) -> list[str]:
 
 # Models of which a part would be ignored
 
-CONTROL = {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]}
+CONTROL = {"_class_name": "StableDiffusionControlNetXSPipeline", "controlnet": ["diffusers", "ControlNetModel"]}
 MOTION = {
     "_class_name": "AnimateDiffPipeline",
     "unet": ["diffusers", "UNetMotionModel"],

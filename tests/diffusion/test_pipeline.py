@@ -124,8 +124,8 @@ def test_an_inpainting_unet_is_refused(folder: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         (
-            {"controlnet": ["diffusers", "ControlNetModel"], "_class_name": "StableDiffusionControlNetPipeline"},
-            r"model: StableDiffusionControlNetPipeline in .* has controlnet, which would be ignored",
+            {"controlnet": ["diffusers", "ControlNetModel"], "_class_name": "StableDiffusionControlNetXSPipeline"},
+            r"model: StableDiffusionControlNetXSPipeline in .* has controlnet, which would be ignored",
         ),
         (
             {"motion_adapter": ["diffusers", "MotionAdapter"], "_class_name": "AnimateDiffPipeline"},

@@ -36,7 +36,7 @@ def pipe() -> Any:
     return made
 
 
-def test_the_example_gives_the_pipelines_pictures(pipe: Any) -> None:
+def test_the_example_gives_the_pipelines_pictures(pipe: Any, tmp_path: Path) -> None:
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(examples) == 3
     names: dict[str, Any] = {"DDIM": DDIM, "pipe": pipe}
@@ -47,6 +47,10 @@ def test_the_example_gives_the_pipelines_pictures(pipe: Any) -> None:
     expected = torch.from_numpy(pipe([1, 2], generator=generator, **options).images).permute(0, 3, 1, 2)
     with torch.no_grad():
         assert relative((names["images"] / 2 + 0.5).clamp(0, 1), expected) < 1e-5
+    pipe.save_pretrained(tmp_path)
+    loaded = DDIM.from_pretrained(tmp_path, class_labels=[1, 2], num_inference_steps=4, family=names["DiT"]())
+    with torch.no_grad():
+        assert relative(loaded(loaded.noise(seed=0))[0], names["x0"]) < 1e-6
 
 
 def test_without_the_adapter_the_page_is_pointed_to(pipe: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple
@@ -70,6 +70,8 @@ class Family(ABC):
     """The names of the pipeline classes that it serves."""
     components: ClassVar[tuple[str, ...]] = ()
     """The components that it uses, or that change no picture."""
+    required: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
+    """The components without which there is no chain."""
     guidance_scale: ClassVar[float] = 7.5
     """The guidance scale where none is given."""
     takes_flows: ClassVar[bool] = False
@@ -108,13 +110,50 @@ class Family(ABC):
             raise TypeError(f"guidance_scale: expected a number, got {scale!r}")
         return float(scale)
 
-    def check_components(self, pipe: Any, required: tuple[str, ...]) -> None:
+    def components_of_class(self, names: Sequence[str]) -> set[str]:
+        """Returns the names of the components that may be there in a pipeline of a class.
+
+        Args:
+            names: The names of the class and of those that it derives from.
+        """
+        return set(self.components)
+
+    def check_saved(self, parts: Mapping[str, str], names: Sequence[str], source: str) -> None:
+        """Refuses a saved pipeline that lacks a part, or a part of which would be ignored, before it is loaded.
+
+        Args:
+            parts: The class names of its components, by the components' names.
+            names: The names of its class and of those that it derives from.
+            source: The folder or hub id, for errors.
+
+        Raises:
+            ValueError: A part is missing or would be ignored.
+        """
+        missing = [name for name in self.required if name not in parts]
+        if missing:
+            raise ValueError(
+                f"model: expected a pipeline with {', '.join(self.required)}, got {names[0]} in {source!r} without "
+                f"{', '.join(missing)}"
+            )
+        ignored = sorted(parts.keys() - self.components_of_class(names))
+        if ignored:
+            raise ValueError(
+                f"model: {names[0]} in {source!r} has {', '.join(ignored)}, which would be ignored; use a folder of the "
+                "model without it"
+            )
+
+    def check_components(self, pipe: Any, required: tuple[str, ...] | None = None) -> None:
         """Refuses a pipeline without the required components, or with components that the family does not know.
+
+        Args:
+            pipe: The pipeline.
+            required: Other components than the family's `required`.
 
         Raises:
             TypeError: A required component is missing.
             ValueError: A component would be ignored.
         """
+        required = self.required if required is None else required
         name, parts = type(pipe).__name__, components_of(pipe)
         missing = [part for part in required if parts.get(part) is None]
         if missing:

@@ -102,7 +102,7 @@ class Flux(Family):
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
-        self.check_components(pipe, ("transformer", "vae", "scheduler"))
+        self.check_components(pipe)
         refuse_ip_adapter(pipe, getattr(pipe.transformer, "encoder_hid_proj", None) is not None)
         channels, expected = pipe.transformer.config.in_channels, PATCH**2 * pipe.vae.config.latent_channels
         if channels != expected:

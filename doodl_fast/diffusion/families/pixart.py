@@ -47,7 +47,7 @@ class PixArt(Family):
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
-        self.check_components(pipe, ("transformer", "vae", "scheduler"))
+        self.check_components(pipe)
 
     def parts(self, pipe: Any, request: Request) -> Parts:
         """See `Family.parts`."""

@@ -50,12 +50,12 @@ class PixelSpace(Family):
     """DDPM and DDIM pipelines. There is no prompt and no guidance; `class_labels` reach a network that takes them."""
 
     pipelines = ("DDPMPipeline", "DDIMPipeline")
-    components = ("unet", "scheduler")
+    components = required = ("unet", "scheduler")
     guidance_scale = 1.0
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
-        self.check_components(pipe, ("unet", "scheduler"))
+        self.check_components(pipe)
         config, name = pipe.unet.config, type(pipe).__name__
         if "cross_attention_dim" in config:
             raise TypeError(

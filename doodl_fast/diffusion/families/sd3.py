@@ -51,7 +51,7 @@ class StableDiffusion3(Family):
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
-        self.check_components(pipe, ("transformer", "vae", "scheduler"))
+        self.check_components(pipe)
         refuse_ip_adapter(pipe, bool(getattr(pipe, "is_ip_adapter_active", False)))
 
     def set_timesteps(self, pipe: Any, request: Request) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from ..decoder import Decoder
 from ..denoiser import Denoiser
 from ..latent_space import latent_space
-from ..pipeline import KNOWN_COMPONENTS, VIDEO_UNETS, encode_conditions
+from ..prompts import encode_conditions
 from .additions import Addition, Build
 from .base import BY_HAND, DENOISER_OPTIONS, Family, Parts, Request, components_of, take
 from .controlnet import TEXT_TO_IMAGE as CONTROLLED
@@ -25,6 +25,14 @@ from .t2i_adapter import ADAPTED, T2IAdapter
 
 ADDITIONS: tuple[type[Addition], ...] = (IPAdapter, T2IAdapter, ControlNet)
 """What may stand around the UNet, in the order in which it is put there."""
+
+COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# Components that a chain uses, or whose absence changes no picture.
+KNOWN_COMPONENTS = (
+    *COMPONENTS,
+    *("text_encoder_2", "tokenizer_2", "safety_checker", "feature_extractor", "image_encoder"),
+)
+VIDEO_UNETS = ("UNetMotionModel", "UNet3DConditionModel", "UNetSpatioTemporalConditionModel", "I2VGenXLUNet")
 
 
 class StableDiffusion(Family):
@@ -41,6 +49,19 @@ class StableDiffusion(Family):
         *(*CONTROLLED, *ADAPTED),
     )
     components = KNOWN_COMPONENTS
+    required = COMPONENTS
+
+    def components_of_class(self, names: Sequence[str]) -> set[str]:
+        """See `Family.components_of_class`."""
+        return {*self.components, *(kind.component for kind in ADDITIONS if not set(names).isdisjoint(kind.pipelines))}
+
+    def check_saved(self, parts: Mapping[str, str], names: Sequence[str], source: str) -> None:
+        """See `Family.check_saved`."""
+        if parts.get("unet") in VIDEO_UNETS or "motion_adapter" in parts:
+            raise ValueError(
+                f"model: {names[0]} in {source!r} makes videos, which is not supported; use a text-to-image model"
+            )
+        super().check_saved(parts, names, source)
 
     def check(self, pipe: Any) -> None:
         """Refuses a pipeline that is no Stable Diffusion 1, 2 or XL, or a part of which would be ignored.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..calling import NetworkAdapter
 from ..decoder import vae_scale_factor
 from ..latent_space import LatentSpace, check_size
-from ..pipeline import prompt_texts
+from ..prompts import prompt_texts
 from .base import Request
 
 

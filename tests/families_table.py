@@ -1,0 +1,47 @@
+"""The table of families that the generic tests go through: one `Case` for each, which is all that a new family adds.
+
+A case says how to build a tiny pipeline and how to call it. `tests/solvers/test_families.py` takes each through
+loading, the pipeline's own pictures, the gradient, exact inversion, the plan of memory and the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tiny_families
+import tiny_pipeline
+
+STEPS = 2
+SIZE = {"height": 16, "width": 16}
+SHORT = {"max_sequence_length": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of pipeline, small enough for tests.
+
+    Attributes:
+        build: Makes the pipeline; it may write files into the folder that it is given.
+        call: The arguments that `from_pipeline` and the pipeline both take, the prompt among them.
+    """
+
+    build: Callable[[Path], Any]
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+PROMPTS = {"prompt": "a dog", "negative_prompt": "ugly", "guidance_scale": 3.0}
+CASES: dict[str, Case] = {
+    "Stable Diffusion 1, 2": Case(tiny_pipeline.stable_diffusion, {**PROMPTS, "height": 64, "width": 64}),
+    "Stable Diffusion XL": Case(tiny_pipeline.stable_diffusion_xl, {**PROMPTS, "height": 64, "width": 64}),
+    "Stable Diffusion 3": Case(tiny_families.stable_diffusion_3, {**PROMPTS, **SHORT, **SIZE}),
+    "FLUX.1 dev": Case(tiny_families.flux, {"prompt": "a dog", "guidance_scale": 3.0, **SHORT, **SIZE}),
+    "FLUX.1 schnell": Case(
+        lambda work: tiny_families.flux(work, guidance_embeds=False), {"prompt": "a dog", **SHORT, **SIZE}
+    ),
+    "PixArt-alpha": Case(lambda _: tiny_families.pixart("PixArtAlphaPipeline", is_told=True), {**PROMPTS, **SHORT}),
+    "PixArt-sigma": Case(lambda _: tiny_families.pixart(), {**PROMPTS, **SHORT}),
+    "Pixel space": Case(lambda _: tiny_families.pixel_space("DDIMPipeline")),
+}
