@@ -179,7 +179,7 @@ def test_several_prompts_are_a_batch(pipeline: Any) -> None:
     assert relative(cond[1:], encode_prompt(pipeline, "a cat")[0]) < 1e-6
 
 
-@pytest.mark.parametrize(("prompt", "negative"), [(3, ""), ("", None), ([], ""), ([b"dog"], "")])
+@pytest.mark.parametrize(("prompt", "negative"), [(3, ""), ("", 3), ([], ""), ([b"dog"], "")])
 def test_a_prompt_that_is_no_text_is_refused(pipeline: Any, prompt: Any, negative: Any) -> None:
     with pytest.raises(TypeError, match="prompt: expected a string or a list of strings"):
         encode_prompt(pipeline, prompt, negative)

@@ -138,8 +138,8 @@ class Family(ABC):
         ignored = sorted(parts.keys() - self.components_of_class(names))
         if ignored:
             raise ValueError(
-                f"model: {names[0]} in {source!r} has {', '.join(ignored)}, which would be ignored; use a folder of the "
-                "model without it"
+                f"model: {names[0]} in {source!r} has {', '.join(ignored)}, which would be ignored; use a folder of "
+                "the model without it"
             )
 
     def check_components(self, pipe: Any, required: tuple[str, ...] | None = None) -> None:
