@@ -15,8 +15,15 @@ from .networks import has_blocks, run_in_dtype
 
 def vae_scale_factor(vae: Any) -> int:
     """Returns the number of pixels per latent along each axis."""
-    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
-    return factor
+    ratio: int | None = getattr(vae, "spatial_compression_ratio", None)
+    return ratio or 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_channels(vae: Any) -> int:
+    """Returns the number of channels of the VAE's latents."""
+    config = vae.config
+    channels: int = config.latent_channels if hasattr(config, "latent_channels") else config.z_dim
+    return channels
 
 
 class Decoder:
@@ -76,7 +83,7 @@ class Decoder:
             TypeError: `latents` is no floating-point tensor.
             ValueError: `latents` has another shape, or the VAE overflows in fp16.
         """
-        check_images(latents, "latents", self.vae.config.latent_channels)
+        check_images(latents, "latents", latent_channels(self.vae))
         return self._decoded(latents)
 
     def _decoded(self, latents: Tensor) -> Tensor:
@@ -110,16 +117,20 @@ class Decoder:
         factor = vae_scale_factor(self.vae)
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(f"images: expected height and width in multiples of {factor}, got {tuple(images.shape)}")
+        latents = self._encode(images, sample, generator).to(torch.promote_types(images.dtype, torch.float32))
+        scale, shift = self._affine(latents)
+        return (latents * scale + shift).to(images.dtype)
+
+    def _encode(self, images: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
+        """Returns the latents that the VAE makes of images."""
         with frozen_copy(self.vae) as vae:
             output = vae.encode(images.to(vae.dtype))
         posterior = getattr(output, "latent_dist", None)
-        if posterior is None:  # an autoencoder without a posterior, AutoencoderTiny for instance
-            latents = output.latents
-        else:
-            latents = posterior.sample(generator) if sample or generator is not None else posterior.mode()
-        latents = latents.to(torch.promote_types(images.dtype, torch.float32))
-        scale, shift = self._affine(latents)
-        return (latents * scale + shift).to(images.dtype)
+        # An autoencoder such as AutoencoderTiny has no posterior.
+        latents: Tensor = output.latents if posterior is None else posterior.mode()
+        if posterior is not None and (sample or generator is not None):
+            latents = posterior.sample(generator)
+        return latents
 
     def _decode(self, z: Tensor) -> Tensor:
         """Decodes raw latents, all at once or one at a time."""

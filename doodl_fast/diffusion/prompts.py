@@ -52,7 +52,7 @@ def encode_prompt(
 def encode_conditions(
     pipeline: Any,
     prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None = "",
+    negative_prompt: str | list[str] = "",
     *,
     height: int | None = None,
     width: int | None = None,
@@ -117,7 +117,7 @@ def prompt_texts(
 
     Args:
         prompt: One prompt or a list of N prompts; None with `prompt_embeds`.
-        negative_prompt: One text for all prompts, or one for each; None is "".
+        negative_prompt: One text for all prompts, or one for each.
         encoding: Arguments of `encode_prompt`, of which `prompt_embeds` and `negative_prompt_embeds` count.
 
     Returns:
@@ -127,7 +127,7 @@ def prompt_texts(
         TypeError: A prompt is no text.
         ValueError: A prompt and its embeddings are both given.
     """
-    texts = {"prompt": prompt, "negative_prompt": "" if negative_prompt is None else negative_prompt}
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt}
     for name, value in texts.items():
         if encoding.get(f"{name}_embeds") is not None:
             if value:

@@ -97,8 +97,11 @@ def test_gradient_is_that_of_plain_autograd(pipes: dict[str, Any], memory: str, 
 
 
 def test_what_has_no_effect_is_said(pipes: dict[str, Any]) -> None:
-    with pytest.warns(RuntimeWarning, match=r"^negative_prompt: it is not used with true_cfg_scale=1; FLUX's") as found:
+    with pytest.warns(RuntimeWarning, match=r"^negative_prompt: it is not used with true_cfg_scale=1; classi") as found:
         Sampler.from_pipeline(pipes["dev"], "a dog", "ugly", 2)
+    assert [w.filename for w in found] == [__file__]
+    with pytest.warns(RuntimeWarning, match=r"^true_cfg_scale: 2 is not used without a negative prompt") as found:
+        Sampler.from_pipeline(pipes["dev"], "a dog", num_inference_steps=2, true_cfg_scale=2.0)
     assert [w.filename for w in found] == [__file__]
     with pytest.warns(RuntimeWarning, match=r"^guidance_scale: it is not used, because this network") as found:
         Sampler.from_pipeline(pipes["schnell"], "a dog", num_inference_steps=2, guidance_scale=3.5)

@@ -12,6 +12,7 @@ from .cogvideox import CogVideoX
 from .flux import Flux
 from .pixart import PixArt
 from .pixel import PixelSpace
+from .qwen_image import QwenImage
 from .sd3 import StableDiffusion3
 from .stable_diffusion import StableDiffusion
 from .wan import Wan
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     StableDiffusion(),
     StableDiffusion3(),
     Flux(),
+    QwenImage(),
     PixArt(),
     PixelSpace(),
     Wan(),

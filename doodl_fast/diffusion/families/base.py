@@ -57,6 +57,12 @@ class Request:
     height: int | None = None
     width: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def negative_texts(self) -> str | list[str]:
+        """The negative prompt, or "" where the caller gave none."""
+        return "" if self.negative_prompt is None else self.negative_prompt
+
     timesteps: tuple[int | float, ...] = ()
 
 
@@ -202,8 +208,14 @@ def keep_given(made: dict[str, Tensor | None], given: Mapping[str, Any], device:
     return {name: value if given.get(name) is None else given[name].to(device) for name, value in made.items()}
 
 
-def warn_unused_negative_prompt(request: Request, why: str) -> None:
-    """Says, at the line that calls `from_pipeline`, that a negative prompt or its embeddings have no effect."""
+def warn_unused_negative_prompt(request: Request, why: str, stacklevel: int = 4) -> None:
+    """Says, at the line that calls `from_pipeline`, that a negative prompt or its embeddings have no effect.
+
+    Args:
+        request: The arguments of `from_pipeline`.
+        why: Why it has none.
+        stacklevel: How far up that line is: 4 where `parts` calls this function.
+    """
     given = [name for name, value in request.options.items() if name.startswith("negative_") and value is not None]
     for name in (["negative_prompt"] if request.negative_prompt else []) + given:
-        warnings.warn(f"{name}: it is not used {why}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{name}: it is not used {why}", RuntimeWarning, stacklevel=stacklevel)

@@ -6,7 +6,6 @@ what the pipeline itself returns as its latents.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -26,9 +25,16 @@ from .base import (
     keep_given,
     refuse_unknown,
     take,
-    warn_unused_negative_prompt,
 )
-from .transformer import check_prompts, dynamic_shift, no_grad_encode, refuse_ip_adapter, transformer_space
+from .transformer import (
+    check_prompts,
+    dynamic_shift,
+    even_sigmas,
+    no_grad_encode,
+    refuse_ip_adapter,
+    transformer_space,
+    true_guidance,
+)
 
 PATCH = 2
 TRAINING_STEPS = 1000
@@ -88,8 +94,8 @@ class Flux(Family):
 
     Beside the arguments of `from_pipeline` it takes those of the pipeline's `encode_prompt` (prompt_2, prompt_embeds,
     pooled_prompt_embeds, max_sequence_length, ...), `sigmas`, `joint_attention_kwargs`, and `true_cfg_scale`, which
-    above 1 adds classifier-free guidance, with `negative_prompt_2`, `negative_prompt_embeds` and
-    `negative_pooled_prompt_embeds`.
+    above 1 adds classifier-free guidance where there is a negative prompt, with `negative_prompt_2`,
+    `negative_prompt_embeds` and `negative_pooled_prompt_embeds`.
     """
 
     pipelines = ("FluxPipeline",)
@@ -113,16 +119,10 @@ class Flux(Family):
 
     def set_timesteps(self, pipe: Any, request: Request) -> dict[str, Any]:
         """See `Family.set_timesteps`."""
-        scheduler, steps = pipe.scheduler, request.num_inference_steps
         height, width = self._size(pipe, request)
         pixels = vae_scale_factor(pipe.vae) * PATCH
-        options: dict[str, Any] = dynamic_shift(scheduler, (height // pixels) * (width // pixels), 1.15)
-        sigmas = request.options.get("sigmas")
-        chooses = scheduler.config.get("use_flow_sigmas") or "sigmas" not in _arguments(scheduler.set_timesteps)
-        if sigmas is not None or not chooses:
-            evenly = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
-            options["sigmas"] = evenly if sigmas is None else sigmas
-        return options
+        shift = dynamic_shift(pipe.scheduler, (height // pixels) * (width // pixels), 1.15)
+        return {**shift, **even_sigmas(pipe.scheduler, request)}
 
     def parts(self, pipe: Any, request: Request) -> Parts:
         """See `Family.parts`."""
@@ -136,10 +136,7 @@ class Flux(Family):
         fixed_by = "this chain's schedule is for (use_dynamic_shifting)" if is_dynamic else None
         channels = config.in_channels // PATCH**2
         space = transformer_space(pipe, self._size(pipe, request), channels, PATCH, fixed_by=fixed_by)
-        guided = true_cfg_scale > 1
-        if not guided:
-            why = f"with true_cfg_scale={true_cfg_scale:g}; FLUX's classifier-free guidance needs more than 1"
-            warn_unused_negative_prompt(request, why)
+        guided = true_guidance(pipe, request, true_cfg_scale)
         cond, uncond, pooled = self._encode(pipe, request, encoding, negative, guided)
         if config.guidance_embeds:
             extra["guidance"] = torch.full([1], guidance_scale, device=pipe.transformer.device)
@@ -179,8 +176,3 @@ class Flux(Family):
         uncond, negative_pooled = keep_given(made, other, device).values()
         assert uncond is not None and negative_pooled is not None
         return cond, uncond, Guided(negative_pooled, pooled)
-
-
-def _arguments(function: Any) -> set[str]:
-    """Returns the names of a function's parameters."""
-    return set(inspect.signature(function).parameters)

@@ -146,7 +146,7 @@ class StableDiffusion(Family):
         cond, uncond, conditions = encode_conditions(
             pipe,
             request.prompt,
-            request.negative_prompt,
+            request.negative_texts,
             height=space.height,
             width=space.width,
             guided=guided,

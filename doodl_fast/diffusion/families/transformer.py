@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..calling import NetworkAdapter
 from ..decoder import vae_scale_factor
 from ..latent_space import LatentSpace, check_size
 from ..prompts import prompt_texts
-from .base import Request
+from .base import Request, warn_unused_negative_prompt
 
 
 class TransformerCall(NetworkAdapter):
@@ -62,7 +64,7 @@ def check_prompts(
         ValueError: A prompt and its embeddings are both given, embeddings lack their companion, the pipeline has no
             text encoder, or there are not as many negative prompts as prompts.
     """
-    texts, count = prompt_texts(request.prompt, request.negative_prompt, encoding)
+    texts, count = prompt_texts(request.prompt, request.negative_texts, encoding)
     lacking = [part for part in encoders if getattr(pipe, part, None) is None]
     for prefix in ("", "negative_") if guided else ("",):
         name, embeds, other = f"{prefix}prompt", f"{prefix}prompt_embeds", f"{prefix}{companion}"
@@ -140,6 +142,54 @@ def dynamic_shift(scheduler: Any, tokens: int, max_shift: float) -> dict[str, fl
     low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     slope = (high - low) / (most - least)
     return {"mu": tokens * slope + (low - slope * least)}
+
+
+def even_sigmas(scheduler: Any, request: Request) -> dict[str, list[float]]:
+    """Returns the `sigmas` that pipelines such as FLUX's give their scheduler: evenly spaced, or the caller's.
+
+    Returns:
+        A dictionary with sigmas, or an empty one where the scheduler chooses them itself.
+    """
+    sigmas, steps = request.options.get("sigmas"), request.num_inference_steps
+    if sigmas is not None:
+        return {"sigmas": sigmas}
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if scheduler.config.get("use_flow_sigmas") or not takes_sigmas:
+        return {}
+    return {"sigmas": torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()}
+
+
+def has_negative_prompt(request: Request) -> bool:
+    """Whether a negative prompt or its embeddings are given, without which some pipelines do not guide."""
+    return request.negative_prompt is not None or request.options.get("negative_prompt_embeds") is not None
+
+
+def true_guidance(pipe: Any, request: Request, scale: float) -> bool:
+    """Whether a pipeline with `true_cfg_scale` guides, which takes a scale above 1 and a negative prompt; says why not.
+
+    Args:
+        pipe: The pipeline.
+        request: Its negative prompt.
+        scale: The `true_cfg_scale`.
+    """
+    if scale > 1 and not has_negative_prompt(request):
+        warnings.warn(
+            f"true_cfg_scale: {scale:g} is not used without a negative prompt, as in {type(pipe).__name__}; pass one, "
+            'negative_prompt="" for instance',
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return False
+    if scale <= 1:
+        why = f"with true_cfg_scale={scale:g}; classifier-free guidance needs more than 1"
+        warn_unused_negative_prompt(request, why, stacklevel=5)
+    return scale > 1
+
+
+def padded(states: Tensor, mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Returns embeddings (B, n, features) and their mask (B, n) with zeros behind, so that they have more tokens."""
+    missing = tokens - states.shape[1]
+    return F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
 
 def refuse_ip_adapter(pipe: Any, is_loaded: bool) -> None:
