@@ -131,7 +131,7 @@ def latent_space(
     for name, size in (("height", rows), ("width", columns)):
         check_size(name, size, factor)
     return LatentSpace(
-        channels=pipe.unet.config.in_channels,
+        channels=pipe.vae.config.latent_channels,
         scale_factor=factor,
         height=rows,
         width=columns,

@@ -21,6 +21,7 @@ from .scheduler_check import (
     refuse_what_would_be_wrong,
     setting,
 )
+from .span import Span
 
 __all__ = ["PREDICTION_TYPES", "Schedule", "noise_levels", "setting"]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -133,6 +134,24 @@ class Schedule:
         """Whether this is the schedule of a flow, which has `sigmas` and no cumulative alphas."""
         return bool(self.sigmas)
 
+    @property
+    def start(self) -> tuple[float, float]:
+        """The shares of picture and noise in the latents that a chain starts from."""
+        if self.is_flow:
+            return 1 - self.sigmas[0], self.sigmas[0]
+        return math.sqrt(self.alphas_cumprod[0]), math.sqrt(1 - self.alphas_cumprod[0])
+
+    def part(self, steps: range) -> Schedule:
+        """Returns the schedule of some of the steps, which follow one another."""
+        first, last = steps.start, steps.stop
+        return replace(
+            self,
+            timesteps=self.timesteps[first:last],
+            alphas_cumprod=self.alphas_cumprod[first:last],
+            alphas_cumprod_prev=self.alphas_cumprod_prev[first:last],
+            sigmas=self.sigmas[first : last + 1] if self.sigmas else (),
+        )
+
     @classmethod
     def flow(cls, timesteps: Sequence[int | float], sigmas: Sequence[float]) -> Schedule:
         """Makes the schedule of a flow by hand.
@@ -154,6 +173,7 @@ class Schedule:
         *,
         mu: float | None = None,
         sigmas: Sequence[float] | None = None,
+        span: Span | None = None,
     ) -> Schedule:
         """Reads the noise levels of a diffusers scheduler, between which the chain steps as DDIM does.
 
@@ -171,6 +191,7 @@ class Schedule:
             num_inference_steps: From 1 to the scheduler's number of training timesteps.
             mu: For flow-matching schedulers with use_dynamic_shifting, as in their `set_timesteps`.
             sigmas: For flow-matching schedulers, the sigmas before shifting, as in their `set_timesteps`.
+            span: Which of the steps are made; None is all of them.
 
         Returns:
             The schedule.
@@ -188,8 +209,10 @@ class Schedule:
             steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", 1000)))
             found = flow_steps(scheduler, steps, mu, sigmas)
             _warn_of(scheduler, found.missing, "DDIM, which is Euler's method on a flow")
-            given = {name: value for name, value in (("mu", mu), ("sigmas", sigmas)) if value is not None}
+            options = (("mu", mu), ("sigmas", sigmas), ("span", span))
+            given = {name: value for name, value in options if value is not None}
             flow = cls.flow(found.timesteps, found.sigmas)
+            flow = flow if span is None else flow.part(span.steps(flow.timesteps))
             return replace(flow, origin=Origin(copy.deepcopy(scheduler), steps, given))
         for name, value in (("mu", mu), ("sigmas", sigmas)):
             if value is not None:
@@ -210,11 +233,11 @@ class Schedule:
             alphas_cumprod_prev=(*at_steps[1:], last),
             prediction_type=str(setting(scheduler, "prediction_type", "epsilon")),
             training_alphas=tuple(levels),
-            origin=Origin(copy.deepcopy(scheduler), steps),
+            origin=Origin(copy.deepcopy(scheduler), steps, {} if span is None else {"span": span}),
         )
         missing = left_out(scheduler, steps, timesteps, levels, last) if is_from_diffusers(scheduler) else []
         _warn_of(scheduler, missing, "DDIM")
-        return schedule
+        return schedule if span is None else schedule.part(span.steps(timesteps))
 
 
 def _warn_of(scheduler: Any, missing: Sequence[str], sampler: str) -> None:

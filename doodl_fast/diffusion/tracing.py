@@ -8,6 +8,7 @@ coefficients: no formula of any sampler is repeated here.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from .span import Span
 
 Kind = Literal["latents", "output", "noise"]
 KINDS: tuple[Kind, ...] = ("latents", "output", "noise")
@@ -56,12 +59,15 @@ class SamplerSteps:
     Attributes:
         name: The scheduler's class.
         steps: One entry for each network call. Schedulers of higher order make several calls for one step.
-        initial_scale: What standard normal noise is multiplied by before the first step (`init_noise_sigma`).
+        initial_scale: What the chain's start is multiplied by before the first step: for standard normal noise the
+            scheduler's `init_noise_sigma`.
+        start: The shares of picture and noise in the start, before it is multiplied.
     """
 
     name: str
     steps: tuple[LinearStep, ...]
     initial_scale: float
+    start: tuple[float, float] = (0.0, 1.0)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -85,6 +91,7 @@ class SamplerSteps:
         scheduler: Any,
         num_inference_steps: int,
         step_options: Mapping[str, Any] | None = None,
+        span: Span | None = None,
         **set_timesteps: Any,
     ) -> SamplerSteps:
         """Reads the steps of a diffusers scheduler off the scheduler itself.
@@ -93,6 +100,7 @@ class SamplerSteps:
             scheduler: A diffusers scheduler. It is copied and never changed.
             num_inference_steps: As in `scheduler.set_timesteps`.
             step_options: More arguments of `scheduler.step`, `{"eta": 1.0}` for `DDIMScheduler` for instance.
+            span: Which of the steps are made; None is all of them.
             **set_timesteps: More arguments of `scheduler.set_timesteps`, `mu` of a flow scheduler for instance.
 
         Raises:
@@ -105,9 +113,15 @@ class SamplerSteps:
             raise TypeError(f"scheduler: expected a diffusers scheduler (pipe.scheduler, for instance), got {name}")
         fresh = copy.deepcopy(scheduler)
         fresh.set_timesteps(num_inference_steps, **set_timesteps)
+        part = span.steps([_number(t) for t in fresh.timesteps], getattr(fresh, "order", 1)) if span else None
+        timesteps = list(fresh.timesteps) if part is None else list(fresh.timesteps)[part.start : part.stop]
+        if part and hasattr(fresh, "set_begin_index"):
+            fresh.set_begin_index(part.start)
+        scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+        scale, start = _start(copy.deepcopy(fresh), timesteps[0], scale, span)
         try:
-            steps = _trace(copy.deepcopy(fresh), step_options or {})
-            error = _distance_from_scheduler(fresh, steps, step_options or {})
+            steps = _trace(copy.deepcopy(fresh), timesteps, step_options or {})
+            error = _distance_from_scheduler(fresh, timesteps, steps, step_options or {})
         except Exception as problem:  # A scheduler may fail in any way when it is given unit vectors.
             raise ValueError(
                 f"scheduler: the steps of {name} cannot be read off ({type(problem).__name__}: {problem}); use "
@@ -118,15 +132,37 @@ class SamplerSteps:
                 f"scheduler: the steps of {name} are not linear in the network's output (off by {error:.2g}), so their "
                 "coefficients cannot be read off; switch off clip_sample and thresholding, or use another scheduler"
             )
-        return cls(name, tuple(steps), float(getattr(scheduler, "init_noise_sigma", 1.0)))
+        return cls(name, tuple(steps), scale, start)
 
 
-def _trace(scheduler: Any, options: Mapping[str, Any]) -> list[LinearStep]:
+def _start(
+    scheduler: Any, timestep: Any, init_noise_sigma: float, span: Span | None
+) -> tuple[float, tuple[float, float]]:
+    """Returns by what a chain's start is multiplied, and its shares of picture and noise.
+
+    A chain's latents have unit variance where they start, except for the start of a flow; what the scheduler multiplies
+    them by, because its own have another, is left to the program.
+
+    Args:
+        scheduler: With its timesteps.
+        timestep: The first one.
+        init_noise_sigma: What the scheduler multiplies noise by.
+        span: Which steps are made.
+    """
+    if span is None or not span.from_picture:
+        return 1.0 if span is not None and span.below is not None else init_noise_sigma, (0.0, 1.0)
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    shares = [float(scheduler.add_noise(a, b, timestep.reshape(1))) for a, b in ((one, zero), (zero, one))]
+    scale = 1.0 if init_noise_sigma == 1 else math.hypot(*shares)
+    return scale, (shares[0] / scale, shares[1] / scale)
+
+
+def _trace(scheduler: Any, timesteps: Sequence[Any], options: Mapping[str, Any]) -> list[LinearStep]:
     """Calls the `step` of a scheduler that has its timesteps with unit vectors."""
-    basis = _Basis(len(scheduler.timesteps))
+    basis = _Basis(len(timesteps))
     steps: list[LinearStep] = []
     with torch.no_grad(), _NoiseDrawnBy(basis.noise):
-        for number, timestep in enumerate(scheduler.timesteps):
+        for number, timestep in enumerate(timesteps):
             own = Term("latents", number)
             latents, output = basis.vector(own), basis.vector(Term("output", number))
             seen = basis.read(_network_input(scheduler, latents, timestep))
@@ -135,7 +171,9 @@ def _trace(scheduler: Any, options: Mapping[str, Any]) -> list[LinearStep]:
     return steps
 
 
-def _distance_from_scheduler(scheduler: Any, steps: Sequence[LinearStep], options: Mapping[str, Any]) -> float:
+def _distance_from_scheduler(
+    scheduler: Any, timesteps: Sequence[Any], steps: Sequence[LinearStep], options: Mapping[str, Any]
+) -> float:
     """How far the steps are from the scheduler's own on random latents and outputs, relative to these."""
     generator = torch.Generator().manual_seed(0)
     values: dict[Term, Tensor] = {}
@@ -151,7 +189,7 @@ def _distance_from_scheduler(scheduler: Any, steps: Sequence[LinearStep], option
 
     worst, latents = 0.0, draw() * float(getattr(scheduler, "init_noise_sigma", 1.0))
     with torch.no_grad(), _NoiseDrawnBy(noise):
-        for number, (timestep, step) in enumerate(zip(scheduler.timesteps, steps, strict=True)):
+        for number, (timestep, step) in enumerate(zip(timesteps, steps, strict=True)):
             output = values[Term("output", number)] = draw()
             values[Term("latents", number)] = latents
             _network_input(scheduler, latents, timestep)

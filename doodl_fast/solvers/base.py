@@ -134,7 +134,8 @@ class DiffusionChain(Chain):
         request = Request(prompt, negative_prompt, num_inference_steps, guidance_scale, height, width, options)
         timesteps = family.set_timesteps(pipe, request)
         schedule = cls.read_scheduler(pipe.scheduler, num_inference_steps, **timesteps)
-        parts = family.parts(pipe, replace(request, timesteps=tuple(getattr(schedule, "timesteps", ()))))
+        made = {name: getattr(schedule, name) for name in ("timesteps", "start") if hasattr(schedule, name)}
+        parts = family.parts(pipe, replace(request, **made))
         chain = cls(parts.denoiser, schedule, memory=memory, **solver)
         chain._space, chain._decoder = parts.space, parts.decoder
         return chain
@@ -261,6 +262,22 @@ class DiffusionChain(Chain):
         if self._space is None:
             raise ValueError(f"noise: {MADE_BY_HAND} its latents' shape; use torch.randn(batch, channels, h, w)")
         return self._space.noise(seed, batch, height, width, generator, device, dtype, num_frames)
+
+    def noised(self, picture: Tensor, noise: Tensor) -> Tensor:
+        """Mixes a picture with noise as it is where the chain starts, differentiably in both.
+
+        A chain that starts in the middle of the schedule (diffusers' `strength`) starts from such a mixture, and
+        `noise` draws it. At the noise end the share of the picture is small, and zero for some schedules.
+
+        Args:
+            picture: The picture's latents (B or 1, C, h, w), from `chain.decode.encode` for instance.
+            noise: Standard normal noise (B, C, h, w).
+
+        Returns:
+            Latents (B, C, h, w) for the chain to start from.
+        """
+        share, rest = self._schedule.start
+        return share * picture + rest * noise
 
     @property
     def decode(self) -> Decoder:

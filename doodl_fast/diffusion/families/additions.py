@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..decoder import Decoder
+from ..latent_space import LatentSpace
 from .base import Request, components_of
 
 
@@ -23,6 +25,8 @@ class Build:
         request: What `from_pipeline` was given.
         guided: Whether the network is called on both halves of guidance, [uncond; cond].
         network: What the `Denoiser` will call: the UNet, or a module around it.
+        space: The shape of the latents, and what `chain.noise` draws.
+        decoder: From latents to images.
         kwargs: Further arguments of the network.
     """
 
@@ -30,6 +34,8 @@ class Build:
     request: Request
     guided: bool
     network: Any
+    space: LatentSpace
+    decoder: Decoder
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,6 +59,11 @@ class Addition(ABC):
 
     @abstractmethod
     def __init__(self, pipe: Any, options: Mapping[str, Any], request: Request) -> None: ...
+
+    @classmethod
+    def takes(cls, pipe: Any) -> frozenset[str]:
+        """Returns the names of the options that it takes from a pipeline of this class."""
+        return cls.options
 
     @classmethod
     def is_in(cls, pipe: Any) -> bool:

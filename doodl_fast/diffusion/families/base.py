@@ -48,6 +48,7 @@ class Request:
         width: Of a picture in pixels; None is the pipeline's own.
         options: Further arguments, which are neither from_pipeline's nor the solver's.
         timesteps: Those of the chain, from noise to picture; none before the scheduler was read.
+        start: The shares of picture and noise in the latents that the chain starts from.
     """
 
     prompt: str | list[str] | None = None
@@ -64,6 +65,7 @@ class Request:
         return "" if self.negative_prompt is None else self.negative_prompt
 
     timesteps: tuple[int | float, ...] = ()
+    start: tuple[float, float] = (0.0, 1.0)
 
 
 class Family(ABC):

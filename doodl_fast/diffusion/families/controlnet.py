@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from .additions import Addition, Build, StepWeights, numbers
 from .base import Request
 
 TEXT_TO_IMAGE = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
+FROM_PICTURES = ("StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionXLControlNetImg2ImgPipeline")
 NETWORKS = ("ControlNetModel", "MultiControlNetModel")
 SHARED = ("text_embeds", "time_ids")
 """Of the UNet's added conditions, those that a pipeline gives to the control network too."""
@@ -25,14 +27,10 @@ class ControlNet(Addition):
     """
 
     component = "controlnet"
-    pipelines = TEXT_TO_IMAGE
+    pipelines = (*TEXT_TO_IMAGE, *FROM_PICTURES)
     options = frozenset(
-        {
-            *("image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
-            "guess_mode",
-        }
+        {"controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "guess_mode"}
     )
-    picture = "image"
 
     def __init__(self, pipe: Any, options: Mapping[str, Any], request: Request) -> None:
         network = getattr(pipe.controlnet, "_orig_mod", pipe.controlnet)
@@ -43,8 +41,10 @@ class ControlNet(Addition):
             )
         self._several = type(network).__name__ == "MultiControlNetModel"
         nets = list(network.nets) if self._several else [network]
-        self._hints = _hints(pipe, self.picture, options.get(self.picture), len(nets), self._several, request)
-        scale = options.get("controlnet_conditioning_scale", 1.0)
+        name = _argument(pipe)
+        self._hints = _hints(pipe, name, options.get(name), len(nets), self._several, request)
+        own = inspect.signature(type(pipe).__call__).parameters["controlnet_conditioning_scale"].default
+        scale = options.get("controlnet_conditioning_scale", own)
         self._scales = numbers("controlnet_conditioning_scale", scale, len(nets))
         self._starts = numbers("control_guidance_start", options.get("control_guidance_start", 0.0), len(nets))
         self._ends = numbers("control_guidance_end", options.get("control_guidance_end", 1.0), len(nets))
@@ -56,6 +56,11 @@ class ControlNet(Addition):
                 )
         self._guesses = bool(options.get("guess_mode", False)) or bool(nets[0].config.global_pool_conditions)
 
+    @classmethod
+    def takes(cls, pipe: Any) -> frozenset[str]:
+        """See `Addition.takes`. The picture that ControlNets read has another name beside one to start from."""
+        return cls.options | {_argument(pipe)}
+
     def size(self) -> tuple[int | None, int | None]:
         """Returns the size of the picture that the ControlNets read."""
         return self._hints[0].shape[-2], self._hints[0].shape[-1]
@@ -65,6 +70,11 @@ class ControlNet(Addition):
         steps = build.request.timesteps
         scales: Any = self._scales
         if any(self._starts) or any(end < 1 for end in self._ends):
+            if build.request.options.get("denoising_end") is not None:
+                raise ValueError(
+                    "denoising_end: expected None with control_guidance_start or control_guidance_end, got "
+                    f"{build.request.options['denoising_end']!r}"
+                )
             rows = [self._at_step(number, len(steps)) for number in range(len(steps))]
             scales = StepWeights(steps, rows, "control_guidance_start, control_guidance_end", build.pipe.unet.device)
         build.network = ControlledUNet(
@@ -78,6 +88,11 @@ class ControlNet(Addition):
             scale * float(number / count >= start and (number + 1) / count <= end)
             for scale, start, end in zip(self._scales, self._starts, self._ends, strict=True)
         ]
+
+
+def _argument(pipe: Any) -> str:
+    """Returns the name of the pipeline's argument for the picture that the ControlNets read."""
+    return "control_image" if hasattr(pipe, "prepare_control_image") else "image"
 
 
 def _hints(pipe: Any, name: str, value: Any, count: int, is_list: bool, request: Request) -> list[Tensor]:
@@ -106,7 +121,8 @@ def _hint(pipe: Any, name: str, picture: Any, request: Request) -> Tensor:
                 f"that it is not resized, got {tuple(picture.shape)}"
             )
         return picture
-    prepared: Tensor = pipe.prepare_image(
+    prepare = pipe.prepare_image if name == "image" else pipe.prepare_control_image
+    prepared: Tensor = prepare(
         image=picture,
         width=request.width,
         height=request.height,

@@ -20,10 +20,12 @@ from .additions import Addition, Build
 from .base import BY_HAND, DENOISER_OPTIONS, Family, Parts, Request, components_of, take
 from .controlnet import TEXT_TO_IMAGE as CONTROLLED
 from .controlnet import ControlNet
+from .image_to_image import IMAGE_TO_IMAGE, PARTS, ImageToImage, span_of
 from .ip_adapter import IPAdapter
 from .t2i_adapter import ADAPTED, T2IAdapter
+from .xl_conditions import XLConditions
 
-ADDITIONS: tuple[type[Addition], ...] = (IPAdapter, T2IAdapter, ControlNet)
+ADDITIONS: tuple[type[Addition], ...] = (ImageToImage, XLConditions, IPAdapter, T2IAdapter, ControlNet)
 """What may stand around the UNet, in the order in which it is put there."""
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -44,9 +46,9 @@ class StableDiffusion(Family):
 
     # Text-to-image from noise is the same for these, whatever else they can start from.
     pipelines = (
-        *(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Img2Img", "Inpaint")),
+        *(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Inpaint")),
         *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
-        *(*CONTROLLED, *ADAPTED),
+        *(*IMAGE_TO_IMAGE, *CONTROLLED, *ADAPTED),
     )
     components = KNOWN_COMPONENTS
     required = COMPONENTS
@@ -100,11 +102,6 @@ class StableDiffusion(Family):
                 f"pipe: expected a UNet of {expected} input channels (the latents'), got {channels}: inpainting, "
                 f"editing, upscaling and depth models take more than a prompt; {BY_HAND}"
             )
-        if getattr(getattr(pipe, "config", None), "requires_aesthetics_score", False):
-            raise ValueError(
-                f"pipe: {name} is a refiner (requires_aesthetics_score), which starts from another model's picture and "
-                "not from noise; use the base model"
-            )
         if not callable(getattr(pipe, "encode_prompt", None)):
             raise ValueError(f"pipe: {name} has no encode_prompt method, by which prompts are encoded; {BY_HAND}")
         if name not in self.pipelines:
@@ -114,6 +111,11 @@ class StableDiffusion(Family):
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+    def set_timesteps(self, pipe: Any, request: Request) -> dict[str, Any]:
+        """See `Family.set_timesteps`."""
+        span = span_of(pipe, request)
+        return {} if span is None else {"span": span}
 
     def parts(self, pipe: Any, request: Request) -> Parts:
         """See `Family.parts`. The options are arguments of `encode_prompt`, of `Denoiser` and of the UNet's `forward`.
@@ -126,7 +128,8 @@ class StableDiffusion(Family):
         options = dict(request.options)
         encoding = take(options, set(inspect.signature(pipe.encode_prompt).parameters) - _OURS)
         own = take(options, DENOISER_OPTIONS)
-        additions = [kind(pipe, take(options, kind.options), request) for kind in ADDITIONS if kind.is_in(pipe)]
+        take(options, PARTS & inspect.signature(type(pipe).__call__).parameters.keys())
+        additions = [kind(pipe, take(options, kind.takes(pipe)), request) for kind in ADDITIONS if kind.is_in(pipe)]
         unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
         extra = take(options, set(inspect.signature(type(unet).forward).parameters) - _OURS)
         _refuse_left_over(options, pipe, unet)
@@ -161,11 +164,11 @@ class StableDiffusion(Family):
                     cond.device
                 ),
             )
-        build = Build(pipe, request, guided, pipe.unet, extra)
+        build = Build(pipe, request, guided, pipe.unet, space.for_prompts(len(cond)), Decoder(pipe.vae), extra)
         for addition in additions:
             addition.add(build)
         denoiser = Denoiser(build.network, cond, uncond, guidance_scale if guided else 1.0, **own, **build.kwargs)
-        return Parts(denoiser, space.for_prompts(len(cond)), Decoder(pipe.vae))
+        return Parts(denoiser, build.space, build.decoder)
 
 
 _OURS = {

@@ -57,7 +57,7 @@ class T2IAdapter(Addition):
     def add(self, build: Build) -> None:
         """Adds the features to the arguments of the UNet."""
         steps, adapter = build.request.timesteps, build.pipe.adapter
-        last = int(build.request.num_inference_steps * self._factor)
+        last = int(len(steps) * self._factor)
         weights = [[float(number < last)] for number in range(len(steps))]
         gate = None
         if last < len(steps):
