@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..frozen import Level, substitute
 from .calling import NetworkAdapter
 from .networks import FLOAT_DTYPES, blocks_checkpointed, frozen
 
@@ -52,10 +53,16 @@ class ModuleCopies:
         dtype: The dtype of floating weights and buffers; None keeps theirs.
         evaluation: Whether the copies are in eval mode.
         checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
+        lean: How little of what happens in the copies' layers their graphs keep.
     """
 
     def __init__(
-        self, root: nn.Module, dtype: torch.dtype | None = None, evaluation: bool = False, checkpoints: bool = False
+        self,
+        root: nn.Module,
+        dtype: torch.dtype | None = None,
+        evaluation: bool = False,
+        checkpoints: bool = False,
+        lean: Level = Level.OFF,
     ) -> None:
         self._dtype = dtype
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
@@ -83,6 +90,7 @@ class ModuleCopies:
                 copied.__dict__.update(
                     training=True, gradient_checkpointing=True, _gradient_checkpointing_func=_checkpoint
                 )
+        substitute(self._pairs, lean)
         self._before = [{**copied.__dict__, "_buffers": dict(copied._buffers)} for _, copied in self._pairs]
 
     def of(self, network: Any) -> Any:

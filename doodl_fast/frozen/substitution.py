@@ -1,0 +1,126 @@
+"""Puts lean layers in place of those of copied modules, and reports which are replaced and which are not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import FREE, PATTERNS, name_of
+from .level import Level, level_of
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if "hooks" in name and not value and name[0] == "_")
+_CLASSES: dict[tuple[type, Level], type] = {}
+"""The lean subclass of each class and level."""
+
+
+def why_not_replaced(layer: nn.Module, level: Level) -> str | None:
+    """Returns why a layer of a class in the table is left as it is, or None if it is replaced.
+
+    Args:
+        layer: The caller's layer.
+        level: How lean the network is to be.
+    """
+    pattern = PATTERNS[name_of(type(layer))]
+    if level < pattern.level:
+        return f'only lean="{Level.RECOMPUTE.name.lower()}" replaces it'
+    attributes = layer.__dict__
+    if "forward" in attributes:
+        return "its forward method was replaced"
+    if any(attributes.get(name) for name in _HOOKS):
+        return "it has hooks"
+    if any(isinstance(attributes.get(name), torch.Tensor) for name in ("weight", "bias")):
+        return "its weight or bias is no parameter"
+    for name, weight in layer._parameters.items():
+        if weight is not None and type(weight) not in (nn.Parameter, torch.Tensor):
+            return f"its {name} is of type {type(weight).__name__}"
+        if weight is not None and weight.dtype not in FLOATS:
+            return f"its {name} is of dtype {str(weight.dtype).removeprefix('torch.')}"
+    return pattern.refuse(layer)
+
+
+def lean_class(cls: type, level: Level) -> type:
+    """The subclass of a class in the table that runs in the lean way. Its instances have the same attributes."""
+    key = (cls, level)
+    if key not in _CLASSES:
+        body = {
+            "forward": PATTERNS[name_of(cls)].make(cls),
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+        }
+        _CLASSES[key] = type(cls.__name__, (cls,), body)
+    return _CLASSES[key]
+
+
+def substitute(pairs: Iterable[tuple[nn.Module, nn.Module]], level: Level) -> None:
+    """Makes copied layers lean, by a subclass of their class. The originals are only read.
+
+    Args:
+        pairs: Each module of a network, and its copy.
+        level: How lean the copies are to be.
+    """
+    if level is Level.OFF:
+        return
+    for original, copied in pairs:
+        if name_of(type(original)) in PATTERNS and why_not_replaced(original, level) is None:
+            kind: Any = lean_class(type(original), level)
+            copied.__class__ = kind
+
+
+@dataclass
+class LeanReport:
+    """Which layers of a network run in a lean way. It prints itself as a short table.
+
+    Attributes:
+        level: How lean the network was to be.
+        replaced: The number of replaced layers of each class.
+        left: The number of layers that were left alone, by their class and the reason.
+        unknown: The number of layers of classes that there is no lean way for.
+    """
+
+    level: Level
+    replaced: Counter[str] = field(default_factory=Counter)
+    left: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        rows = [f"  {count:>5} {name}" for name, count in sorted(self.replaced.items())]
+        lines = ["lean layers", *(rows or ["  none"])]
+        if self.left:
+            lines.append("left as they are")
+            lines += [f"  {count:>5} {name}: {why}" for (name, why), count in sorted(self.left.items())]
+        if self.unknown:
+            lines.append("without a lean way")
+            lines += [f"  {count:>5} {name}" for name, count in sorted(self.unknown.items())]
+        return "\n".join(lines)
+
+
+def lean_report(network: nn.Module, lean: bool | str = True) -> LeanReport:
+    """Reports which layers of a network would run in a lean way, and why others would not. It changes nothing.
+
+    Args:
+        network: The network.
+        lean: True, or "recompute".
+
+    Example:
+        >>> print(lean_report(pipe.unet))
+    """
+    report = LeanReport(level_of(lean))
+    for layer in network.modules():
+        cls = type(layer)
+        name = name_of(cls)
+        if report.level is Level.OFF or name not in PATTERNS:
+            if name not in FREE and not layer._modules:
+                report.unknown[cls.__name__] += 1
+            continue
+        why = why_not_replaced(layer, report.level)
+        if why is None:
+            report.replaced[cls.__name__] += 1
+        elif name not in FREE:
+            report.left[cls.__name__, why] += 1
+    return report
