@@ -1,4 +1,4 @@
-"""The command `python -m doodl_fast.compat doctor FILE_OR_FOLDER`, which says what to change in existing DOODL code.
+"""The command `python -m doodl_fast.compat doctor FILE_OR_FOLDER`, which says what to change in existing DOODL or EDICT code.
 
 It reads Python files and the code cells of notebooks, and runs nothing of them.
 """
@@ -9,8 +9,9 @@ import ast
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from .findings import Finding, of_edict
 
 NETWORKS = ("unet", "model", "apply_model", "transformer", "denoiser")
 RANDOM = {"randn", "randn_like", "rand", "rand_like", "randint", "bernoulli", "dropout", "normal_", "multinomial"}
@@ -20,29 +21,6 @@ STEPPING |= {"self", "single_variable"}
 
 
 MEMCNN = ("InvertibleModuleWrapper", "is_invertible_module")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing found in a file.
-
-    Attributes:
-        line: The number of the line.
-        what: What is there.
-        advice: What to do about it.
-        gain: What that brings; "" for a warning.
-    """
-
-    line: int
-    what: str
-    advice: str
-    gain: str = ""
-
-    def text(self, path: Path) -> str:
-        """Returns the lines that are printed for a finding in the file `path`."""
-        last = f"\n    gain:   {self.gain}" if self.gain else ""
-        kind = "change" if self.gain else "beware"
-        return f"{path}:{self.line}: {self.what}\n    {kind}: {self.advice}{last}"
 
 
 def main(target: str) -> int:
@@ -73,7 +51,7 @@ def main(target: str) -> int:
             changes, warnings = changes + bool(finding.gain), warnings + (not finding.gain)
     print(f"{len(paths)} files, {changes} changes, {warnings} warnings")
     if not changes:
-        print("nothing of memcnn or DOODL in it: docs/migration.md shows what is looked for")
+        print("nothing of memcnn, DOODL or EDICT in it: docs/migration.md shows what is looked for")
     return 0 if paths else 2
 
 
@@ -96,6 +74,7 @@ def examine(source: str) -> list[Finding]:
 
 def _of_node(node: ast.AST) -> Iterator[Finding]:
     """Yields the findings of one node of the syntax tree."""
+    yield from of_edict(node)
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         yield from _imports(node)
     elif isinstance(node, ast.ClassDef):
@@ -114,8 +93,11 @@ def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[Finding]:
     names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
     for module in modules:
         package, line = module.split(".")[0], ast.unparse(node)
-        if package == "memcnn":
+        if "memcnn" in module.split("."):
+            # Some projects have a copy of memcnn at a path of their own. What it re-exports is the same.
             yield _memcnn_import(node.lineno, line, names, module)
+        elif "memcnn" in names:
+            yield _memcnn_import(node.lineno, line, [], "memcnn")
         elif package == "doodl":
             advice = "before it: `from doodl_fast.compat import install; install()`"
             if names:
@@ -134,7 +116,8 @@ def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[Finding]:
 
 def _memcnn_import(line: int, what: str, names: list[str], module: str) -> Finding:
     """Returns the finding of an import of memcnn."""
-    foreign = [name for name in names if name not in MEMCNN] or ([module] if module != "memcnn" and not names else [])
+    inner = module.split(".")[-1] != "memcnn" and not names
+    foreign = [name for name in names if name not in MEMCNN] or ([module] if inner else [])
     if foreign:
         advice = f"doodl_fast.compat.memcnn has {' and '.join(MEMCNN)}, not {', '.join(foreign)}: keep memcnn for that"
         return Finding(line, what, advice)

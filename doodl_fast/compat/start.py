@@ -68,7 +68,17 @@ def source_pixels(source: Any, size: int, quirks: Quirks) -> Tensor:
     left, top = (width - side) / 2, (height - side) / 2
     square = source.crop((left, top, left + side, top + side)).resize((size, size))
     pixels = torch.from_numpy(np.asarray(square) / 255 * 2 - 1).permute(2, 0, 1)[None]
-    if source.mode == "RGB":
+    return composed_with_white(pixels, quirks)
+
+
+def composed_with_white(pixels: Tensor, quirks: Quirks) -> Tensor:
+    """Returns pixels (1, 3, H, W) of pixels (1, 3 or 4, H, W) in [-1, 1], whose fourth channel is the opacity.
+
+    Args:
+        pixels: The pixels.
+        quirks: `signed_alpha` is used.
+    """
+    if pixels.shape[1] == 3:
         return pixels
     colour, alpha = pixels[:, :3], pixels[:, 3:]
     if not quirks.signed_alpha:

@@ -184,7 +184,7 @@ def test_nothing_to_read(tmp_path, capsys):
     assert main(str(tmp_path)) == 2
     (tmp_path / "a.py").write_text("x = 1")
     assert main(str(tmp_path / "a.py")) == 0
-    assert "nothing of memcnn or DOODL in it" in capsys.readouterr().out
+    assert "nothing of memcnn, DOODL or EDICT in it" in capsys.readouterr().out
 
 
 def test_command(tmp_path):
@@ -192,3 +192,45 @@ def test_command(tmp_path):
     command = [sys.executable, "-m", "doodl_fast.compat", "doctor", str(tmp_path / "a.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "a.py:1: import memcnn" in done.stdout and "1 files, 1 changes, 0 warnings" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "line", ["from models.memcnn import InvertibleModuleWrapper", "import lib.memcnn as memcnn", "from . import memcnn"]
+)
+def test_a_copy_of_memcnn_elsewhere_is_recognised(line):
+    (finding,) = examine(line)
+    assert "from doodl_fast.compat" in finding.advice and finding.gain
+
+
+EDICT_CODE = """
+    from edict_functions import EDICT_editing, plot_EDICT_outputs
+    from lib.edict_functions import coupled_stablediffusion
+
+    def coupled_stablediffusion(prompt="", steps=50):
+        pass
+
+    class EDICTScheduler:
+        def denoise_step(self, base, model_input, model_output, timestep): pass
+        def noise_step(self, base, model_input, model_output, timestep): pass
+        def denoise_mixing_layer(self, x, y): pass
+        def noise_mixing_layer(self, x, y): pass
+
+    class EDICTPipeline(DiffusionPipeline):
+        pass
+
+    pipe = DiffusionPipeline.from_pretrained("model", custom_pipeline="edict_pipeline")
+    other = DiffusionPipeline.from_pretrained("model", custom_pipeline="lpw_stable_diffusion")
+"""
+
+
+def test_edicts_code_is_recognised():
+    by_line = found(EDICT_CODE)
+    advice = {line: [finding.advice for finding in findings] for line, findings in by_line.items()}
+    assert advice[1] == [
+        "from doodl_fast.compat.edict import EDICT_editing, and give it pipeline=; Prompt-to-Prompt is refused"
+    ]
+    assert "import coupled_stablediffusion" in advice[2][0] and "import coupled_stablediffusion" in advice[4][0]
+    assert "edict_scheduler import EDICTScheduler" in advice[line_of(EDICT_CODE, "class EDICTScheduler")][0]
+    assert "edict_pipeline import EDICTPipeline" in advice[line_of(EDICT_CODE, "class EDICTPipeline")][0]
+    assert "edict_pipeline import EDICTPipeline" in advice[line_of(EDICT_CODE, 'custom_pipeline="edict')][0]
+    assert line_of(EDICT_CODE, "lpw_stable") not in advice
