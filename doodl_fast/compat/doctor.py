@@ -1,4 +1,4 @@
-"""The command `python -m doodl_fast.compat doctor FILE_OR_FOLDER`, which says what to change in existing DOODL or EDICT code.
+"""The command `python -m doodl_fast.compat doctor FILE_OR_FOLDER`, which says what to change in existing code.
 
 It reads Python files and the code cells of notebooks, and runs nothing of them.
 """
