@@ -19,6 +19,7 @@ def check_pictures(
     options: Mapping[str, Any],
     packed: Callable[[Tensor], Tensor] = torch.clone,
     pipeline_only: Mapping[str, Any] | None = None,
+    given: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """Checks that a chain's latents and pictures are the pipeline's, and that the weights and the prompt matter.
 
@@ -27,16 +28,17 @@ def check_pictures(
         pipe: The pipeline.
         prompt: One prompt, or several.
         options: Arguments of both the pipeline and `from_pipeline`.
-        packed: From a chain's latents to the pipeline's.
+        packed: From a chain's latents to what the pipeline returns.
         pipeline_only: Arguments of the pipeline alone.
+        given: From a chain's latents to what the pipeline takes; None is `packed`.
 
     Returns:
         The chain.
     """
     chain = solver.from_pipeline(pipe, prompt, memory="checkpoint", **options)
     x = chain.noise(seed=3)
-    call = {**options, **(pipeline_only or {}), "latents": packed(x)}
-    expected = pipe(prompt, output_type="latent", **call).images
+    call = {**options, **(pipeline_only or {}), "prompt": prompt, "latents": (given or packed)(x)}
+    expected = pipe(output_type="latent", **call).images
     assert relative(packed(x), expected) > 0.1, "the weights must matter"
     with torch.no_grad():
         (x0,) = chain(x)
@@ -45,7 +47,7 @@ def check_pictures(
         (other,) = solver.from_pipeline(pipe, changed, memory="checkpoint", **options)(x)
     assert relative(packed(other), expected) > 1e-3, "the prompt must matter"
     assert relative(packed(x0), expected) < CLOSE
-    assert relative(images.clamp(0, 1), pipe(prompt, output_type="pt", **call).images) < CLOSE
+    assert relative(images.clamp(0, 1), pipe(output_type="pt", **call).images) < CLOSE
     return chain
 
 

@@ -52,3 +52,57 @@ def qwen_image(**scheduler: Any) -> Any:
     pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "red circle {}", 2
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+PARTS = "{% for part in message.content %}{{ part.text }} {% endfor %}"
+TEXT = "{% if message.content is string %}{{ message.content }}{% else %}" + PARTS + "{% endif %}"
+CHAT = "{% for message in messages %}" + TEXT + "{% endfor %}"
+
+
+def flux2(is_klein: bool = False, is_distilled: bool = False, **scheduler: Any) -> Any:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
+
+    words = t5_tokenizer()
+    words.chat_template = CHAT
+    torch.manual_seed(0)
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(words)}
+    vision = {**SIZES, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4, "head_dim": 8}
+    if is_klein:
+        encoder = Qwen3ForCausalLM(Qwen3Config(**text))
+    else:
+        both = {"text_config": {"model_type": "mistral", **text}, "vision_config": {"model_type": "pixtral", **vision}}
+        encoder = Mistral3ForConditionalGeneration(Mistral3Config(**both))
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=not is_klein,
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    generator = torch.Generator().manual_seed(6)
+    vae.bn.running_mean.copy_(torch.randn(16, generator=generator))
+    vae.bn.running_var.copy_(torch.rand(16, generator=generator) + 0.5)
+    made = diffusers.Flux2KleinPipeline if is_klein else diffusers.Flux2Pipeline
+    pipe = made(
+        transformer=awake(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **scheduler}),
+        vae=vae.eval(),
+        text_encoder=encoder.eval(),
+        tokenizer=words,
+        **({"is_distilled": is_distilled} if is_klein else {}),
+    )
+    pipe.default_sample_size, pipe.system_message = 8, "a"
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

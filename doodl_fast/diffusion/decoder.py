@@ -45,7 +45,7 @@ class Decoder:
 
     def __init__(self, vae: Any) -> None:
         config = getattr(vae, "config", None)
-        is_scaled = any(hasattr(config, name) for name in ("scaling_factor", "latents_mean"))
+        is_scaled = any(hasattr(config, name) for name in ("scaling_factor", "latents_mean", "batch_norm_eps"))
         if not callable(getattr(vae, "decode", None)) or not is_scaled:
             raise TypeError(f"vae: expected a diffusers autoencoder (pipe.vae, for instance), got {type(vae).__name__}")
         self.vae = vae
@@ -114,12 +114,16 @@ class Decoder:
             ValueError: `images` has another shape, or H or W is no multiple of the VAE's scale factor.
         """
         check_images(images)
-        factor = vae_scale_factor(self.vae)
+        factor = self._pixels()
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(f"images: expected height and width in multiples of {factor}, got {tuple(images.shape)}")
         latents = self._encode(images, sample, generator).to(torch.promote_types(images.dtype, torch.float32))
         scale, shift = self._affine(latents)
         return (latents * scale + shift).to(images.dtype)
+
+    def _pixels(self) -> int:
+        """The number of which the height and the width of a picture are multiples."""
+        return vae_scale_factor(self.vae)
 
     def _encode(self, images: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
         """Returns the latents that the VAE makes of images."""

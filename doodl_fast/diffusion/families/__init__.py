@@ -10,6 +10,7 @@ from ..calling import NetworkAdapter
 from .base import ADAPTERS, Family, Parts, Request, components_of
 from .cogvideox import CogVideoX
 from .flux import Flux
+from .flux2 import Flux2
 from .pixart import PixArt
 from .pixel import PixelSpace
 from .qwen_image import QwenImage
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     StableDiffusion(),
     StableDiffusion3(),
     Flux(),
+    Flux2(),
     QwenImage(),
     PixArt(),
     PixelSpace(),
