@@ -1,4 +1,4 @@
-"""What a `Denoiser` calls while a run is under way: copies of the network that are made for that run.
+"""What a `Denoiser` calls while a run is under way: the network, or copies of it that are made for that run.
 
 They are kept by thread. So the runs of several threads do not meet, although they share a denoiser and its network.
 """
@@ -15,7 +15,7 @@ from torch import nn
 
 from .calling import NetworkCall
 from .module_copies import ModuleCopies, why_not_copied
-from .networks import blocks_checkpointed, without_weight_grad
+from .networks import blocks_checkpointed, module_tree, without_weight_grad
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,57 @@ class ActiveCall:
 
     Attributes:
         original: How the caller's own network is called.
+        module: The module behind it.
         variant: What the run asked for.
-        call: How the run calls the network.
+        ending: What is done at the end of the run.
+        call: How the run calls the network for a graph, once that is known.
         casts: Copies with cast weights, which are made at the first VJP of the run and freed at its end.
     """
 
     original: NetworkCall
+    module: nn.Module
     variant: Variant
-    call: NetworkCall
+    ending: contextlib.ExitStack
+    call: NetworkCall | None = None
     casts: dict[Variant, ModuleCopies] = field(default_factory=dict)
 
     def calls(self, call: NetworkCall) -> bool:
         """Whether this run calls the same network in the same way."""
         return self.original.network is call.network and self.original.compiles == call.compiles
+
+    def current(self) -> NetworkCall:
+        """Returns how the network is called now.
+
+        Without grad mode nothing is kept for a gradient, so the caller's own network serves as well as a copy. But
+        torch.compile would compile the two one after the other.
+        """
+        if self.call is None:
+            if not torch.is_grad_enabled() and not self.original.compiles:
+                return self.original
+            self.call = self._call_for_graphs()
+        return self.call
+
+    def _call_for_graphs(self) -> NetworkCall:
+        """Makes copies of the network, unless it can be called itself."""
+        if not self.variant.checkpoints and not _requires_grad(self.module):
+            return self.original
+        if why_not_copied(self.module, self.original.network) is None:
+            copies = ModuleCopies(self.module, checkpoints=self.variant.checkpoints)
+            self.ending.callback(copies.write_back)
+            return self.original.of(copies.of(self.original.network))
+        self.ending.enter_context(without_weight_grad(self.module))
+        if self.variant.checkpoints:
+            self.ending.enter_context(blocks_checkpointed(self.module))
+        return self.original
+
+
+def _requires_grad(module: nn.Module) -> bool:
+    """Whether any of a network's weights requires grad."""
+    return any(
+        tensor is not None and tensor.requires_grad
+        for inner in module_tree(module)
+        for tensor in (*inner._parameters.values(), *inner._buffers.values())
+    )
 
 
 class _Thread(threading.local):
@@ -66,7 +104,7 @@ def active_call(call: NetworkCall, variant: Variant) -> NetworkCall:
     """Returns how this thread calls a network: by the copies of the innermost run, or as it is outside of runs."""
     for active in reversed(_THREAD.active):
         if active.calls(call) and active.variant == variant:
-            return active.call
+            return active.current()
     return call
 
 
@@ -74,41 +112,29 @@ def active_call(call: NetworkCall, variant: Variant) -> NetworkCall:
 def calling_copies(call: NetworkCall, module: nn.Module, variant: Variant) -> Iterator[None]:
     """Lets `active_call` find copies of a network in this thread, for the length of the context.
 
-    The weights of the copies do not require grad. Where copies would not do what the network does (see
-    `why_not_copied`), the network itself is called, and its flags are set for the length of the context.
+    The weights of the copies do not require grad. Copies are made at the first call that records a graph, if the
+    network's weights require grad or its blocks are to be checkpointed; otherwise the network itself is called. It is
+    also called where copies would not do what it does (see `why_not_copied`), with its flags set until the end of the
+    context.
 
     Args:
         call: How the network is called.
         module: The module behind it.
         variant: How the copies differ from it. Weights can be cast in copies alone.
     """
-    if variant.cast_to is not None:
-        with _cast_copies(call, module, variant) as copies, _pushed(call, variant, copies):
+    with contextlib.ExitStack() as ending:
+        active = ActiveCall(call, module, variant, ending)
+        if variant.cast_to is not None:
+            copies = ending.enter_context(_cast_copies(call, module, variant))
+            active.call = call.of(copies.of(call.network))
+        _THREAD.active.append(active)
+        try:
             yield
-    elif why_not_copied(module, call.network) is None:
-        copies = ModuleCopies(module, checkpoints=variant.checkpoints)
-        with contextlib.ExitStack() as stack:
-            stack.callback(copies.write_back)
-            stack.enter_context(_pushed(call, variant, copies))
-            yield
-    else:
-        blocks = blocks_checkpointed(module) if variant.checkpoints else contextlib.nullcontext()
-        with without_weight_grad(module), blocks:
-            yield
-
-
-@contextlib.contextmanager
-def _pushed(call: NetworkCall, variant: Variant, copies: ModuleCopies) -> Iterator[None]:
-    """Makes copies what this thread calls. Those with cast weights that are made inside are freed at the end."""
-    active = ActiveCall(call, variant, call.of(copies.of(call.network)))
-    _THREAD.active.append(active)
-    try:
-        yield
-    finally:
-        _THREAD.active.remove(active)
-        for cast in active.casts.values():
-            cast.write_back()
-            cast.release()
+        finally:
+            _THREAD.active.remove(active)
+            for cast in active.casts.values():
+                cast.write_back()
+                cast.release()
 
 
 @contextlib.contextmanager

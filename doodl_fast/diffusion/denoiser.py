@@ -248,13 +248,14 @@ class Denoiser(Evaluator):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """A context for the length of a run, in which this thread calls copies of the network that are made for it.
+        """A context for the length of a run, in which no graph is recorded for gradients of the network's weights.
 
-        The copies share the network's weights as they are now, but those do not require grad, as autograd would keep
-        the activations that only their gradients need. The network itself is not changed, so any number of threads may
-        run at once. Where copies would not do what the network does, because its `forward` was replaced, it is
-        compiled or wrapped for parallel use, or its weights are of a class of their own, the network itself is called,
-        and its weights do not require grad for the length of the context.
+        If they require grad, this thread calls copies of the network wherever it records a graph. The copies share the
+        network's weights, but those do not require grad, as autograd would keep the activations that only their
+        gradients need. The network itself is not changed, so any number of threads may run at once. Where copies would
+        not do what the network does, because its `forward` was replaced, it is compiled or wrapped for parallel use, or
+        its weights are of a class of their own, the network itself is called, and its weights do not require grad for
+        the length of the context.
 
         Raises:
             ValueError: The network has active dropout or batch statistics.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import types
 import weakref
 from collections import OrderedDict
@@ -22,16 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..frozen import Level, substitute
 from .calling import NetworkAdapter
-from .networks import FLOAT_DTYPES, blocks_checkpointed, frozen
+from .networks import FLOAT_DTYPES, blocks_checkpointed, frozen, module_tree
 
 DEPTH = 3
 """How deep in lists, tuples and dicts of a module's attributes references to modules and weights are looked for."""
-ATOMS = frozenset({bool, int, float, str})
+PLAIN = frozenset({bool, int, float, str, type(None), set, types.FunctionType, torch.dtype, torch.device, torch.Size})
+"""Classes whose objects lead to no module and to no weight."""
 CONTAINERS = frozenset({dict, OrderedDict, list, tuple})
 TABLES = ("_parameters", "_buffers", "_modules")
-STANDARD = frozenset(nn.Module().__dict__)
-"""The attributes that every module has: the three tables, flags, and dicts of hooks, which are empty most often."""
-HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if type(value) in CONTAINERS and name not in TABLES)
 
 
 _TYPES: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
@@ -65,24 +64,16 @@ class ModuleCopies:
         lean: Level = Level.OFF,
     ) -> None:
         self._dtype = dtype
-        self._pairs: list[tuple[nn.Module, nn.Module]] = []
-        self._copies: dict[int, Any] = {}
-        self._originals: dict[int, Any] = {}
-        for module in root.modules():
-            copied = object.__new__(type(module))
-            copied.__dict__.update(module.__dict__)
-            self._pairs.append((module, copied))
-            self._note(module, copied)
+        self._pairs = [(module, object.__new__(type(module))) for module in module_tree(root)]
+        self._copies: dict[int, Any] = {id(module): copied for module, copied in self._pairs}
+        self._weights: list[tuple[Tensor, Tensor]] = []
+        for module, _ in self._pairs:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and id(tensor) not in self._copies:
-                    self._note(tensor, self._weight(tensor))
+                    weight = self._copies[id(tensor)] = self._weight(tensor)
+                    self._weights.append((tensor, weight))
         for module, copied in self._pairs:
-            for name in TABLES:
-                copied.__dict__[name] = {key: self._copy_of(value) for key, value in getattr(module, name).items()}
-            for name in _names_to_look_at(module):
-                value = module.__dict__[name]
-                if value is not None and type(value) not in ATOMS and not (type(value) in CONTAINERS and not value):
-                    copied.__dict__[name] = rebound(value, self._copies)
+            object.__setattr__(copied, "__dict__", self._attributes(module))
             if evaluation:
                 copied.training = False
             if checkpoints and hasattr(copied, "gradient_checkpointing"):
@@ -91,7 +82,7 @@ class ModuleCopies:
                     training=True, gradient_checkpointing=True, _gradient_checkpointing_func=_checkpoint
                 )
         substitute(self._pairs, lean)
-        self._before = [{**copied.__dict__, "_buffers": dict(copied._buffers)} for _, copied in self._pairs]
+        self._before = [(copied.__dict__.copy(), copied._buffers.copy()) for _, copied in self._pairs]
 
     def of(self, network: Any) -> Any:
         """Returns a module, a bound method or a partial with every module of the tree in it replaced by its copy."""
@@ -102,35 +93,41 @@ class ModuleCopies:
 
         A network may count its calls, or keep an intermediate result for its user. Of cast copies no tensors are.
         """
-        for (module, copied), before in zip(self._pairs, self._before, strict=True):
-            if not _same(copied.__dict__, before):
-                self._write_table(module.__dict__, copied.__dict__, before)
-            if self._dtype is None and not _same(copied._buffers, before["_buffers"]):
-                self._write_table(module._buffers, copied._buffers, before["_buffers"])
+        for (module, copied), (attributes, buffers) in zip(self._pairs, self._before, strict=True):
+            if not _same(copied.__dict__, attributes):
+                self._write_table(module.__dict__, copied.__dict__, attributes)
+            if self._dtype is None and not _same(copied._buffers, buffers):
+                self._write_table(module._buffers, copied._buffers, buffers)
 
     def release(self) -> None:
         """Lets go of all weights, even if the copies refer to each other in a cycle. They cannot be called again."""
         for _, copied in self._pairs:
             for name in TABLES:
                 copied.__dict__[name].clear()
-        self._copies.clear()
-        self._originals.clear()
-        self._before.clear()
-        self._pairs.clear()
+        for table in (self._copies, self._weights, self._before, self._pairs):
+            table.clear()
 
     def _write_table(self, table: dict[str, Any], changed: dict[str, Any], before: dict[str, Any]) -> None:
         """Writes the entries that have changed to the original's table, in terms of the originals."""
+        originals = {id(copied): original for original, copied in (*self._pairs, *self._weights)}
         for name, value in changed.items():
             if name in TABLES or (name in before and before[name] is value):
                 continue
             if self._dtype is None or not isinstance(value, Tensor):
-                table[name] = rebound(value, self._originals)
+                table[name] = rebound(value, originals)
 
-    def _note(self, original: Any, copied: Any) -> None:
-        self._copies[id(original)], self._originals[id(copied)] = copied, original
-
-    def _copy_of(self, value: Any) -> Any:
-        return None if value is None else self._copies[id(value)]
+    def _attributes(self, module: nn.Module) -> dict[str, Any]:
+        """Returns the attributes of a module's copy."""
+        copies, attributes = self._copies, module.__dict__.copy()
+        for name, value in attributes.items():
+            kind = type(value)
+            if kind in PLAIN or (kind in CONTAINERS and (not value or name in TABLES or _is_plain(value))):
+                continue
+            attributes[name] = rebound(value, copies)
+        for name in TABLES:
+            table = attributes[name]
+            attributes[name] = {k: None if v is None else copies[id(v)] for k, v in table.items()} if table else {}
+        return attributes
 
     def _weight(self, tensor: Tensor) -> Tensor:
         """Returns what the copies have in place of a weight or a buffer."""
@@ -139,17 +136,14 @@ class ModuleCopies:
         return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
 
 
-def _names_to_look_at(module: nn.Module) -> list[str]:
-    """The attributes of a module that may refer to other modules. A network has thousands that cannot."""
-    attributes = module.__dict__
-    return [*(attributes.keys() - STANDARD), *(name for name in HOOKS if attributes.get(name))]
+def _is_plain(values: Any) -> bool:
+    """Whether a list, a tuple or a dict has nothing but objects of plain classes in it, as most have."""
+    return PLAIN.issuperset(map(type, values.values() if isinstance(values, dict) else values))
 
 
 def _same(table: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether a table has the very entries that it had, other than the dict of buffers, which is a copy in `before`."""
-    if len(table) != len(before):
-        return False
-    return all(value is before.get(name, table) or name == "_buffers" for name, value in table.items())
+    """Whether a table has the very entries that it had, in the same order."""
+    return [*table] == [*before] and all(map(operator.is_, table.values(), before.values()))
 
 
 def rebound(value: Any, table: dict[int, Any], depth: int = DEPTH) -> Any:
@@ -163,7 +157,7 @@ def rebound(value: Any, table: dict[int, Any], depth: int = DEPTH) -> Any:
     """
     if id(value) in table:
         return table[id(value)]
-    if depth == 0 or type(value) in ATOMS:
+    if depth == 0 or type(value) in PLAIN:
         return value
     inner = functools.partial(rebound, table=table, depth=depth - 1)
     if isinstance(value, types.MethodType):
@@ -193,11 +187,13 @@ def why_not_copied(root: nn.Module, network: Any = None) -> str | None:
         root: The module at the top of the tree.
         network: What is called, if that is not the module itself: a bound method of it for instance.
     """
-    table: dict[int, Any] = {id(module): nn.Identity for module in root.modules()}  # Only the keys matter.
+    modules = module_tree(root)
+    table: dict[int, Any] = {id(module): nn.Identity for module in modules}  # Only the keys matter.
     if network is not None and rebound(network, table) is network:
         return f"it is wrapped in {type(network).__name__}"
-    for module in root.modules():
-        reason = _why_type_is_not_copied(type(module)) or _why_module_is_not_copied(module, table)
+    reasons = {kind: _why_type_is_not_copied(kind) for kind in {type(module) for module in modules}}
+    for module in modules:
+        reason = reasons[type(module)] or _why_module_is_not_copied(module, table)
         if reason is not None:
             name = next(name for name, other in root.named_modules() if other is module)
             return reason.format(where=f"{type(module).__name__} {name!r}" if name else type(module).__name__)

@@ -72,6 +72,19 @@ def loading(source: str, argument: str = "model") -> Iterator[None]:
         ) from error
 
 
+def module_tree(root: nn.Module) -> list[nn.Module]:
+    """Returns what `root.modules()` yields, in that order, but faster. Every run walks through its network."""
+    found: dict[int, nn.Module] = {}
+    ahead: list[nn.Module | None] = [root]
+    while ahead:
+        module = ahead.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            if module._modules:
+                ahead += reversed(module._modules.values())
+    return list(found.values())
+
+
 @contextlib.contextmanager
 def frozen(*modules: Any) -> Iterator[None]:
     """Sets modules to eval mode, and their weights to not require grad, for the length of the context.
@@ -178,7 +191,7 @@ def as_tensor(output: Any, argument: str) -> Tensor:
 
 def refuse_stochastic(network: nn.Module) -> None:
     """Raises ValueError if a module is random or keeps running statistics, so that a second call differs."""
-    for name, module in network.named_modules():
+    for module in module_tree(network):
         if not module.training:
             continue
         dropout: float = 0.0
@@ -192,6 +205,7 @@ def refuse_stochastic(network: nn.Module) -> None:
         # The power iteration of spectral norm goes on at every call.
         batch_statistics = batch_statistics or isinstance(module, nn.utils.parametrizations._SpectralNorm)
         if dropout > 0 or batch_statistics or isinstance(module, nn.RReLU):
+            name = next(name for name, other in network.named_modules() if other is module)
             why = f"dropout p={dropout:g}" if dropout > 0 else "random or running statistics"
             raise ValueError(
                 f"unet: {type(module).__name__} {name!r} is in training mode ({why}), so a second evaluation "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.module_copies import ModuleCopies, frozen_copy, why_not_copied
-from doodl_fast.diffusion.networks import blocks_checkpointed, frozen, without_weight_grad
+from doodl_fast.diffusion.networks import blocks_checkpointed, frozen, module_tree, without_weight_grad
 from doodl_fast.solvers.edict import EDICT
 
 
@@ -136,6 +136,82 @@ def test_weights_that_were_moved_between_runs_are_seen(memory: str) -> None:
     other = EDICT(Denoiser(copy.deepcopy(net), cond, uncond, 3.0), chain.schedule, memory=memory)
     second = pull(chain(x, y), [x, y])
     assert all(map(torch.equal, second, pull(other(x, y), [x, y]))) and not torch.equal(first[0], second[0])
+
+
+class Recording(TinyNet):
+    """Notes at each call which object is called, whether its weights require grad, and whether a graph is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[int, bool, bool]] = []
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        self.log.append((id(self), self.inside.requires_grad, torch.is_grad_enabled()))
+        return super().forward(x, t, cond)
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible", "naive"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_copies_are_made_only_for_graphs_of_networks_that_are_not_frozen(
+    trained: bool, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making copies takes a few percent of the time of a small network's evaluation, in every run."""
+    net = Recording().double().requires_grad_(trained)
+    made: list[nn.Module] = []
+    original = ModuleCopies.__init__
+
+    def counting(self: ModuleCopies, root: nn.Module, *args: Any, **kwargs: Any) -> None:
+        made.append(root)
+        original(self, root, *args, **kwargs)
+
+    monkeypatch.setattr(ModuleCopies, "__init__", counting)
+    cond, uncond = conditions()
+    chain = EDICT(Denoiser(net, cond, uncond, 3.0), tiny_chain(3).schedule, memory=memory)
+    x, y = latents(1, 3, 4, grad=True)
+    chain(x.detach(), y.detach())
+    assert not made and all(who == id(net) and needs is trained for who, needs, _ in net.log)
+    net.log.clear()
+    pull(chain(x, y), [x, y])
+    assert made == [net] * trained
+    assert any(graph for _, _, graph in net.log)
+    assert all((who == id(net)) is not (trained and graph) for who, _, graph in net.log)
+    assert not any(needs and graph for _, needs, graph in net.log)
+
+
+def test_tree_is_that_of_torch() -> None:
+    net = Tied()
+    net.register_module("nothing", None)
+    net.add_module("cycle", nn.ModuleList([net.recurrent, nn.Sequential()]))
+    assert list(map(id, module_tree(net))) == list(map(id, net.modules()))
+
+
+class Moody(nn.Module):
+    """Changes every kind of attribute that it has, in ways that leave the number of attributes as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = "first", "second"
+        self.part = nn.Linear(3, 3)
+        self.listed: list[Any] = []
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        second = self.second
+        del self.second
+        self.renamed = second
+        self.part.latest = x
+        self.listed = [self.part]
+        self.scale = self.scale * 2
+        return self.part(x)
+
+
+def test_what_calls_assign_is_given_to_the_network() -> None:
+    net = Moody()
+    copies = ModuleCopies(net)
+    x = torch.ones(1, 3)
+    copies.of(net)(x)
+    copies.write_back()
+    assert net.renamed == "second" and net.part.latest is x and net.listed[0] is net.part and net.scale == 2
 
 
 # Networks that are not copied
