@@ -8,6 +8,7 @@ Most programs need few of these names:
 - `optimize(chain, latents, decode, loss)` optimises the starting noise. `guidance` has losses, and any function of
   images is one.
 - `Checkpoint`, `Reversible`, `Naive` and `Auto` say what a chain keeps for its gradient.
+- `DoodlPipeline.from_pipe(pipe)(prompt, loss=loss)` does all of this with the arguments of a diffusers pipeline.
 - `Denoiser`, `Schedule`, `Decoder` and `encode_prompt` are the parts of a chain that is made by hand.
 - `profile` and `check_reversibility` look into a chain. `shapes` is a small pipeline that comes with the package.
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .diffusion.schedule import Schedule
     from .diffusion.tracing import SamplerSteps
     from .diffusion.videos import VideoTensor
+    from .integrations.pipeline import DoodlPipeline
     from .ops import backend
     from .optimization.loop import Result, StepInfo, optimize
     from .optimization.update import UpdateSettings
@@ -68,6 +70,7 @@ __all__ = [
     "Decoder",
     "Denoiser",
     "DiffusionChain",
+    "DoodlPipeline",
     "Guided",
     "ImageTensor",
     "LastSteps",
@@ -112,6 +115,7 @@ _HOMES = {
     "OBELM": "solvers.obelm",
     "Rex": "solvers.rex",
     "DPMSolver": "solvers.sampler",
+    "DoodlPipeline": "integrations.pipeline",
     "LCM": "solvers.sampler",
     "Sampler": "solvers.sampler",
     "solver": "solvers.own",
