@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -49,6 +49,8 @@ class DiffusionChain(Chain):
     """How many latents a chain starts from, and `optimize` changes."""
     schedule_type: ClassVar[Any] = Schedule
     """What the solver calls its schedule."""
+    schedule_options: ClassVar[Mapping[str, Any]] = {}
+    """Further options of `from_pipeline` that go to `read_scheduler`, with their defaults."""
     num_pictures: ClassVar[int] = 2
     """How many of the latents that a chain returns are pictures to be scored, from the first one on."""
 
@@ -131,8 +133,9 @@ class DiffusionChain(Chain):
         _check_scheduler(pipe.scheduler, family)
         names = set(inspect.signature(cls.__init__).parameters) - {"self", "denoiser", "schedule", "memory"}
         solver = {name: options.pop(name) for name in sorted(names & options.keys())}
+        reading = {name: options.pop(name, default) for name, default in cls.schedule_options.items()}
         request = Request(prompt, negative_prompt, num_inference_steps, guidance_scale, height, width, options)
-        timesteps = family.set_timesteps(pipe, request)
+        timesteps = family.set_timesteps(pipe, request) | reading
         schedule = cls.read_scheduler(pipe.scheduler, num_inference_steps, **timesteps)
         made = {name: getattr(schedule, name) for name in ("timesteps", "start") if hasattr(schedule, name)}
         parts = family.parts(pipe, replace(request, **made))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,9 @@ class Sampler(DiffusionChain):
 
     Schedulers that add noise (ancestral samplers, DDPM, LCM, SDE solvers) take it as an input, `chain(x, noise=[...])`,
     with a gradient for every tensor of it, as DNO (arXiv 2405.18881) needs to optimise it. `draw_noise` draws it.
+
+    `from_pipeline` has one more option, `eta` of the pipelines: how much noise `DDIMScheduler` and `TCDScheduler` add,
+    from 0, the default, to 1.
 
     Args:
         denoiser: The network with its conditions.
@@ -50,6 +54,7 @@ class Sampler(DiffusionChain):
     num_starts = 1
     num_pictures = 1
     schedule_type = SamplerSteps
+    schedule_options: ClassVar[Mapping[str, Any]] = {"eta": 0.0}
 
     def __init__(
         self,
@@ -77,8 +82,25 @@ class Sampler(DiffusionChain):
         """The noise of calls that are given none: `optimize` calls the chain with latents alone."""
 
     @classmethod
-    def read_scheduler(cls, scheduler: Any, num_inference_steps: int, **options: Any) -> SamplerSteps:
-        """Reads the scheduler's own steps. options: more arguments of its `set_timesteps`."""
+    def read_scheduler(
+        cls, scheduler: Any, num_inference_steps: int, eta: float | None = None, **options: Any
+    ) -> SamplerSteps:
+        """Reads the scheduler's own steps.
+
+        Args:
+            scheduler: A diffusers scheduler.
+            num_inference_steps: As in `scheduler.set_timesteps`.
+            eta: That of `scheduler.step`. None is the scheduler's default, which for `TCDScheduler` is not the 0 of
+                the pipelines.
+            **options: Those of `SamplerSteps.from_scheduler`.
+
+        Raises:
+            ValueError: `eta` is given, is not 0, and the scheduler has none.
+        """
+        if eta is not None and "eta" in inspect.signature(scheduler.step).parameters:
+            options["step_options"] = {**options.get("step_options", {}), "eta": eta}
+        elif eta:
+            raise ValueError(f"eta: expected 0 with {type(scheduler).__name__}, whose steps have no eta, got {eta!r}")
         return SamplerSteps.from_scheduler(scheduler, num_inference_steps, **options)
 
     @classmethod
@@ -154,11 +176,14 @@ class _Named(Sampler):
     scheduler_class: ClassVar[str]
 
     @classmethod
-    def read_scheduler(cls, scheduler: Any, num_inference_steps: int, **options: Any) -> SamplerSteps:
+    def read_scheduler(
+        cls, scheduler: Any, num_inference_steps: int, eta: float | None = None, **options: Any
+    ) -> SamplerSteps:
         """Reads the steps of this solver's scheduler, which gets the settings of the pipeline's.
 
         Raises:
-            ValueError: The pipeline's scheduler is one of flow matching, whose settings mean something else.
+            ValueError: The pipeline's scheduler is one of flow matching, whose settings mean something else; or as
+                `Sampler.read_scheduler`.
         """
         import diffusers
 
@@ -169,7 +194,7 @@ class _Named(Sampler):
                 "for a flow are others; put the scheduler that you want into pipe.scheduler and use Sampler"
             )
         own = scheduler if isinstance(scheduler, kind) else kind.from_config(scheduler.config)
-        return SamplerSteps.from_scheduler(own, num_inference_steps, **options)
+        return super().read_scheduler(own, num_inference_steps, eta, **options)
 
 
 class DPMSolver(_Named):
