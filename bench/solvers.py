@@ -176,7 +176,7 @@ def truncated(pipe: Any, steps: int = 20, seeds: int = 8) -> str:
         other = make(pipe, "DDIM", steps, ["a blue square"])
         goal = other.decode(other(other.noise(seed=99))[0])
 
-    def pull(seed: int, last: doodl_fast.LastSteps | None) -> Tensor:
+    def pull(seed: int, last: Any) -> Tensor:
         chain.last_steps = last
         leaf = chain.noise(seed).requires_grad_()
         loss = (chain.decode(chain(leaf)[0]) - goal).square().mean()
@@ -184,8 +184,14 @@ def truncated(pipe: Any, steps: int = 20, seeds: int = 8) -> str:
 
     whole = [pull(seed, None) for seed in range(seeds)]
     lines = ["| the gradient goes through | cosine | length | relative error |", "|---|---|---|---|"]
-    kinds = {f"the last {k} of {steps} steps": [doodl_fast.LastSteps(k)] * seeds for k in (1, 2, 5, 10, 15, steps)}
+    kinds: dict[str, list[Any]] = {
+        f"the last {k} of {steps} steps": [doodl_fast.LastSteps(k)] * seeds for k in (1, 2, 5, 10, 15, steps)
+    }
     kinds[f"1 to {steps} steps, drawn"] = [doodl_fast.LastSteps(1, steps, seed) for seed in range(seeds)]
+    for copies in (2, 8):
+        name = f"the last step, DRaFT-LV with {copies} copies"
+        kinds[name] = [doodl_fast.LowVariance(copies, seed) for seed in range(seeds)]
+    kinds["the first call, straight through"] = [doodl_fast.StraightThrough()] * seeds
     for name, lasts in kinds.items():
         found = [pull(seed, last) for seed, last in enumerate(lasts)]
         pairs = list(zip(found, whole, strict=True))

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .solvers.ddim import DDIM
     from .solvers.edict import EDICT
     from .solvers.obelm import OBELM
+    from .solvers.one_call import LowVariance, StraightThrough
     from .solvers.own import solver
     from .solvers.rex import Rex
     from .solvers.sampler import LCM, DPMSolver, Sampler, UniPC
@@ -75,6 +76,7 @@ __all__ = [
     "ImageTensor",
     "LastSteps",
     "LatticeState",
+    "LowVariance",
     "Naive",
     "Program",
     "Result",
@@ -85,6 +87,7 @@ __all__ = [
     "SamplerSteps",
     "Schedule",
     "StepInfo",
+    "StraightThrough",
     "UniPC",
     "UpdateSettings",
     "VideoTensor",
@@ -122,6 +125,8 @@ _HOMES = {
     "SamplerSteps": "diffusion.tracing",
     "UniPC": "solvers.sampler",
     "LastSteps": "solvers.truncated",
+    "LowVariance": "solvers.one_call",
+    "StraightThrough": "solvers.one_call",
     "LatticeState": "chain.exact.state",
     "Naive": "chain.memory.strategies",
     "Program": "chain.program",

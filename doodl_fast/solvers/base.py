@@ -22,7 +22,7 @@ from ..diffusion.flow import is_flow
 from ..diffusion.latent_space import LatentSpace
 from ..diffusion.pipeline import load_pipeline
 from ..diffusion.schedule import Schedule, setting
-from .truncated import LastSteps, run_truncated
+from .truncated import Truncation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,7 +71,7 @@ class DiffusionChain(Chain):
             raise TypeError(f"schedule: expected a {name}, got {got}; use {name}.from_scheduler(scheduler, steps)")
         super().__init__(evaluator(denoiser) if evaluator else denoiser, make_program(schedule), **options)
         self._schedule = schedule
-        self._last_steps: LastSteps | None = None
+        self._last_steps: Truncation | None = None
         self._space: LatentSpace | None = None
         self._decoder: Decoder | None = None
 
@@ -189,27 +189,32 @@ class DiffusionChain(Chain):
         return cls.schedule_type.from_scheduler(scheduler, num_inference_steps, **set_timesteps)
 
     @property
-    def last_steps(self) -> LastSteps | None:
-        """In how many of the last steps gradients go through the network. None is the whole chain, the right gradient.
+    def last_steps(self) -> Truncation | None:
+        """How gradients are truncated: a `LastSteps`, `LowVariance` or `StraightThrough`. None is the right gradient.
 
         Raises:
-            ValueError: It is set on a chain in exact arithmetic.
-            TypeError: It is set to something else than a `LastSteps` or None.
+            ValueError: It is set on a chain in exact arithmetic, or does not fit the solver.
+            TypeError: It is set to something else.
         """
         return self._last_steps
 
     @last_steps.setter
-    def last_steps(self, value: LastSteps | None) -> None:
-        if value is not None and not isinstance(value, LastSteps):
-            raise TypeError(f"last_steps: expected a LastSteps or None, got {type(value).__name__}; use LastSteps(5)")
-        if value is not None and self.arithmetic != "float":
-            raise ValueError(f'last_steps: expected None with arithmetic={self.arithmetic!r}; use "float"')
+    def last_steps(self, value: Truncation | None) -> None:
+        if value is not None and not isinstance(value, Truncation):
+            raise TypeError(
+                "last_steps: expected a LastSteps, LowVariance or StraightThrough, or None, got "
+                f"{type(value).__name__}; use LastSteps(5)"
+            )
+        if value is not None:
+            if self.arithmetic != "float":
+                raise ValueError(f'last_steps: expected None with arithmetic={self.arithmetic!r}; use "float"')
+            value.check(self, self._schedule)
         self._last_steps = value
 
     def _run_checked(self, latents: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, ...]:
         if self._last_steps is None or inverse or not torch.is_grad_enabled():
             return super()._run_checked(latents, inverse)
-        return run_truncated(self, latents, self._last_steps.draw())
+        return self._last_steps.run(self, self._schedule, latents)
 
     @property
     def picture_index(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +15,28 @@ from ..chain.chain import Chain
 from ..chain.program import Coupling, Program, num_values
 
 
+class Truncation(ABC):
+    """A gradient that is cheaper than the chain's own and differs from it. The latents that come out do not differ.
+
+    It is an option of every chain in floating point, see `DiffusionChain.last_steps`.
+    """
+
+    @abstractmethod
+    def run(self, chain: Chain, schedule: Any, latents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Runs a chain's program with the truncated gradient.
+
+        Args:
+            chain: A chain in floating point.
+            schedule: That of the solver.
+            latents: One for each value of the program.
+        """
+
+    def check(self, chain: Chain, schedule: Any) -> None:  # noqa: B027 - most truncations fit every chain
+        """Raises ValueError if the gradient of this chain cannot be truncated so. Arguments are as in `run`."""
+
+
 @dataclass
-class LastSteps:
+class LastSteps(Truncation):
     """In how many of the last steps the gradient goes through the network (as DRaFT-K does, arXiv 2309.17400).
 
     In the steps before, the network's outputs count as constants: the gradient passes them by their linear part alone.
@@ -50,46 +72,56 @@ class LastSteps:
         """The number of steps of the next run."""
         return self.least if self.most is None else self._random.randint(self.least, self.most)
 
+    def run(self, chain: Chain, schedule: Any, latents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Runs the program. Where the last steps begin, the latents are rounded to their dtype once more."""
+        head, tail = split(chain.program, self.draw())
+        return run_part(chain, tail, run_constant(chain, head, latents), chain.memory)
 
-def run_truncated(chain: Chain, latents: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
-    """Runs a chain's program with a gradient that goes through the network in the last steps alone.
 
-    The values are those of the chain, but that the latents are rounded to their dtype once more, where the last steps
-    begin.
-
-    Args:
-        chain: A chain in floating point.
-        latents: One for each value of the program.
-        steps: How many of the last steps.
-    """
-    numbers = sorted({coupling.step for coupling in chain.program})
+def split(program: Program, steps: int) -> tuple[Program, Program]:
+    """Divides a program where its last steps begin. If it has no more than these, the first part is empty."""
+    numbers = sorted({coupling.step for coupling in program})
     first = numbers[max(0, len(numbers) - steps)] if numbers else 0
-    head = tuple(coupling for coupling in chain.program if coupling.step < first)
-    tail = tuple(coupling for coupling in chain.program if coupling.step >= first)
-    if head:
-        with torch.no_grad():
-            values = _run(chain, head, tuple(latent.detach() for latent in latents), "checkpoint")
-        latents = _with_linear_gradient(head, latents, values)
-    return _run(chain, tail, latents, chain.memory)
+    head = tuple(coupling for coupling in program if coupling.step < first)
+    return head, tuple(coupling for coupling in program if coupling.step >= first)
 
 
-def _run(chain: Chain, program: Program, latents: tuple[Tensor, ...], memory: object) -> tuple[Tensor, ...]:
+def run_constant(chain: Chain, program: Program, latents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Runs a part of a chain's program with the gradient that it has if the network's outputs are constants."""
+    if not program:
+        return latents
+    with torch.no_grad():
+        values = run_part(chain, program, tuple(latent.detach() for latent in latents), "checkpoint")
+    return with_linear_gradient(program, latents, values)
+
+
+def run_part(chain: Chain, program: Program, latents: tuple[Tensor, ...], memory: object) -> tuple[Tensor, ...]:
     """Runs a part of a chain's program, which may leave the last ones of the latents alone."""
     part = Chain(chain.evaluator, program, memory, state_dtype=chain.state_dtype)  # type: ignore[arg-type]
     count = num_values(program)
     return (*part.run(*latents[:count]), *latents[count:])
 
 
-def _with_linear_gradient(
-    program: Sequence[Coupling], start: Sequence[Tensor], values: Sequence[Tensor]
+def with_linear_gradient(
+    program: Sequence[Coupling], start: Sequence[Tensor], values: Sequence[Tensor], output: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The values, with the gradient of the program whose network outputs are constants."""
-    rows = [[float(i == j) for j in range(len(start))] for i in range(len(start))]
+    """The values that a program leads to, with the gradient that it has for given gradients of the network's outputs.
+
+    Args:
+        program: The couplings.
+        start: The latents that it began with.
+        values: What they have become.
+        output: Every output of the network gets the gradient of this tensor. None: the outputs are constants.
+    """
+    inputs = [*start, *([] if output is None else [output])]
+    rows = [[float(i == j) for j in range(len(inputs))] for i in range(len(start))]
     for k in program:
         rows[k.target] = [k.a * t + k.c * s for t, s in zip(rows[k.target], rows[k.source], strict=True)]
+        if output is not None:
+            rows[k.target][-1] += k.b
     results = []
     for row, value in zip(rows, values, strict=True):
-        linear = [share * latent for share, latent in zip(row, start, strict=True) if share]
+        linear = [share * tensor for share, tensor in zip(row, inputs, strict=True) if share]
         total = torch.stack(linear or [0 * start[0]]).sum(0)
         results.append(value + (total - total.detach()))
     return tuple(results)
