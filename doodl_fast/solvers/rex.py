@@ -12,8 +12,8 @@ from ..chain.program import Coupling, Program
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.schedule import Schedule
 from .base import DiffusionChain
-from .clock import Clock
-from .coefficients import levels
+from .clock import Clock, NoiseClock, PictureClock
+from .coefficients import Level, levels
 from .runge_kutta import SCHEMES, RungeKuttaSlope, Stages, make_stages
 from .single import check_real
 
@@ -21,14 +21,15 @@ from .single import check_real
 def rex_program(schedule: Schedule, scheme: str = "midpoint", zeta: float = 0.999) -> Program:
     """The couplings of Rex from noise to picture.
 
-    With `z = x / signal` and `s = noise / signal` (for a flow x and sigma as they stand), let `Psi_h(z)` be what an
-    explicit Runge-Kutta scheme adds to z in a step of length h of `dz/ds = eps`. A pair z, w takes the step
+    With `y = x / noise` and `g = signal / noise` let `Psi_h(y)` be what an explicit Runge-Kutta scheme adds to y in a
+    step of length h of `dy/dg = picture(x)`, the network's prediction of the picture. A pair y, w takes the step
 
-        z' = zeta z + (1 - zeta) w + Psi_h(w)
-        w' = w - Psi_{-h}(z')
+        y' = zeta y + (1 - zeta) w + Psi_h(w)
+        w' = w - Psi_{-h}(y')
 
     where Psi_h starts from the level before the step and Psi_{-h} from the level after it (McCallum and Foster, arXiv
-    2410.11648). Both are couplings, and the pair has the order of the scheme.
+    2410.11648). Both are couplings, and the pair has the order of the scheme. In these variables the solution grows,
+    and the difference of y and w shrinks, because its steps are those of the reversed equation.
 
     Args:
         schedule: The noise levels, of any prediction type.
@@ -37,27 +38,37 @@ def rex_program(schedule: Schedule, scheme: str = "midpoint", zeta: float = 0.99
 
     Returns:
         The program, whose picture is value 0, and whose tags are `Stages`. A step between equal noise levels is left
-        out. A network is never evaluated where there is no noise: a last step that leads there leaves w behind, and a
-        scheme that would evaluate the network at the end of that step is replaced by "midpoint" in it.
+        out. A last step to a picture without noise, where g is infinite, is one of `dz/ds = eps` with `z = x / signal`
+        and `s = noise / signal` (of a flow, of `dx/dsigma = v`). A network is never evaluated where there is no noise:
+        that step leaves w behind, and a scheme that would evaluate the network at its end is replaced by "midpoint".
 
     Raises:
-        ValueError: An option is out of range, or the schedule starts from zero terminal signal-to-noise.
+        ValueError: An option is out of range, or a single step leads from pure noise to a picture without noise.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme: expected one of {', '.join(map(repr, SCHEMES))}, got {scheme!r}")
     zeta = check_real("zeta", zeta, 0, 1, "0.999 is the paper's choice")
-    clock, passed = Clock(schedule), levels(schedule)
     program: list[Coupling] = []
-    for step, (start, end) in enumerate(itertools.pairwise(passed)):
+    inside, to_picture = PictureClock(schedule), NoiseClock(schedule)
+    for step, (start, end) in enumerate(itertools.pairwise(levels(schedule))):
         if start == end:
             continue
-        to_picture = end.noise == 0
-        tableau = SCHEMES["midpoint" if to_picture and 1.0 in SCHEMES[scheme].nodes else scheme]
-        a, b = clock.scale(end) / clock.scale(start), clock.scale(end) * (clock.time(end) - clock.time(start))
-        program.append(Coupling(0, zeta * a, (1 - zeta) * a, b, step, make_stages(clock, start, end, tableau)))
-        if not to_picture:
-            program.append(Coupling(1, a, 0.0, b, step, make_stages(clock, end, start, tableau)))
+        if end.noise == 0 and start.signal == 0 and not schedule.is_flow:
+            raise ValueError(
+                "schedule: expected a noise level between pure noise and the picture, got a single step; use 2 steps"
+            )
+        program += step_couplings(inside if end.noise else to_picture, step, start, end, scheme, zeta)
     return tuple(program)
+
+
+def step_couplings(clock: Clock, step: int, start: Level, end: Level, scheme: str, zeta: float) -> list[Coupling]:
+    """The couplings of one step of `rex_program` in a clock's variable, from one noise level to another."""
+    tableau = SCHEMES["midpoint" if end.noise == 0 and 1.0 in SCHEMES[scheme].nodes else scheme]
+    a, b = clock.scale(end) / clock.scale(start), clock.scale(end) * (clock.time(end) - clock.time(start))
+    couplings = [Coupling(0, zeta * a, (1 - zeta) * a, b, step, make_stages(clock, start, end, tableau))]
+    if end.noise:
+        couplings.append(Coupling(1, a, 0.0, b, step, make_stages(clock, end, start, tableau)))
+    return couplings
 
 
 class Rex(DiffusionChain):
