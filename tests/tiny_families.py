@@ -55,7 +55,7 @@ def awake(network: nn.Module, scale: float = 0.3) -> nn.Module:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in network.parameters():
-            if weight.std() < 0.05 or weight.numel() == 1:
+            if weight.numel() == 1 or weight.std() < 0.05:
                 weight.add_(torch.randn(weight.shape, generator=generator) * scale)
     return network.eval()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import tiny_pipeline
 import torch
-from tiny_families import awake, t5_encoder, t5_tokenizer
+from tiny_families import awake, t5_encoder, t5_tokenizer, vae
 from torch import nn
 
 
@@ -79,7 +81,7 @@ def cogvideox(scheduler: Any = None, **changes: Any) -> Any:
     }
     transformer = awake(diffusers.CogVideoXTransformer3DModel(**settings | changes))
     torch.manual_seed(4)
-    vae = diffusers.AutoencoderKLCogVideoX(
+    autoencoder = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
         block_out_channels=(8, 8, 8, 8),
@@ -102,8 +104,83 @@ def cogvideox(scheduler: Any = None, **changes: Any) -> Any:
     pipe = diffusers.CogVideoXPipeline(
         tokenizer=words,
         text_encoder=t5_encoder(words),
-        vae=vae.eval(),
+        vae=autoencoder.eval(),
         transformer=transformer,
+        scheduler=own if scheduler is None else scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ltx(scheduler: Any = None, **changes: Any) -> Any:
+    """A pipeline of LTX-Video; changes are those of its VAE."""
+    words = t5_tokenizer()
+    torch.manual_seed(0)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=32,
+    )
+    torch.manual_seed(4)
+    settings: dict[str, Any] = {
+        "latent_channels": 4,
+        "block_out_channels": (8, 8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1,) * 5,
+        "spatio_temporal_scaling": (True, True, False, False),
+        "decoder_spatio_temporal_scaling": (True, True, False, False),
+        "patch_size": 2,
+        "scaling_factor": 0.9,
+    }
+    autoencoder = awake(diffusers.AutoencoderKLLTXVideo(**settings | changes))
+    autoencoder.latents_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
+    autoencoder.latents_std.copy_(torch.tensor([1.2, 0.8, 2.0, 1.0]))
+    own = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=4, shift_terminal=0.1
+    )
+    pipe = diffusers.LTXPipeline(
+        tokenizer=words,
+        text_encoder=t5_encoder(words),
+        vae=autoencoder,
+        transformer=awake(transformer),
+        scheduler=own if scheduler is None else scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def animatediff(work: Path, scheduler: Any = None, **changes: Any) -> Any:
+    """A pipeline of AnimateDiff; changes are those of its UNet."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    words = tiny_pipeline.tokenizer(work)
+    text_encoder = CLIPTextModel(CLIPTextConfig(**tiny_pipeline.text_settings(words))).eval()
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 8),
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "cross_attention_dim": text_encoder.config.hidden_size,
+        "num_attention_heads": 2,
+        "motion_num_attention_heads": 2,
+        "motion_max_seq_length": 8,
+    }
+    unet = awake(diffusers.UNetMotionModel(**settings | changes))
+    own = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    pipe = diffusers.AnimateDiffPipeline(
+        vae=vae(4),
+        text_encoder=text_encoder,
+        tokenizer=words,
+        unet=unet,
+        motion_adapter=None,
         scheduler=own if scheduler is None else scheduler,
     )
     pipe.set_progress_bar_config(disable=True)

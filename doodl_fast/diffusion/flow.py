@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +77,11 @@ def flow_steps(scheduler: Any, steps: int, mu: float | None = None, sigmas: Sequ
     # A scheduler of second order has most of its levels twice.
     levels = list(dict.fromkeys(torch.as_tensor(stepper.sigmas).double().tolist()))
     timesteps = list(dict.fromkeys(torch.as_tensor(stepper.timesteps).double().tolist()))
+    if not all(map(math.isfinite, levels)):
+        raise ValueError(
+            f"scheduler: {name} gives noise levels that are no numbers for mu={mu!r}: {levels}; its dynamic shift is "
+            "too large for float32, so use a smaller picture or video, or other settings of base_shift and max_shift"
+        )
     if 1 < levels[0] < 1 + ROUNDING:
         levels[0] = 1.0
     missing = []

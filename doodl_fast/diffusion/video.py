@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .latent_space import LatentSpace
-from .module_copies import frozen_copy
 from .videos import check_videos
 
 
@@ -182,18 +181,15 @@ class VideoDecoder(Decoder):
                 f"videos: the latents of this chain begin with {self._padding} that no video has, so a video cannot be "
                 "encoded for it; expected another num_frames of the chain"
             )
-        raw = self._posterior(videos, sample, generator)
+        raw = self._raw(videos, sample, generator)
         latents = raw.to(torch.promote_types(videos.dtype, torch.float32))
         scale, shift = self._affine(latents)
         latents = (latents * scale + shift).to(videos.dtype)
         return latents.transpose(1, 2) if self._frames_first else latents
 
-    def _posterior(self, videos: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
-        """Returns what the VAE has of videos (B, F, 3, H, W), as (B, C, F, h, w)."""
-        with frozen_copy(self.vae) as vae:
-            posterior = vae.encode(videos.transpose(1, 2).to(vae.dtype)).latent_dist
-        raw: Tensor = posterior.sample(generator) if sample or generator is not None else posterior.mode()
-        return raw
+    def _raw(self, videos: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
+        """Returns what the VAE makes of videos (B, F, 3, H, W), as (B, C, F, h, w)."""
+        return self._encode(videos.transpose(1, 2), sample, generator)
 
     def _check_latents(self, latents: Tensor) -> None:
         if not isinstance(latents, Tensor) or not latents.is_floating_point():
@@ -240,3 +236,15 @@ class CausalVideoDecoder(VideoDecoder):
 
     def _needed(self, frames: int, total: int) -> int:
         return frames
+
+
+class FrameDecoder(VideoDecoder):
+    """The decoder of a VAE of pictures, which decodes each frame of the latents by itself."""
+
+    def _videos(self, latents: Tensor, picks: tuple[int, ...] | None) -> Tensor:
+        chosen = (latents if picks is None else latents[:, :, list(picks)]).transpose(1, 2)
+        return self._decoded(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
+
+    def _raw(self, videos: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
+        frames = self._encode(videos.flatten(0, 1), sample, generator)
+        return frames.unflatten(0, videos.shape[:2]).transpose(1, 2)

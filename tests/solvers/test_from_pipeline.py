@@ -247,7 +247,7 @@ def test_unets_that_take_more_than_latents_are_refused(pipe: Any, kind: str) -> 
         EDICT.from_pipeline(with_parts(kind, pipe, unet=unet), "a dog")
 
 
-def test_video_pipelines_are_refused(pipe: Any) -> None:
+def test_other_video_pipelines_are_refused(pipe: Any) -> None:
     motion = diffusers.MotionAdapter(
         block_out_channels=pipe.unet.config.block_out_channels,
         motion_layers_per_block=1,
@@ -255,8 +255,8 @@ def test_video_pipelines_are_refused(pipe: Any) -> None:
         motion_norm_num_groups=4,
         motion_num_attention_heads=2,
     )
-    animated = with_parts("AnimateDiffPipeline", pipe, motion_adapter=motion)
-    with pytest.raises(ValueError, match="pipe: AnimateDiffPipeline makes videos"):
+    animated = with_parts("AnimateDiffVideoToVideoPipeline", pipe, motion_adapter=motion)
+    with pytest.raises(ValueError, match="pipe: AnimateDiffVideoToVideoPipeline makes videos, and from_pipeline does"):
         EDICT.from_pipeline(animated, "a dog")
 
 

@@ -7,10 +7,12 @@ import warnings
 from typing import Any
 
 from ..calling import NetworkAdapter
+from .animatediff import AnimateDiff
 from .base import ADAPTERS, Family, Parts, Request, components_of
 from .cogvideox import CogVideoX
 from .flux import Flux
 from .flux2 import Flux2
+from .ltx import LTX
 from .pixart import PixArt
 from .pixel import PixelSpace
 from .qwen_image import QwenImage
@@ -30,6 +32,8 @@ FAMILIES: tuple[Family, ...] = (
     PixelSpace(),
     Wan(),
     CogVideoX(),
+    LTX(),
+    AnimateDiff(),
 )
 
 

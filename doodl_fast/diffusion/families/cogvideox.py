@@ -22,8 +22,9 @@ from .base import (
     take,
     warn_unused_negative_prompt,
 )
+from .encoding import encode_pair
 from .transformer import TransformerCall
-from .transformer_video import encode_pair, video_space
+from .video_shape import video_space
 
 OTHER_OPTIONS = frozenset({"num_frames", "use_dynamic_cfg"})
 NETWORK_OPTIONS = frozenset({"attention_kwargs"})

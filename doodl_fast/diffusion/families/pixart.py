@@ -10,19 +10,18 @@ from torch import Tensor
 
 from ..decoder import Decoder, vae_scale_factor
 from ..denoiser import Denoiser
-from ..guided import Guided
 from .base import (
     DENOISER_OPTIONS,
     Family,
     Parts,
     Request,
     encoding_options,
-    keep_given,
     refuse_unknown,
     take,
     warn_unused_negative_prompt,
 )
-from .transformer import TransformerCall, check_prompts, no_grad_encode, transformer_space
+from .encoding import encode_masked_pair
+from .transformer import TransformerCall, transformer_space
 
 
 class PixArtCall(TransformerCall):
@@ -63,7 +62,8 @@ class PixArt(Family):
         if not guided:
             why = f"with guidance_scale={guidance_scale:g}; guidance needs more than 1"
             warn_unused_negative_prompt(request, why)
-        cond, uncond, mask = self._encode(pipe, request, encoding, guided)
+        # The default of clean_caption is that of the pipeline's __call__, not of encode_prompt.
+        cond, uncond, mask = encode_masked_pair(pipe, request, encoding, guided, clean_caption=True)
         told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if is_told:
             height, width = size
@@ -92,26 +92,3 @@ class PixArt(Family):
                 stacklevel=4,
             )
         return size[0], size[1]
-
-    def _encode(
-        self, pipe: Any, request: Request, encoding: dict[str, Any], guided: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | Guided]:
-        """Returns the embeddings of the prompts, those of the negative prompts, and the masks of their tokens."""
-        prompts, negatives = check_prompts(
-            pipe, request, encoding, guided, "prompt_attention_mask", ("text_encoder", "tokenizer")
-        )
-        made = no_grad_encode(
-            pipe,
-            prompt=prompts,
-            negative_prompt=negatives,
-            do_classifier_free_guidance=guided,
-            **{"clean_caption": True, **encoding},  # The default of the pipeline's __call__, not of encode_prompt.
-        )
-        names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-        found = keep_given(dict(zip(names, made, strict=True)), encoding, pipe.transformer.device)
-        cond, mask, uncond, negative_mask = (found[name] for name in names)
-        assert cond is not None and mask is not None
-        if not guided:
-            return cond, None, mask
-        assert uncond is not None and negative_mask is not None
-        return cond, uncond, Guided(negative_mask, mask)

@@ -83,7 +83,7 @@ class StableDiffusion(Family):
             missing.append("text_encoder")
         unet: Any = getattr(parts.get("unet"), "_orig_mod", parts.get("unet"))
         if type(unet).__name__ in VIDEO_UNETS:
-            raise ValueError(f"pipe: {name} makes videos, which from_pipeline does not support; {BY_HAND}")
+            raise ValueError(f"pipe: {name} makes videos, and from_pipeline does not know it; {BY_HAND}")
         if missing:
             raise TypeError(
                 f"pipe: expected a Stable Diffusion pipeline with unet, vae, scheduler and text_encoder, got {name} "

@@ -24,8 +24,9 @@ from .base import (
     take,
     warn_unused_negative_prompt,
 )
+from .encoding import encode_pair
 from .transformer import TransformerCall
-from .transformer_video import encode_pair, video_space
+from .video_shape import video_space
 
 DEFAULTS = (81, 480, 832)
 """Frames, height and width where the caller of the pipeline gives none."""
