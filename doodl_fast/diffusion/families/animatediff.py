@@ -9,7 +9,7 @@ from torch import Tensor
 from ..calling import NetworkAdapter
 from ..decoder import vae_scale_factor
 from ..denoiser import Denoiser
-from ..pipeline import encode_conditions
+from ..prompts import encode_conditions
 from ..video import FrameDecoder, VideoSpace
 from .base import (
     DENOISER_OPTIONS,
