@@ -165,3 +165,40 @@ def pixel_space(kind: str, scheduler: Any = None, channels: int = 3, **changes: 
     )
     own = diffusers.DDIMScheduler(clip_sample=False) if scheduler is None else scheduler
     return getattr(diffusers, kind)(unet.eval(), own)
+
+
+def deepfloyd_if(scheduler: Any = None, **changes: Any) -> Any:
+    words = t5_tokenizer()
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "in_channels": 3,
+        "out_channels": 6,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 32,
+        "encoder_hid_dim": 32,
+        "attention_head_dim": 8,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 2,
+        "cross_attention_norm": "group_norm",
+        "resnet_time_scale_shift": "scale_shift",
+        "act_fn": "gelu",
+    }
+    unet = awake(diffusers.UNet2DConditionModel(**settings | changes))
+    # The pipeline reads variance_type, which DDIMScheduler has not but keeps.
+    own = diffusers.DDIMScheduler.from_config({"clip_sample": False, "variance_type": "fixed_small"})
+    return diffusers.IFPipeline(
+        tokenizer=words,
+        text_encoder=t5_encoder(words),
+        unet=unet,
+        scheduler=own if scheduler is None else scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .edm import edm_steps, is_edm
 from .flow import flow_steps, is_flow
 from .scheduler_check import (
     OWN_TIMESTEPS,
@@ -217,6 +218,14 @@ class Schedule:
         for name, value in (("mu", mu), ("sigmas", sigmas)):
             if value is not None:
                 raise ValueError(f"{name}: expected None because {type(scheduler).__name__} is no flow, got {value!r}")
+        if is_edm(scheduler):
+            steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", 1000)))
+            edm = edm_steps(scheduler, steps)
+            _warn_of(scheduler, edm.missing, "DDIM")
+            scaled = cls(edm.timesteps, edm.alphas[:-1], edm.alphas[1:], "v_prediction")
+            scaled = scaled if span is None else scaled.part(span.steps(edm.timesteps))
+            origin = Origin(copy.deepcopy(scheduler), steps, {} if span is None else {"span": span})
+            return replace(scaled, origin=origin)
         levels = noise_levels(scheduler)
         refuse_what_would_be_wrong(scheduler)
         steps = _num_steps(num_inference_steps, int(setting(scheduler, "num_train_timesteps", len(levels))))

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .edm import is_edm
+from .scheduler_check import setting
 from .span import Span
 
 Kind = Literal["latents", "output", "noise"]
 KINDS: tuple[Kind, ...] = ("latents", "output", "noise")
+LEARNED = ("learned", "learned_range")
 LARGEST_ERROR = 1e-4
 """Some schedulers compute in float32 and divide by small numbers."""
 
@@ -111,6 +114,12 @@ class SamplerSteps:
         name = type(scheduler).__name__
         if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
             raise TypeError(f"scheduler: expected a diffusers scheduler (pipe.scheduler, for instance), got {name}")
+        if setting(scheduler, "variance_type", "") in LEARNED:
+            raise ValueError(
+                f"scheduler: {name} has variance_type={setting(scheduler, 'variance_type', '')!r}, so the deviation of "
+                "its noise comes from the network, and its steps are not linear in the network's output; use "
+                "variance_type='fixed_small', or a solver of doodl_fast such as DDIM"
+            )
         fresh = copy.deepcopy(scheduler)
         fresh.set_timesteps(num_inference_steps, **set_timesteps)
         part = span.steps([_number(t) for t in fresh.timesteps], getattr(fresh, "order", 1)) if span else None
@@ -162,6 +171,7 @@ def _trace(scheduler: Any, timesteps: Sequence[Any], options: Mapping[str, Any])
     basis = _Basis(len(timesteps))
     steps: list[LinearStep] = []
     with torch.no_grad(), _NoiseDrawnBy(basis.noise):
+        _replace_sampler(scheduler, basis.noise)
         for number, timestep in enumerate(timesteps):
             own = Term("latents", number)
             latents, output = basis.vector(own), basis.vector(Term("output", number))
@@ -189,6 +199,7 @@ def _distance_from_scheduler(
 
     worst, latents = 0.0, draw() * float(getattr(scheduler, "init_noise_sigma", 1.0))
     with torch.no_grad(), _NoiseDrawnBy(noise):
+        _replace_sampler(scheduler, noise)
         for number, (timestep, step) in enumerate(zip(timesteps, steps, strict=True)):
             output = values[Term("output", number)] = draw()
             values[Term("latents", number)] = latents
@@ -234,6 +245,16 @@ class _Basis:
             raise ValueError(f"its latents have the shape {tuple(value.shape)} instead of the input's")
         coefficients = value.flatten().double().tolist()
         return {term: share for term, share in zip(self._terms, coefficients, strict=True) if share}
+
+
+def _replace_sampler(scheduler: Any, noise: Callable[[torch.dtype | None], Tensor]) -> None:
+    """Gives Stable Audio's scheduler, which draws its noise from a Brownian motion, another source of it.
+
+    The increments of a Brownian motion over steps that do not overlap, divided by their deviation, are independent
+    standard normal draws, so this is noise like any other scheduler's. Other schedulers are left as they are.
+    """
+    if is_edm(scheduler):
+        scheduler.noise_sampler = lambda sigma, sigma_next: noise(torch.float32)
 
 
 class _NoiseDrawnBy(TorchFunctionMode):

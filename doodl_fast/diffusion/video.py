@@ -67,6 +67,11 @@ class VideoSpace(LatentSpace):
             raise ValueError(
                 f"num_frames: expected at most {self.most_frames}, for which the network has positions, got {count}"
             )
+        if self.fixed_size and count != self.num_frames:
+            raise ValueError(
+                f"num_frames: expected {self.num_frames}, the size that {self.fixed_by}, got {count}; make the chain "
+                f"with from_pipeline(..., num_frames={count})"
+            )
         if self.padding and count != self.num_frames:
             raise ValueError(
                 f"num_frames: expected {self.num_frames}, for which the latents of this chain have {self.padding} more "

@@ -27,7 +27,7 @@ def run(model: Path | str, out: Path, *more: str) -> list[str]:
 
 CONTROL = {"_class_name": "StableDiffusionControlNetXSPipeline", "controlnet": ["diffusers", "ControlNetModel"]}
 MOTION = {
-    "_class_name": "AnimateDiffPipeline",
+    "_class_name": "AnimateDiffVideoToVideoPipeline",
     "unet": ["diffusers", "UNetMotionModel"],
     "motion_adapter": ["diffusers", "MotionAdapter"],
 }

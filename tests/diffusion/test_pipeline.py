@@ -128,8 +128,8 @@ def test_an_inpainting_unet_is_refused(folder: Path, tmp_path: Path) -> None:
             r"model: StableDiffusionControlNetXSPipeline in .* has controlnet, which would be ignored",
         ),
         (
-            {"motion_adapter": ["diffusers", "MotionAdapter"], "_class_name": "AnimateDiffPipeline"},
-            r"model: AnimateDiffPipeline in .* makes videos",
+            {"motion_adapter": ["diffusers", "MotionAdapter"], "_class_name": "AnimateDiffVideoToVideoPipeline"},
+            r"model: AnimateDiffVideoToVideoPipeline in .* makes videos",
         ),
         ({"unet": ["diffusers", "UNet3DConditionModel"]}, "makes videos, which is not supported"),
     ],

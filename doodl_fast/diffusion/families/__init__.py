@@ -8,8 +8,10 @@ from typing import Any
 
 from ..calling import NetworkAdapter
 from .animatediff import AnimateDiff
+from .audioldm2 import AudioLDM2
 from .base import ADAPTERS, Family, Parts, Request, components_of
 from .cogvideox import CogVideoX
+from .deepfloyd_if import DeepFloydIF
 from .flux import Flux
 from .flux2 import Flux2
 from .ltx import LTX
@@ -17,6 +19,7 @@ from .pixart import PixArt
 from .pixel import PixelSpace
 from .qwen_image import QwenImage
 from .sd3 import StableDiffusion3
+from .stable_audio import StableAudio
 from .stable_diffusion import StableDiffusion
 from .wan import Wan
 
@@ -34,6 +37,9 @@ FAMILIES: tuple[Family, ...] = (
     CogVideoX(),
     LTX(),
     AnimateDiff(),
+    AudioLDM2(),
+    StableAudio(),
+    DeepFloydIF(),
 )
 
 

@@ -50,11 +50,12 @@ class AnimateDiff(Family):
         *("unet", "vae", "scheduler", "text_encoder", "tokenizer", "motion_adapter"),
         *("feature_extractor", "image_encoder"),
     )
+    required = ("unet", "vae", "scheduler")
     guidance_scale = 7.5
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
-        self.check_components(pipe, ("unet", "vae", "scheduler"))
+        self.check_components(pipe)
         name, config = type(pipe).__name__, pipe.unet.config
         for kind, feature in (("free_init", "FreeInit"), ("free_noise", "FreeNoise")):
             if getattr(pipe, f"{kind}_enabled", False):
@@ -88,7 +89,9 @@ class AnimateDiff(Family):
             why = f"with guidance_scale={guidance_scale:g}; guidance needs more than 1"
             warn_unused_negative_prompt(request, why)
         space = self._space(pipe, request)
-        cond, uncond, _ = encode_conditions(pipe, request.prompt, request.negative_prompt, guided=guided, **encoding)
+        cond, uncond, _ = encode_conditions(
+            pipe, request.prompt, request.negative_prompt or "", guided=guided, **encoding
+        )
         scale = guidance_scale if guided else 1.0
         denoiser = Denoiser(MotionCall(pipe.unet), cond, uncond if guided else None, scale, **own, **extra)
         return Parts(denoiser, space.for_prompts(len(cond)), FrameDecoder(pipe.vae, space))

@@ -181,6 +181,12 @@ def components_of(pipe: Any) -> dict[str, Any]:
     return {name: value for name, value in parts.items() if not isinstance(value, (bool, int, float, str, list, tuple))}
 
 
+def network_of(pipe: Any) -> Any:
+    """Returns the pipeline's transformer, or its UNet."""
+    transformer = getattr(pipe, "transformer", None)
+    return pipe.unet if transformer is None else transformer
+
+
 def take(options: dict[str, Any], names: set[str] | frozenset[str]) -> dict[str, Any]:
     """Takes the entries of those names out of the options."""
     return {name: options.pop(name) for name in sorted(names & options.keys())}
@@ -198,8 +204,8 @@ def refuse_unknown(options: Mapping[str, Any], pipe: Any, known: set[str]) -> No
 def encoding_options(pipe: Any) -> set[str]:
     """Returns the names of the arguments of the pipeline's `encode_prompt` that are the caller's to give."""
     ours = {"prompt", "negative_prompt", "device", "do_classifier_free_guidance", "dtype", "kwargs"}
-    ours |= {f"num_{things}_per_prompt" for things in ("images", "videos", "waveforms")}
-    return set(inspect.signature(pipe.encode_prompt).parameters) - ours
+    known = set(inspect.signature(pipe.encode_prompt).parameters) - ours
+    return {name for name in known if not (name.startswith("num_") and name.endswith("_per_prompt"))}
 
 
 def keep_given(made: dict[str, Tensor | None], given: Mapping[str, Any], device: Any) -> dict[str, Tensor | None]:

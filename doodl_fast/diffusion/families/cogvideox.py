@@ -89,7 +89,7 @@ class CogVideoX(Family):
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
-        self.check_components(pipe, ("transformer", "vae", "scheduler"))
+        self.check_components(pipe)
         channels, expected = pipe.transformer.config.in_channels, pipe.vae.config.latent_channels
         if channels != expected:
             raise ValueError(

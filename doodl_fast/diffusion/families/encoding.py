@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..guided import Guided
-from .base import Request, keep_given
+from .base import Request, keep_given, network_of
 from .transformer import check_prompts, no_grad_encode
 
 
@@ -32,7 +32,7 @@ def encode_pair(
         **{**defaults, **encoding},
     )
     names = ("prompt_embeds", "negative_prompt_embeds")
-    cond, uncond = keep_given(dict(zip(names, made, strict=True)), encoding, pipe.transformer.device).values()
+    cond, uncond = keep_given(dict(zip(names, made, strict=True)), encoding, network_of(pipe).device).values()
     assert cond is not None
     return cond, uncond if guided else None
 
@@ -59,7 +59,7 @@ def encode_masked_pair(
         **{**defaults, **encoding},
     )
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    found = keep_given(dict(zip(names, made, strict=True)), encoding, pipe.transformer.device)
+    found = keep_given(dict(zip(names, made, strict=True)), encoding, network_of(pipe).device)
     cond, mask, uncond, negative_mask = (found[name] for name in names)
     assert cond is not None and mask is not None
     if not guided:

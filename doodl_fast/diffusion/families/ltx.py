@@ -128,7 +128,7 @@ class LTX(Family):
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
-        self.check_components(pipe, ("transformer", "vae", "scheduler"))
+        self.check_components(pipe)
         config, expected = pipe.transformer.config, pipe.vae.config.latent_channels
         if (config.patch_size, config.patch_size_t, config.in_channels) != (1, 1, expected):
             raise ValueError(

@@ -15,7 +15,7 @@ from ..calling import NetworkAdapter
 from ..decoder import vae_scale_factor
 from ..latent_space import LatentSpace, check_size
 from ..prompts import prompt_texts
-from .base import Request, warn_unused_negative_prompt
+from .base import Request, network_of, warn_unused_negative_prompt
 
 
 class TransformerCall(NetworkAdapter):
@@ -202,8 +202,8 @@ def refuse_ip_adapter(pipe: Any, is_loaded: bool) -> None:
 
 
 def no_grad_encode(pipe: Any, **arguments: Any) -> Any:
-    """Calls the pipeline's `encode_prompt` without gradient, for one picture or video of each prompt."""
+    """Calls the pipeline's `encode_prompt` without gradient, for one picture, video or waveform of each prompt."""
     known = inspect.signature(pipe.encode_prompt).parameters
-    counts = {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in known}
+    counts = {name: 1 for name in known if name.startswith("num_") and name.endswith("_per_prompt")}
     with torch.no_grad():
-        return pipe.encode_prompt(device=pipe.transformer.device, **counts, **arguments)
+        return pipe.encode_prompt(device=network_of(pipe).device, **counts, **arguments)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..latent_space import check_size
 from ..video import VideoSpace
-from .base import Request
+from .base import Request, network_of
 
 
 def video_space(pipe: Any, request: Request, defaults: tuple[int, int, int], patch: int, **shape: Any) -> VideoSpace:
@@ -26,7 +26,7 @@ def video_space(pipe: Any, request: Request, defaults: tuple[int, int, int], pat
     frames, height, width = (own if value is None else value for own, value in zip(defaults, given, strict=True))
     for name, pixels in (("height", height), ("width", width)):
         check_size(name, pixels, shape["scale_factor"], patch, shape.get("largest"))
-    network = pipe.unet if getattr(pipe, "transformer", None) is None else pipe.transformer
-    space = VideoSpace(height=height, width=width, num_frames=frames, device=network.device, patch=patch, **shape)
+    device = network_of(pipe).device
+    space = VideoSpace(height=height, width=width, num_frames=frames, device=device, patch=patch, **shape)
     space.latent_frames()
     return space

@@ -112,7 +112,7 @@ class Wan(Family):
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
-        self.check_components(pipe, ("transformer", "vae", "scheduler"))
+        self.check_components(pipe)
         boundary = pipe.config.get("boundary_ratio")
         if (getattr(pipe, "transformer_2", None) is None) != (boundary is None):
             has, lacks = ("transformer_2", "boundary_ratio")[:: 1 if boundary is None else -1]
