@@ -233,13 +233,21 @@ def transpose(group: Group, cotangents: list[Tensor], eps: Eps | None, scale: Te
 def network_power(group: Group, cotangents: list[Tensor]) -> Tensor:
     """The power of two just below a bound on the cotangent that the network will get; see `power_of_two`.
 
-    The largest magnitude itself is not known beforehand, because one fused pass makes the cotangent and scales it.
+    The largest magnitude itself is not known beforehand, because one fused pass makes the cotangent and scales it. Each
+    operation here is a launch on a GPU for one number, in every evaluation, so there are few. Where the bound is zero
+    or not finite the result is the smallest or the largest power of two that has a reciprocal: it makes nothing finite
+    of what is not, and zero of what is zero.
     """
-    bound = cotangents[0].new_zeros(())
-    for cotangent, weight in zip((cotangents[group.target], cotangents[group.source]), group.weights(), strict=True):
-        if weight and cotangent.numel():
-            bound = bound + abs(weight * group.coefficients[2]) * torch.linalg.vector_norm(cotangent, torch.inf)
-    return power_of_two(bound)
+    both = zip((cotangents[group.target], cotangents[group.source]), group.weights(), strict=True)
+    used = [(z, abs(weight * group.coefficients[2])) for z, weight in both if weight and z.numel()]
+    if not used:
+        return cotangents[0].new_ones(())
+    bound, *others = torch._foreach_norm([z for z, _ in used], torch.inf)
+    bound = bound * used[0][1]
+    if others:
+        bound = torch.add(bound, others[0], alpha=used[1][1])
+    smallest = torch.finfo(bound.dtype).tiny
+    return _exponent(bound).clamp_(smallest, 1 / smallest)
 
 
 def power_of_two(cotangent: Tensor) -> Tensor:
@@ -251,7 +259,11 @@ def power_of_two(cotangent: Tensor) -> Tensor:
     """
     if cotangent.numel() == 0:
         return cotangent.new_ones(())
-    largest = cotangent.abs().amax()
-    integers, exponent = (torch.int64, 0x7FF << 52) if largest.dtype == torch.float64 else (torch.int32, 0xFF << 23)
-    power = (largest.view(integers) & exponent).view(largest.dtype)
-    return torch.where(torch.isfinite(power) & (power > 0), power, torch.ones_like(power))
+    power = _exponent(torch.linalg.vector_norm(cotangent, torch.inf))
+    return torch.where((power > 0) & (power < torch.inf), power, 1)
+
+
+def _exponent(magnitude: Tensor) -> Tensor:
+    """The power of two just below a magnitude; 0 for zero and what is subnormal, inf for what is not finite."""
+    integers, exponent = (torch.int64, 0x7FF << 52) if magnitude.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    return (magnitude.view(integers) & exponent).view(magnitude.dtype)

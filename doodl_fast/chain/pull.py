@@ -124,7 +124,8 @@ class NetworkPull:
                 self.watch.note(gradient, coupling)
                 self.sums[index] = gradient if total is None else total + gradient
         if pulled is not None:
-            cotangents[coupling.source] = cotangents[coupling.source] + _unscale(pulled, power)
+            own = cotangents[coupling.source]
+            cotangents[coupling.source] = own + pulled if power is None else torch.addcmul(own, pulled, power)
             self.watch.note(cotangents[coupling.source], coupling)
         return eps.detach()
 

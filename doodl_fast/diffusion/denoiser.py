@@ -184,12 +184,16 @@ class Denoiser(Evaluator):
         """The first of the network's weights that it computes with."""
         if self._module is None:
             return None
-        # float8 and integer weights are storage formats that the module unpacks itself.
-        found = {name: weight for name, weight in self._module.named_parameters() if weight.dtype in FLOAT_DTYPES}
         # diffusers keeps these in float32, whatever the dtype of the others.
         kept = tuple(getattr(self._module, "_keep_in_fp32_modules", None) or ())
-        others = (weight for name, weight in found.items() if not any(part in name for part in kept))
-        return next(others, next(iter(found.values()), None))
+        first = None
+        for name, weight in self._module.named_parameters():
+            # float8 and integer weights are storage formats that the module unpacks itself.
+            if weight.dtype in FLOAT_DTYPES:
+                if not any(part in name for part in kept):
+                    return weight
+                first = weight if first is None else first
+        return first
 
     def for_vjp(self) -> Denoiser | None:
         """The same denoiser with weights in `vjp_dtype`; None where VJPs are taken of this one.
