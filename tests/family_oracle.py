@@ -88,3 +88,10 @@ def check_no_bit_differs(solver: Any, pipe: Any, prompt: str, options: Mapping[s
     reached = chain.forward_state(start)
     assert reached.end == "image" and not torch.equal(reached.x, start.x)
     assert chain.inverse_state(reached).equals(start)
+
+
+def masked_embeddings(pipe: Any, **encoding: Any) -> dict[str, Tensor]:
+    """Returns the embeddings and masks of a prompt and of a negative prompt, by name."""
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    made = pipe.encode_prompt("a dog", True, negative_prompt="ugly cat", device="cpu", **encoding)
+    return dict(zip(names, made, strict=True))

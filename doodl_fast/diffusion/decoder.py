@@ -130,10 +130,12 @@ class Decoder:
         with frozen_copy(self.vae) as vae:
             output = vae.encode(images.to(vae.dtype))
         posterior = getattr(output, "latent_dist", None)
-        # An autoencoder such as AutoencoderTiny has no posterior.
-        latents: Tensor = output.latents if posterior is None else posterior.mode()
-        if posterior is not None and (sample or generator is not None):
-            latents = posterior.sample(generator)
+        # Autoencoders such as AutoencoderTiny and AutoencoderDC have no posterior.
+        latents: Tensor
+        if posterior is None:
+            latents = output.latents if hasattr(output, "latents") else output.latent
+        else:
+            latents = posterior.sample(generator) if sample or generator is not None else posterior.mode()
         return latents
 
     def _decode(self, z: Tensor) -> Tensor:

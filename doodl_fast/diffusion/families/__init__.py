@@ -9,15 +9,18 @@ from typing import Any
 from ..calling import NetworkAdapter
 from .animatediff import AnimateDiff
 from .audioldm2 import AudioLDM2
+from .aura_flow import AuraFlow
 from .base import ADAPTERS, Family, Parts, Request, components_of
 from .cogvideox import CogVideoX
 from .deepfloyd_if import DeepFloydIF
 from .flux import Flux
 from .flux2 import Flux2
 from .ltx import LTX
+from .lumina2 import Lumina2
 from .pixart import PixArt
 from .pixel import PixelSpace
 from .qwen_image import QwenImage
+from .sana import Sana
 from .sd3 import StableDiffusion3
 from .stable_audio import StableAudio
 from .stable_diffusion import StableDiffusion
@@ -31,6 +34,9 @@ FAMILIES: tuple[Family, ...] = (
     Flux(),
     Flux2(),
     QwenImage(),
+    Sana(),
+    Lumina2(),
+    AuraFlow(),
     PixArt(),
     PixelSpace(),
     Wan(),
