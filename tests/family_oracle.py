@@ -54,7 +54,7 @@ def check_pictures(
 def check_gradient(
     solver: Any, pipe: Any, memory: Any, embeddings: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> None:
-    """Checks the gradients of a loss on the picture, for the noise and every floating embedding, against autograd's.
+    """Checks the gradients of a loss on the picture, for the noise and every embedding, against autograd's.
 
     Args:
         solver: A class of chains.
@@ -66,7 +66,7 @@ def check_gradient(
     found = []
     for mode in ("naive", memory):
         given = {
-            name: value.detach().clone().requires_grad_(value.is_floating_point())
+            name: value.detach().clone().requires_grad_("mask" not in name)
             for name, value in embeddings.items()
             if value is not None
         }

@@ -206,3 +206,59 @@ def aura_flow() -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def chroma(**scheduler: Any) -> Any:
+    words = t5_tokenizer()
+    torch.manual_seed(0)
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    pipe = diffusers.ChromaPipeline(
+        transformer=awake(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 1.0, **scheduler}),
+        vae=vae(4, scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=t5_encoder(words),
+        tokenizer=words,
+    )
+    pipe.default_sample_size = 8
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def z_image(**scheduler: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3Model
+
+    words = t5_tokenizer()
+    words.chat_template = CHAT
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(words)}
+    pipe = diffusers.ZImagePipeline(
+        transformer=awake(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=vae(4, scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=Qwen3Model(Qwen3Config(**text)).eval(),
+        tokenizer=words,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -51,8 +51,3 @@ def test_the_example_gives_the_pipelines_pictures(pipe: Any, tmp_path: Path) -> 
     loaded = DDIM.from_pretrained(tmp_path, class_labels=[1, 2], num_inference_steps=4, family=names["DiT"]())
     with torch.no_grad():
         assert relative(loaded(loaded.noise(seed=0))[0], names["x0"]) < 1e-6
-
-
-def test_without_the_adapter_the_page_is_pointed_to(pipe: Any) -> None:
-    with pytest.raises(TypeError, match=r"^pipe: from_pipeline does not know DiTPipeline; .*docs/adapters.md says how"):
-        DDIM.from_pipeline(pipe)

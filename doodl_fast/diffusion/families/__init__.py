@@ -11,10 +11,13 @@ from .animatediff import AnimateDiff
 from .audioldm2 import AudioLDM2
 from .aura_flow import AuraFlow
 from .base import ADAPTERS, Family, Parts, Request, components_of
+from .chroma import Chroma
 from .cogvideox import CogVideoX
 from .deepfloyd_if import DeepFloydIF
+from .dit import DiT
 from .flux import Flux
 from .flux2 import Flux2
+from .hunyuan_dit import HunyuanDiT
 from .ltx import LTX
 from .lumina2 import Lumina2
 from .pixart import PixArt
@@ -25,6 +28,7 @@ from .sd3 import StableDiffusion3
 from .stable_audio import StableAudio
 from .stable_diffusion import StableDiffusion
 from .wan import Wan
+from .z_image import ZImage
 
 __all__ = ["FAMILIES", "Family", "NetworkAdapter", "Parts", "Request", "family_of", "family_of_class"]
 logger = logging.getLogger(__name__)
@@ -37,6 +41,10 @@ FAMILIES: tuple[Family, ...] = (
     Sana(),
     Lumina2(),
     AuraFlow(),
+    Chroma(),
+    ZImage(),
+    DiT(),
+    HunyuanDiT(),
     PixArt(),
     PixelSpace(),
     Wan(),

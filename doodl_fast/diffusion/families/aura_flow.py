@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..decoder import vae_scale_factor
-from ..guided import Guided
+from .base import Request
 from .flux import TRAINING_STEPS
 from .masked import MaskedFamily
 from .transformer import TransformerCall
@@ -33,7 +33,7 @@ class AuraFlow(MaskedFamily):
         """See `MaskedFamily.network`."""
         return AuraFlowCall(pipe.transformer)
 
-    def conditions(self, pipe: Any, size: tuple[int, int], masks: Tensor | Guided) -> dict[str, Any]:
+    def conditions(self, pipe: Any, request: Request, size: tuple[int, int], encoded: Any) -> dict[str, Any]:
         """Returns nothing: the pipeline has multiplied the embeddings by their masks, and the network takes none."""
         return {}
 

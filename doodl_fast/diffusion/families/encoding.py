@@ -10,6 +10,9 @@ from ..guided import Guided
 from .base import Request, keep_given, network_of
 from .transformer import check_prompts, no_grad_encode
 
+NAMES = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+"""What an encoded prompt and negative prompt consist of, where prompts have masks."""
+
 
 def encode_pair(
     pipe: Any, request: Request, encoding: dict[str, Any], guided: bool, **defaults: Any
@@ -38,15 +41,21 @@ def encode_pair(
 
 
 def encode_masked_pair(
-    pipe: Any, request: Request, encoding: dict[str, Any], guided: bool, **defaults: Any
+    pipe: Any,
+    request: Request,
+    encoding: dict[str, Any],
+    guided: bool,
+    returned: tuple[str, ...] = NAMES,
+    **defaults: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | Guided]:
     """Returns the embeddings of the prompts, those of the negative prompts, and the masks of their tokens.
 
     Args:
-        pipe: A pipeline whose `encode_prompt` returns embeddings and mask, first of the prompts, then of the negatives.
+        pipe: The pipeline.
         request: Its prompt and negative prompt.
         encoding: Arguments of `encode_prompt`.
         guided: Whether the negative prompt is used.
+        returned: The names of what the pipeline's `encode_prompt` returns, in its order.
         **defaults: Arguments that the pipeline's `__call__` gives its `encode_prompt` where the caller gives none.
     """
     encoders = ("text_encoder", "tokenizer")
@@ -58,9 +67,9 @@ def encode_masked_pair(
         do_classifier_free_guidance=guided,
         **{**defaults, **encoding},
     )
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    found = keep_given(dict(zip(names, made, strict=True)), encoding, network_of(pipe).device)
-    cond, mask, uncond, negative_mask = (found[name] for name in names)
+    found = {name: value for name, value in zip(returned, made, strict=True) if name in NAMES}
+    found = keep_given(found, encoding, network_of(pipe).device)
+    cond, mask, uncond, negative_mask = (found[name] for name in NAMES)
     assert cond is not None and mask is not None
     if not guided:
         return cond, None, mask

@@ -67,22 +67,25 @@ def unpack(patches: Tensor, height: int, width: int) -> Tensor:
     return split.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
 
 
+def image_places(x: Tensor) -> Tensor:
+    """Returns the places (h / 2 * w / 2, 3) of the patches of latents (B, C, h, w): 0, the row and the column."""
+    rows, columns = (torch.arange(size // PATCH, device=x.device, dtype=x.dtype) for size in x.shape[-2:])
+    grid = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).reshape(-1, 3)
+
+
 class FluxCall(NetworkAdapter):
     """Calls FLUX's transformer as `(x, t, cond, **kwargs)` on latents that are not packed."""
 
     def __call__(self, x: Tensor, t: Tensor, cond: Tensor, **kwargs: Any) -> Tensor:
         """Returns the network's prediction, (B, C, h, w) like x."""
         height, width = x.shape[-2:]
-        rows = torch.arange(height // PATCH, device=x.device, dtype=x.dtype)
-        columns = torch.arange(width // PATCH, device=x.device, dtype=x.dtype)
-        grid = torch.meshgrid(rows, columns, indexing="ij")
-        image_ids = torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).reshape(-1, 3)
         output = self.module(
             hidden_states=pack(x),
             timestep=t.expand(len(x)).to(x.dtype) / TRAINING_STEPS,
             encoder_hidden_states=cond,
             txt_ids=torch.zeros(cond.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=image_ids,
+            img_ids=image_places(x),
             return_dict=False,
             **kwargs,
         )[0]

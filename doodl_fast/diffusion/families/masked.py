@@ -19,14 +19,12 @@ from .base import (
     Parts,
     Request,
     encoding_options,
-    keep_given,
     refuse_unknown,
     take,
     warn_unused_negative_prompt,
 )
-from .transformer import check_prompts, no_grad_encode, padded, transformer_space
-
-NAMES = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+from .encoding import NAMES, encode_masked_pair
+from .transformer import padded, transformer_space
 
 
 class MaskedFamily(Family):
@@ -37,7 +35,7 @@ class MaskedFamily(Family):
     pipeline's `__call__`, and the options that the class names.
     """
 
-    components = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+    components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
     network_options: ClassVar[frozenset[str]] = frozenset({"attention_kwargs"})
     """The names of options that are arguments of the network."""
     own_options: ClassVar[frozenset[str]] = frozenset({"sigmas"})
@@ -58,15 +56,28 @@ class MaskedFamily(Family):
     def network(self, pipe: Any) -> NetworkAdapter:
         """Returns what calls the pipeline's transformer as `(x, t, cond, **kwargs)`."""
 
-    def conditions(self, pipe: Any, size: tuple[int, int], masks: Tensor | Guided) -> dict[str, Any]:
-        """Returns the arguments of the network that follow from the size of the picture and the masks of the prompts.
+    def encoding_names(self, pipe: Any) -> set[str]:
+        """Returns the names of options that `encode` reads."""
+        return encoding_options(pipe)
+
+    def latents(self, pipe: Any) -> tuple[int, int]:
+        """Returns the number of channels of the latents, and how many latents a patch has along each axis."""
+        return pipe.transformer.config.in_channels, pipe.transformer.config.patch_size
+
+    def formula_scale(self, guidance_scale: float) -> float:
+        """Returns the scale s of `uncond + s (cond - uncond)` for the pipeline's own guidance scale above 1."""
+        return guidance_scale
+
+    def conditions(self, pipe: Any, request: Request, size: tuple[int, int], encoded: Any) -> dict[str, Any]:
+        """Returns the arguments of the network that follow from the size of the picture and from the prompts.
 
         Args:
             pipe: The pipeline.
+            request: The arguments of `from_pipeline`.
             size: Height and width of a picture in pixels.
-            masks: The prompts' mask (B, tokens), with guidance a pair.
+            encoded: What `encode` has returned last: the prompts' mask (B, tokens), with guidance a pair.
         """
-        return {"encoder_attention_mask": masks}
+        return {"encoder_attention_mask": encoded}
 
     def combine(self, pipe: Any, request: Request) -> Combine | None:
         """Returns how the predictions with and without the prompt are combined; None is classifier-free guidance."""
@@ -91,21 +102,15 @@ class MaskedFamily(Family):
 
     def parts(self, pipe: Any, request: Request) -> Parts:
         """See `Family.parts`."""
-        config, guidance_scale = pipe.transformer.config, self.scale_of(request)
-        options, known = dict(request.options), encoding_options(pipe)
+        guidance_scale = self.scale_of(request)
+        options, known = dict(request.options), self.encoding_names(pipe)
         encoding, own = take(options, known), take(options, DENOISER_OPTIONS)
         extra = take(options, self.network_options)
         take(options, self.own_options)
         refuse_unknown(options, pipe, known | self.network_options | self.own_options)
         size = self.size(pipe, request)
-        space = transformer_space(
-            pipe,
-            size,
-            config.in_channels,
-            config.patch_size,
-            fixed_by=self.fixed_by(pipe),
-            largest=self.largest(pipe),
-        )
+        fixed_by, largest = self.fixed_by(pipe), self.largest(pipe)
+        space = transformer_space(pipe, size, *self.latents(pipe), fixed_by=fixed_by, largest=largest)
         guided = guidance_scale > 1
         if not guided:
             why = f"with guidance_scale={guidance_scale:g}; guidance needs more than 1"
@@ -113,14 +118,14 @@ class MaskedFamily(Family):
         attention = extra.get("attention_kwargs") or {}
         if "lora_scale" in known and "scale" in attention:
             encoding.setdefault("lora_scale", attention["scale"])
-        cond, uncond, masks = self.encode(pipe, request, encoding, guided)
+        cond, uncond, encoded = self.encode(pipe, request, encoding, guided)
         denoiser = Denoiser(
             self.network(pipe),
             cond,
             uncond,
-            guidance_scale if guided else 1.0,
+            self.formula_scale(guidance_scale) if guided else 1.0,
             combine=self.combine(pipe, request),
-            **self.conditions(pipe, size, masks),
+            **self.conditions(pipe, request, size, encoded),
             **own,
             **extra,
         )
@@ -128,30 +133,18 @@ class MaskedFamily(Family):
 
     def encode(
         self, pipe: Any, request: Request, encoding: dict[str, Any], guided: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | Guided]:
+    ) -> tuple[Tensor, Tensor | None, Any]:
         """Returns the embeddings of the prompts, those of the negative prompts, and the masks of their tokens."""
-        prompts, negatives = check_prompts(
-            pipe, request, encoding, guided, "prompt_attention_mask", ("text_encoder", "tokenizer")
-        )
         check_masks(encoding, self.most_tokens(pipe))
-        made = no_grad_encode(
-            pipe,
-            prompt=prompts,
-            negative_prompt=negatives,
-            do_classifier_free_guidance=guided,
-            **{**call_defaults(pipe), **encoding},
-        )
-        made = {name: value for name, value in zip(self.returned, made, strict=True) if name in NAMES}
-        found = keep_given(made, encoding, pipe.transformer.device)
-        cond, mask, uncond, negative_mask = (found[name] for name in NAMES)
-        assert cond is not None and mask is not None
-        if not guided:
-            return cond, None, mask
-        assert uncond is not None and negative_mask is not None
-        longest = max(cond.shape[1], uncond.shape[1])
-        cond, mask = padded(cond, mask, longest)
-        uncond, negative_mask = padded(uncond, negative_mask, longest)
-        return cond, uncond, Guided(negative_mask, mask)
+        given = {**call_defaults(pipe), **encoding}
+        cond, uncond, masks = encode_masked_pair(pipe, request, given, guided, self.returned)
+        if uncond is not None and uncond.shape[1] != cond.shape[1]:
+            assert isinstance(masks, Guided)
+            longest = max(cond.shape[1], uncond.shape[1])
+            cond, mask = padded(cond, masks.cond, longest)
+            uncond, negative_mask = padded(uncond, masks.uncond, longest)
+            masks = Guided(negative_mask, mask)
+        return cond, uncond, masks
 
 
 def check_masks(encoding: dict[str, Any], most: int | None) -> None:

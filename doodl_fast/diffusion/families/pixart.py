@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..decoder import vae_scale_factor
-from ..guided import Guided
 from .base import Request
 from .masked import MaskedFamily, warn_unbinned
 from .transformer import TransformerCall
@@ -38,7 +37,7 @@ class PixArt(MaskedFamily):
         """See `MaskedFamily.network`."""
         return PixArtCall(pipe.transformer)
 
-    def conditions(self, pipe: Any, size: tuple[int, int], masks: Tensor | Guided) -> dict[str, Any]:
+    def conditions(self, pipe: Any, request: Request, size: tuple[int, int], encoded: Any) -> dict[str, Any]:
         """See `MaskedFamily.conditions`."""
         told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if pipe.transformer.use_additional_conditions:
@@ -46,7 +45,7 @@ class PixArt(MaskedFamily):
             like = {"device": pipe.transformer.device, "dtype": pipe.transformer.dtype}
             told["resolution"] = torch.tensor([[height, width]], **like)
             told["aspect_ratio"] = torch.tensor([[height / width]], **like)
-        return {**super().conditions(pipe, size, masks), "added_cond_kwargs": told}
+        return {**super().conditions(pipe, request, size, encoded), "added_cond_kwargs": told}
 
     def size(self, pipe: Any, request: Request) -> tuple[int, int]:
         """See `MaskedFamily.size`; it says that other sizes than the pipeline's own are not binned."""
