@@ -6,6 +6,7 @@ loading, the pipeline's own pictures, the gradient, exact inversion, the plan of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import tiny_families
 import tiny_pipeline
+import tiny_videos
 
 STEPS = 2
+OWN_FLAGS = ("prompt", "negative_prompt", "guidance_scale", "height", "width", "num_frames")
 SIZE = {"height": 16, "width": 16}
 SHORT = {"max_sequence_length": 8}
 
@@ -26,10 +29,22 @@ class Case:
     Attributes:
         build: Makes the pipeline; it may write files into the folder that it is given.
         call: The arguments that `from_pipeline` and the pipeline both take, the prompt among them.
+        needs_accelerate: Whether diffusers loads the pipeline with the library accelerate alone.
     """
 
     build: Callable[[Path], Any]
     call: dict[str, Any] = field(default_factory=dict)
+    needs_accelerate: bool = False
+
+    def flags(self) -> list[str]:
+        """The same arguments as options of the command line."""
+        flags = []
+        for name, value in self.call.items():
+            if name in OWN_FLAGS:
+                flags += [f"--{name.replace('_', '-')}", str(value)]
+            else:
+                flags += ["--option", f"{name}={json.dumps(value)}"]
+        return flags
 
 
 PROMPTS = {"prompt": "a dog", "negative_prompt": "ugly", "guidance_scale": 3.0}
@@ -43,5 +58,13 @@ CASES: dict[str, Case] = {
     ),
     "PixArt-alpha": Case(lambda _: tiny_families.pixart("PixArtAlphaPipeline", is_told=True), {**PROMPTS, **SHORT}),
     "PixArt-sigma": Case(lambda _: tiny_families.pixart(), {**PROMPTS, **SHORT}),
+    "Wan 2.1": Case(
+        lambda _: tiny_videos.wan(),
+        {**PROMPTS, **SHORT, "height": 16, "width": 32, "num_frames": 5},
+        needs_accelerate=True,
+    ),
+    "CogVideoX": Case(
+        lambda _: tiny_videos.cogvideox(), {**PROMPTS, **SHORT, "height": 16, "width": 32, "num_frames": 9}
+    ),
     "Pixel space": Case(lambda _: tiny_families.pixel_space("DDIMPipeline")),
 }

@@ -39,6 +39,7 @@ class Setting:
         mix_weight: EDICT's p.
         x: The start, (B, C, h, w).
         memory_budget: For memory="auto", see `Chain`.
+        timesteps: Gives, for a number of steps, further arguments of `Schedule.from_scheduler` (a flow's mu).
     """
 
     denoiser: Denoiser
@@ -46,10 +47,12 @@ class Setting:
     mix_weight: float
     x: Tensor
     memory_budget: str | None = None
+    timesteps: Callable[[int], dict[str, Any]] = lambda steps: {}
 
     def chain(self, steps: int, **options: Any) -> EDICT:
         """Makes the chain with a number of diffusion steps. `options` are further arguments of EDICT."""
-        return EDICT(self.denoiser, Schedule.from_scheduler(self.scheduler, steps), self.mix_weight, **options)
+        schedule = Schedule.from_scheduler(self.scheduler, steps, **self.timesteps(steps))
+        return EDICT(self.denoiser, schedule, self.mix_weight, **options)
 
 
 Forward = Callable[[Tensor], Pair]

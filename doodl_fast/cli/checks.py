@@ -30,7 +30,7 @@ def check_sizes(
     Raises:
         ValueError: One of them cannot work.
     """
-    if not math.isfinite(args.guidance_scale):
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise ValueError(f"guidance_scale: expected a finite number, got {args.guidance_scale}")
     most = read_config(args.model, SCHEDULER).get("num_train_timesteps")
     for count in steps:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import files, options
 from .checks import check_sizes
+from .families import (
+    PROMPT,
+    add_guidance_scale,
+    add_own_options,
+    add_prompt,
+    check_prompt,
+    fill_guidance_scale,
+    timestep_options,
+)
 from .files import write_json
-from .solvers import check_share
+from .solvers import check_share, make_edict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..diffusion.denoiser import Denoiser
+    from ..diffusion.schedule import Schedule
 
 STEPS = (10, 20, 50, 100, 250, 1000)
 FLOATS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
@@ -28,7 +38,13 @@ Table = dict[str, list[float]]
 
 
 def measure(
-    denoiser: Denoiser, scheduler: Any, x: Tensor, steps: Sequence[int], mix_weight: float = 0.93, report: Any = None
+    denoiser: Denoiser,
+    scheduler: Any,
+    x: Tensor,
+    steps: Sequence[int],
+    mix_weight: float = 0.93,
+    report: Any = None,
+    timesteps: Callable[[int], dict[str, Any]] = lambda steps: {},
 ) -> Table:
     """Measures the relative error of noise -> image -> noise.
 
@@ -43,31 +59,33 @@ def measure(
         steps: The numbers of diffusion steps.
         mix_weight: EDICT's p.
         report: If given, it is called with every (arithmetic, steps, error).
+        timesteps: Gives, for a number of steps, further arguments of `Schedule.from_scheduler` (a flow's mu).
 
     Returns:
         For each arithmetic the errors in the order of `steps`; NaN stands for an overflow.
     """
+    from ..diffusion.schedule import Schedule
+
     table: Table = {}
     x = x.to(dtype=_dtype("bf16")).float()
     for name in (*FLOATS, EXACT):
         table[name] = []
         for count in steps:
-            table[name].append(_error(name, denoiser, scheduler, count, mix_weight, x))
+            schedule = Schedule.from_scheduler(scheduler, count, **timesteps(count))
+            table[name].append(_error(name, denoiser, schedule, mix_weight, x))
             if report is not None:
                 report(name, count, table[name][-1])
     return table
 
 
-def _error(name: str, denoiser: Denoiser, scheduler: Any, steps: int, mix_weight: float, x: Tensor) -> float:
-    """The error in one arithmetic at one number of steps."""
+def _error(name: str, denoiser: Denoiser, schedule: Schedule, mix_weight: float, x: Tensor) -> float:
+    """The error in one arithmetic of one schedule."""
     import torch
 
     from ..chain.arithmetic import Floats, Group
     from ..chain.reversibility import there_and_back
-    from ..diffusion.schedule import Schedule
     from ..solvers.edict import EDICT
 
-    schedule = Schedule.from_scheduler(scheduler, steps)
     with torch.no_grad(), denoiser.running():
         if name == EXACT:
             chain = EDICT(denoiser, schedule, mix_weight, arithmetic=EXACT)
@@ -92,11 +110,13 @@ def _dtype(name: str) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     options.add_model(parser, options.EMBEDDED)
-    parser.add_argument("--prompt", default="a red circle")
+    add_prompt(parser, f"(default: {PROMPT!r}, where the model takes a prompt)")
     parser.add_argument(
         "--steps", type=options.integer(), nargs="+", default=list(STEPS), help="diffusion steps, one or more"
     )
-    options.add_guidance_scale(parser)
+    add_guidance_scale(parser)
+    options.add_size(parser)
+    add_own_options(parser)
     options.add_mix_weight(parser)
     parser.add_argument("--seed", type=options.integer(options.SEEDS), default=0)
     options.add_device(parser)
@@ -110,21 +130,22 @@ def run(args: argparse.Namespace) -> int:
     if min(args.steps) < 1:
         raise ValueError(f"--steps: expected numbers of at least 1, got {min(args.steps)}")
     options.check_model(args.model)
+    check_prompt(args, PROMPT)
+    fill_guidance_scale(args)
     check_share("mix_weight", args.mix_weight)
-    check_sizes(args, args.steps, option="--steps")
-    from ..solvers.edict import EDICT
-
+    check_sizes(args, args.steps, ("height", "width"), "--steps")
     pipeline = options.load_pipeline(args)
     scheduler = options.without_offset(pipeline.scheduler)
     steps = sorted(set(args.steps))
-    chain = EDICT.from_pipeline(pipeline, args.prompt, num_inference_steps=steps[0], guidance_scale=args.guidance_scale)
+    chain = make_edict(args, pipeline, steps[0])
     print(f"{'steps':<6}" + "".join(f"{count:>10}" for count in steps), flush=True)
 
     def report(name: str, count: int, error: float) -> None:
         start = f"{name:<6}" if count == steps[0] else ""
         print(start + f"{_cell(error):>10}", end="\n" if count == steps[-1] else "", flush=True)
 
-    table = measure(chain.denoiser, scheduler, chain.noise(args.seed), steps, args.mix_weight, report)
+    timesteps = timestep_options(args, pipeline)
+    table = measure(chain.denoiser, scheduler, chain.noise(args.seed), steps, args.mix_weight, report, timesteps)
     args.out.mkdir(parents=True, exist_ok=True)
     stored = options.as_json(args)
     errors = {name: [None if math.isnan(error) else error for error in row] for name, row in table.items()}

@@ -40,8 +40,8 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "model": str,
     "variant": (str, type(None)),
     "dtype": str,
-    "prompt": str,
-    "negative_prompt": str,
+    "prompt": (str, type(None)),
+    "negative_prompt": (str, type(None)),
     "steps": int,
     "strength": float,
     "guidance_scale": float,
@@ -53,9 +53,18 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "arithmetic": str,
     "height": int,
     "width": int,
+    "num_frames": (int, type(None)),
+    "option": list,
 }
 """The options of `invert` that `generate` must know, and the types that they have in the file."""
-OLD_STATES = {"solver": EDICT, "gamma": None, "scheme": None, "zeta": None}
+OLD_STATES: dict[str, Any] = {
+    "solver": EDICT,
+    "gamma": None,
+    "scheme": None,
+    "zeta": None,
+    "num_frames": None,
+    "option": [],
+}
 """Settings of states that were stored before there were these."""
 LARGEST_DEVIATION, LARGEST_DIFFERENCE = 1.5, 1.0
 """Edits were mostly poor if the noise had a larger standard deviation, or the image a larger |x - y| / |x|."""
@@ -92,22 +101,17 @@ def picture_error(images: Tensor, truth: Tensor) -> float:
     return float((images - truth).square().mean().sqrt()) * 127.5
 
 
-def picture_size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """The height and width of the picture in pixels. Raises ValueError for a size that the VAE cannot have."""
-    from ..diffusion.latent_space import latent_space
+def make_chain(pipeline: Any, settings: dict[str, Any]) -> tuple[DiffusionChain, DiffusionChain]:
+    """Makes the exact chain that the settings of an inversion describe, and that of the whole schedule.
 
-    space = latent_space(pipeline, height, width)
-    return space.height, space.width
-
-
-def make_chain(pipeline: Any, settings: dict[str, Any]) -> tuple[DiffusionChain, Decoder]:
-    """Makes the exact chain that the settings of an inversion describe, and the decoder and encoder of its VAE."""
+    The latter knows the shape of the latents, the decoder and the encoder.
+    """
     args = argparse.Namespace(**settings)
     whole = solvers.make_chain(args, pipeline)
     schedule = options.last_part(whole.schedule, settings["strength"])
     own: dict[str, Any] = {"arithmetic": settings["arithmetic"], **solvers.solver_options(args)}
     chain: DiffusionChain = solvers.solver_class(args.solver)(whole.denoiser, schedule, **own)
-    return chain, whole.decode
+    return chain, whole
 
 
 @contextmanager
@@ -144,12 +148,20 @@ def picture_of(chain: DiffusionChain, state: LatticeState) -> Tensor:
     return state.latents()[chain.picture_index]
 
 
+def encoded(decode: Decoder, picture: Tensor) -> Tensor:
+    """The latents of a picture (1, 3, H, W), which is a video of one frame for a model of videos."""
+    from ..diffusion.video import VideoDecoder
+
+    return decode.encode(picture.unsqueeze(1) if isinstance(decode, VideoDecoder) else picture)
+
+
 def decoded(decode: Decoder, latents: Tensor) -> Tensor:
     """The picture of latents, without a gradient."""
     import torch
 
     with torch.no_grad():
-        return decode(latents)
+        pictures = decode(latents)
+    return pictures.flatten(0, 1) if pictures.ndim == 5 else pictures
 
 
 def describe(chain: DiffusionChain, state: LatticeState) -> dict[str, float]:
@@ -228,18 +240,16 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name in ("strength", *sorted(own - {"scheme"})):
         if settings[name] is None or not 0 < settings[name] <= 1:
             raise ValueError(f"{name} is {settings[name]!r}")
+    if not all(isinstance(text, str) for text in settings["option"]):
+        raise ValueError(f"option is {settings['option']!r}")
     for name in ("height", "width"):
         if not 0 < settings[name] <= options.LARGEST_SIDE:
             raise ValueError(f"{name} is {settings[name]!r}")
 
 
-def check_shape(stored: Stored, pipeline: Any) -> None:
+def check_shape(stored: Stored, whole: DiffusionChain) -> None:
     """Raises ValueError unless the stored latents have the shape that the model makes of the stored size."""
-    from ..diffusion.pipeline import vae_scale_factor
-
-    factor = vae_scale_factor(pipeline.vae)
-    sides = (stored.settings["height"] // factor, stored.settings["width"] // factor)
-    expected = (1, pipeline.unet.config.in_channels, *sides)
+    expected = tuple(whole.noise(batch=1, device="meta").shape)
     if tuple(stored.noise.x.shape) != expected:
         raise ValueError(
             f"STATE: expected latents of shape {expected} by its settings, got {tuple(stored.noise.x.shape)}; "

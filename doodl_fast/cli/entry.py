@@ -23,9 +23,12 @@ COMMANDS = {
     "generate": "make an inverted picture again, or edit it by another prompt",
     "drift": "measure how exactly chains come back, by arithmetic and length",
     "profile": "measure or estimate what gradients take in memory and time",
+    "estimate": "estimate what gradients through a model take in memory, without its weights",
     "doctor": "say which kernel backends there are, and why others are missing",
 }
-"""The help line of every command, by the name of its module in this package."""
+"""The help line of every command, by the name of its module in this package, but for those in `MODULES`."""
+MODULES = {"estimate": "estimating"}
+"""The modules of commands that are not called as their command is."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,7 +88,7 @@ def _check_encoding(arguments: Sequence[str]) -> None:
 
 def _module(command: str) -> ModuleType:
     """The module of a command."""
-    return importlib.import_module(f".{command}", __package__)
+    return importlib.import_module(f".{MODULES.get(command, command)}", __package__)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,93 +8,62 @@ memory of operators, the CUDA context (some hundred MB), fragmentation, text enc
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..chain.memory.plan import ANCHOR_STEPS, Plan, Sizes, Workload, format_bytes
+from ..chain.memory.plan import Plan, Sizes, Workload, format_bytes
 from ..chain.memory.tracker import Tracker
-from ..diffusion.networks import blocks_checkpointed, frozen, run_in_dtype
-from ..diffusion.pipeline import Decoder
+from ..diffusion.calling import module_of
+from ..diffusion.decoder import Decoder
+from ..diffusion.families import Request
+from ..diffusion.latent_space import LatentSpace
+from ..diffusion.schedule import Schedule
+from ..diffusion.video import VideoDecoder, VideoSpace
+from ..solvers.edict import EDICT
+from .published import meta_model
 
 CARDS = (6, 8, 12, 16, 24, 40, 80)
 """Memory of common GPUs in GiB, which are sold as GB."""
 CARD_MARGIN = 0.08
 """The share of a GPU's memory that is left for the CUDA context and fragmentation."""
-STATE_DTYPE = torch.float64
-TOKENS = 77
-
-# The architectures of the published models as arguments of diffusers' classes (arXiv 2112.10752 and 2307.01952).
-SD15_UNET = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-}
-SDXL_UNET = {
-    "sample_size": 128,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-MODELS = {
-    "sd15": (SD15_UNET, {**VAE, "force_upcast": False}),
-    "sdxl": (SDXL_UNET, {**VAE, "force_upcast": True}),
-}
-"""The configs of the UNet and of the VAE, by the model's name. A VAE with force_upcast overflows in fp16 and runs in
-fp32."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of one gradient through EDICT and the decoder, for one image with guidance and without a loss.
+    """The memory of one gradient through EDICT and the decoder, for one picture or video and without a loss.
 
     Attributes:
-        unet_weights: Bytes of the UNet's weights.
+        network_weights: Bytes of the weights of the network that predicts noise or velocity.
         vae_weights: Bytes of the VAE's weights.
-        plain: The sizes of one evaluation of the UNet.
-        blocks: The same with checkpointed blocks.
+        plain: The sizes of one evaluation of the network.
+        blocks: The same with checkpointed blocks; None if it has none.
         decoders: Bytes that decoding takes at most, plainly and with checkpointed blocks.
         workload: What the planner needs to know of the chain.
         naive: The peak in bytes of plain backpropagation through the chain, without weights.
         per_step: The peak in bytes of `torch.utils.checkpoint` around every EDICT step, without weights.
+        subject: What the gradient is of, in words.
     """
 
-    unet_weights: int
+    network_weights: int
     vae_weights: int
     plain: Sizes
-    blocks: Sizes
+    blocks: Sizes | None
     decoders: tuple[int, ...]
     workload: Workload
     naive: int
     per_step: int
+    subject: str = "one picture"
 
     @property
     def weights(self) -> int:
         """Bytes of all weights."""
-        return self.unet_weights + self.vae_weights
+        return self.network_weights + self.vae_weights
 
     @property
     def growth(self) -> int:
@@ -114,11 +83,11 @@ class Estimate:
         return plan
 
     def __str__(self) -> str:
-        evaluations = (self.plain, self.blocks)
+        evaluations = (self.plain, self.blocks) if self.blocks else (self.plain,)
         lines = [
-            ("weights: UNet, VAE", f"{format_bytes(self.unet_weights)}, {format_bytes(self.vae_weights)}"),
-            ("graph of a UNet call", " or, checkpointed, ".join(format_bytes(s.graph) for s in evaluations)),
-            ("decoding an image", " or, checkpointed, ".join(format_bytes(size) for size in self.decoders)),
+            ("weights: network, VAE", f"{format_bytes(self.network_weights)}, {format_bytes(self.vae_weights)}"),
+            ("graph of an evaluation", " or, checkpointed, ".join(format_bytes(s.graph) for s in evaluations)),
+            ("decoding", " or, checkpointed, ".join(format_bytes(size) for size in self.decoders)),
             ("held for each step", f"{format_bytes(self.growth)} (stored sources), 0 (exact reversal), "
              f"{format_bytes(2 * self.plain.graph)} (whole graphs)"),
             ("naive backpropagation", f"{format_bytes(self.weights + self.naive)} with weights"),
@@ -147,76 +116,82 @@ class Estimate:
         return f"{card:>2} GB  {peak:>12}  {plan.kept}{blocks}; {plan.recomputed} evaluations again{also}"
 
 
-def estimate(model: str | Path, resolution: int | None, dtype: torch.dtype, steps: int = 50) -> Estimate:
+def estimate(
+    model: str | Path,
+    resolution: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    steps: int = 50,
+    *,
+    frames: Sequence[int] | None = None,
+    **call: Any,
+) -> Estimate:
     """Estimates the memory of a gradient.
 
     Args:
-        model: "sd15", "sdxl", or a diffusers folder with a UNet and a VAE, of which only the configs are read.
-        resolution: Side of the square image in pixels. None is the model's own.
-        dtype: Of the networks. With float16, a VAE with force_upcast is in float32.
+        model: The name of a published model (see `published.PUBLISHED`), or a diffusers folder, of which only the
+            configs are read.
+        resolution: Side of a square picture in pixels. None is the model's own size.
+        dtype: Of the networks. With float16, a VAE with force_upcast is in float32 if its pipeline upcasts it.
         steps: The number of diffusion steps.
+        frames: Which frames of a video are decoded for the loss. None is all.
+        **call: Arguments of `from_pipeline` that differ from the usual ones: height, width, num_frames, guidance_scale.
 
     Raises:
         ValueError: An argument cannot work; the error names it.
+
+    Example:
+        >>> print(estimate("flux1-dev", dtype=torch.bfloat16))
     """
-    with torch.device("meta"), _fused_attention():
-        unet, vae = _networks(model)
-        upcast = bool(vae.config.force_upcast) and dtype == torch.float16
-        unet.to(dtype).eval()
-        vae.to(torch.float32 if upcast else dtype).eval()
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        size = unet.config.sample_size * factor if resolution is None else resolution
-        if size < factor or size % factor:
-            raise ValueError(f"resolution: expected a positive multiple of {factor}, got {size}")
-        shape = (1, unet.config.in_channels, size // factor, size // factor)
-        return _measure(unet, Decoder(vae), shape, dtype, steps)
+    if resolution is not None:
+        if resolution < 1:
+            raise ValueError(f"resolution: expected a positive number of pixels, got {resolution}")
+        call |= {"height": resolution, "width": resolution}
+    with warnings.catch_warnings(), _fused_attention():
+        warnings.simplefilter("ignore")  # Nothing is run that a warning could be about.
+        found = meta_model(model, dtype)
+        request = _request(steps, {**found.call, **call})
+        schedule = Schedule.from_scheduler(
+            found.pipe.scheduler, steps, **found.family.set_timesteps(found.pipe, request)
+        )
+        with torch.device("meta"):
+            parts = found.family.parts(found.pipe, replace(request, timesteps=schedule.timesteps))
+        decode: Any = parts.decoder
+        if frames is not None:
+            if not isinstance(decode, VideoDecoder):
+                raise ValueError(f"frames: expected None, because {model} makes pictures, got {frames}")
+            decode = decode.pictures(frames)
+        return _measure(EDICT(parts.denoiser, schedule, memory="auto"), parts.space, decode, steps)
 
 
-def _measure(unet: nn.Module, decode: Decoder, shape: tuple[int, ...], dtype: torch.dtype, steps: int) -> Estimate:
-    """The estimate for networks on the meta device and latents of a shape."""
-    sizes = {False: _evaluation(unet, shape, dtype, False), True: _evaluation(unet, shape, dtype, True)}
-    latent = torch.empty(shape, dtype=STATE_DTYPE)
-    source = latent.numel() * latent.element_size()
-    evaluations = 2 * (steps - 1)  # The last step of Stable Diffusion's schedule changes nothing.
-    load = Workload(evaluations, steps, source, 2 * source, ("checkpoint", ANCHOR_STEPS), sizes.__getitem__)
-    plain = sizes[False]
-    # Plain code evaluates in the last step too, and keeps at least the sources beside the graphs.
-    naive = 2 * steps * (plain.graph + source) + plain.pull - plain.graph
-    per_step = 2 * steps * source + plain.graph + plain.pull
-    decoders = tuple(_decoding(decoder, shape) for decoder in _leaner(decode))
-    return Estimate(
-        _weights(unet), _weights(decode.vae), plain, sizes[True], decoders, load, naive, max(per_step, decoders[0])
-    )
+def _request(steps: int, call: dict[str, Any]) -> Request:
+    """What a family is given for a call of `from_pipeline`."""
+    own = {name: call.pop(name) for name in ("height", "width", "guidance_scale") if call.get(name) is not None}
+    return Request(num_inference_steps=steps, options=call, **own)
 
 
-def _evaluation(unet: Any, shape: tuple[int, ...], dtype: torch.dtype, blocks: bool) -> Sizes:
-    """The sizes of a guided evaluation, which is one call on a batch of two."""
-    batch = torch.empty(2, *shape[1:], dtype=dtype)
-    options: dict[str, Any] = {}
-    if unet.config.addition_embed_type == "text_time":
-        times = 6 * unet.config.addition_time_embed_dim
-        texts = torch.empty(2, unet.config.projection_class_embeddings_input_dim - times, dtype=dtype)
-        options["added_cond_kwargs"] = {"text_embeds": texts, "time_ids": torch.empty(2, 6, dtype=dtype)}
-    cond = torch.empty(2, TOKENS, unet.config.cross_attention_dim, dtype=dtype)
-    call = functools.partial(unet, timestep=torch.empty((), dtype=torch.int64), encoder_hidden_states=cond, **options)
-    checkpointed = blocks_checkpointed(unet) if blocks else contextlib.nullcontext()
-    with frozen(unet), checkpointed:
-        with Tracker("meta") as value, torch.no_grad():
-            call(batch, return_dict=False)
-        with Tracker("meta") as whole:
-            leaf = batch.clone().requires_grad_()
-            eps = call(leaf, return_dict=False)[0]
-            graph = whole.held
-            torch.autograd.grad(eps, leaf, torch.empty_like(eps))
-    return Sizes(value.peak, graph, whole.peak)
+def _measure(chain: EDICT, space: LatentSpace, decode: Decoder, steps: int) -> Estimate:
+    """The estimate for a chain on the meta device."""
+    x = space.noise(batch=1, device="meta")
+    assert chain.planner is not None
+    case = chain.planner.case(x)
+    load = replace(case.workload, sizes=case.unlimited)
+    plain, blocks = load.sizes(False), load.sizes(True)
+    assert plain is not None
+    # Plain code evaluates in every step, and keeps at least the sources beside the graphs.
+    naive = 2 * steps * (plain.graph + load.source) + plain.pull - plain.graph
+    per_step = 2 * steps * load.source + plain.graph + plain.pull
+    decoders = tuple(_decoding(decoder, x) for decoder in _leaner(decode))
+    weights = _weights(module_of(chain.denoiser.unet)), _weights(getattr(decode, "vae", None))
+    size = f"{space.height} x {space.width} pixels{', with guidance' if chain.denoiser.guided else ''}"
+    subject = f"{space.num_frames} frames of {size}" if isinstance(space, VideoSpace) else f"one picture of {size}"
+    return Estimate(*weights, plain, blocks, decoders, load, naive, max(per_step, decoders[0]), subject)
 
 
-def _decoding(decode: Decoder, shape: tuple[int, ...]) -> int:
-    """The largest number of bytes held while one image is decoded and its VJP taken."""
-    leaf = torch.empty(shape, dtype=torch.float32).requires_grad_()
+def _decoding(decode: Decoder, x: Tensor) -> int:
+    """The largest number of bytes held while one picture or video is decoded and its VJP taken."""
+    leaf = x.to(torch.float32, copy=True).requires_grad_()
     with Tracker("meta") as seen:
-        # A call of the decoder itself would look for NaN, which the meta device cannot tell.
-        image = run_in_dtype(decode._decode, leaf, decode.vae.dtype)
+        image = decode(leaf)
         torch.autograd.grad(image, leaf, torch.empty_like(image))
     return seen.peak
 
@@ -262,25 +237,8 @@ def _leaner(decode: Decoder) -> Iterator[Decoder]:
         yield other
 
 
-def _weights(network: nn.Module) -> int:
-    """Bytes of a network's weights."""
-    return sum(p.numel() * p.element_size() for p in network.parameters())
-
-
-def _networks(model: str | Path) -> tuple[Any, Any]:
-    """The UNet and the VAE of a model, made of their configs."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    if model in MODELS:
-        unet, vae = MODELS[str(model)]
-        return UNet2DConditionModel(**unet), AutoencoderKL(**vae)
-    found = []
-    for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        path = Path(model) / name / "config.json"
-        if not path.is_file():
-            raise ValueError(
-                f"model: expected one of {', '.join(MODELS)} or a diffusers folder with {name}/config.json in it, got "
-                f"{str(model)!r}"
-            )
-        found.append(kind.from_config(json.loads(path.read_text())))
-    return found[0], found[1]
+def _weights(network: nn.Module | None) -> int:
+    """Bytes of a network's weights and buffers, of which tables of positions may be large."""
+    if network is None:
+        return 0
+    return sum(part.numel() * part.element_size() for part in (*network.parameters(), *network.buffers()))

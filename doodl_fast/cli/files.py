@@ -15,11 +15,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_picture(path: Path, images: Tensor) -> None:
-    """Writes the first of images (B, 3, H, W) in [-1, 1] as a PNG file."""
+def write_picture(path: Path, images: Tensor, frames: int | None = None) -> None:
+    """Writes the first of images (B, 3, H, W) in [-1, 1] as a PNG file, or the first `frames` side by side."""
     from ..diffusion import images as pictures
 
-    pictures.write_picture(path, images[:1])
+    pictures.write_picture(path, images[: frames or 1])
+
+
+def write_animation(path: Path, frames: Tensor) -> None:
+    """Writes the frames (F, 3, H, W) of a video, in [-1, 1], as an animated picture."""
+    import torch
+
+    from ..diffusion.videos import VideoTensor
+
+    VideoTensor(frames.as_subclass(torch.Tensor).unsqueeze(0)).save(path)
 
 
 def write_json(path: Path, value: Any) -> None:

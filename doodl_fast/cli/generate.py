@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
             f"or invert the picture again with --solver {args.solver}"
         )
     given = {name: getattr(args, name) for name in ("prompt", "negative_prompt", "guidance_scale")}
+    if args.prompt is not None and stored.settings["prompt"] is None:
+        raise ValueError(f"--prompt: expected none, as {str(args.state)!r} was inverted without, got {args.prompt!r}")
     settings = stored.settings | {name: value for name, value in given.items() if value is not None}
     if not math.isfinite(settings["guidance_scale"]):
         raise ValueError(f"guidance_scale: expected a finite number, got {settings['guidance_scale']}")
@@ -67,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
             f"STATE: {str(args.state)!r} was made with other weights than those of {model['model']!r}; pass --model "
             "with the folder of the model that it was made with"
         )
-    check_shape(stored, pipeline)
-    chain, decode = make_chain(pipeline, settings)
-    noise, image = (state.to(pipeline.unet.device) for state in (stored.noise, stored.image))
+    chain, whole = make_chain(pipeline, settings)
+    check_shape(stored, whole)
+    noise, image = (state.to(whole.space.device) for state in (stored.noise, stored.image))
     with in_range("Try a lower --guidance-scale, or invert with --arithmetic exact64"):
         reached = chain.forward_state(noise)
-    pixels, encoded = (decoded(decode, picture_of(chain, state)) for state in (reached, image))
+    pixels, encoded = (decoded(whole.decode, picture_of(chain, state)) for state in (reached, image))
     equal = reached.equals(image)
     report = {
         "equal": equal,

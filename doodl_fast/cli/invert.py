@@ -20,6 +20,7 @@ from .edit import (
     as_tensor,
     decoded,
     describe,
+    encoded,
     fingerprint,
     fit,
     in_range,
@@ -27,10 +28,13 @@ from .edit import (
     open_image,
     picture_error,
     picture_of,
-    picture_size,
 )
+from .families import add_guidance_scale, add_own_options, add_prompt, check_one_frame, check_prompt, own_options
 from .files import new_folder, write_json, write_picture
 from .solvers import EDICT, INVERTIBLE, add_solver, check_solver
+
+GUIDANCE = 3.0
+"""The largest guidance scale that is used where none is given: inversions with more of it lead to poor noise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "image", type=options.folder, metavar="IMAGE", help="any picture file; its centre is cut out and resized"
     )
     options.add_model(parser)
-    parser.add_argument("--prompt", required=True, help="what the picture shows")
-    parser.add_argument("--negative-prompt", default="")
+    add_prompt(parser, "what the picture shows; required where the model takes a prompt")
     parser.add_argument("--steps", type=options.integer(), default=50, help="diffusion steps of the whole schedule")
     parser.add_argument(
         "--strength", type=options.number, default=0.8, help="share of the schedule that is gone through"
     )
-    options.add_guidance_scale(parser, default=3.0)
+    add_guidance_scale(parser, f"(default: the family's own, at most {GUIDANCE:g})")
     add_solver(parser, INVERTIBLE)
     parser.add_argument("--arithmetic", choices=("exact", "exact64"), default="exact", help="integers of 32 or 64 bits")
     options.add_size(parser)
+    add_own_options(parser)
     options.add_device(parser)
     options.add_dtype(parser)
     parser.add_argument(
@@ -58,31 +62,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Takes a picture to its noise; writes both ends' states, what belongs to them, and pictures."""
+    from ..diffusion.families import family_of
+
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out: expected a new or empty folder, got {str(args.out)!r}, which is taken")
     if not 0 < args.strength <= 1:
         raise ValueError(f"--strength: expected a number in (0, 1], got {args.strength}")
     check_solver(args)
     options.check_model(args.model)
+    check_prompt(args)
+    own_options(args)
     check_sizes(args, [args.steps], ("height", "width"))
     picture = open_image(args.image)
     pipeline = options.load_pipeline(args)
-    height, width = picture_size(pipeline, args.height, args.width)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"height": height, "width": width}
+    if args.guidance_scale is None:
+        args.guidance_scale = min(GUIDANCE, family_of(pipeline).guidance_scale)
+    settings = {name: getattr(args, name) for name in SETTINGS}
     if args.model != options.EMBEDDED and Path(args.model).expanduser().is_dir():
         settings["model"] = os.path.abspath(Path(args.model).expanduser())
-    chain, decode = make_chain(pipeline, settings)
-    pixels = as_tensor(fit(picture, height, width)).to(pipeline.unet.device)
+    chain, whole = make_chain(pipeline, settings)
+    check_one_frame(whole)
+    settings |= {"height": whole.space.height, "width": whole.space.width}
+    pixels = as_tensor(fit(picture, whole.space.height, whole.space.width)).to(whole.space.device)
     with in_range(advice(settings, chain)):
-        image = chain.state(decode.encode(pixels), end="image")
+        image = chain.state(encoded(whole.decode, pixels), end="image")
         noise = chain.inverse_state(image)
-    encoded = decoded(decode, picture_of(chain, image))
-    report = {"vae_error": picture_error(encoded, pixels), **describe(chain, noise)}
+    again = decoded(whole.decode, picture_of(chain, image))
+    report = {"vae_error": picture_error(again, pixels), **describe(chain, noise)}
     with new_folder(args.out) as folder:
         noise.save(folder / NOISE)
         image.save(folder / IMAGE)
         write_picture(folder / PICTURE, pixels)
-        write_picture(folder / ENCODED, encoded)
+        write_picture(folder / ENCODED, again)
         index = {"settings": settings, "image": str(args.image), "weights": fingerprint(pipeline), "report": report}
         write_json(folder / INDEX, index)
     apart = "|x - y| / |x|" if args.solver in (EDICT, "rex") else "|y| / |x|"

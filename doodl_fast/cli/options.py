@@ -68,16 +68,6 @@ def add_model(parser: Parser, default: str | None = None) -> None:
     parser.add_argument("--variant", type=text, help="variant of the model's weight files, e.g. fp16")
 
 
-def add_guidance_scale(parser: Parser, default: float = 7.5) -> None:
-    """Adds --guidance-scale."""
-    parser.add_argument(
-        "--guidance-scale",
-        type=number,
-        default=default,
-        help="weight of classifier-free guidance; with at most 1 the prompt alone is used",
-    )
-
-
 def add_mix_weight(parser: Parser) -> None:
     """Adds --mix-weight to a command that knows EDICT alone."""
     parser.add_argument(
@@ -175,8 +165,9 @@ def last_part(schedule: Schedule, share: float) -> Schedule:
     from dataclasses import replace
 
     first = len(schedule) - max(1, round(share * len(schedule)))
-    parts = {name: getattr(schedule, name)[first:] for name in ("timesteps", "alphas_cumprod", "alphas_cumprod_prev")}
-    return replace(schedule, **parts)
+    # A flow has no cumulative alphas, and a diffusion no sigmas.
+    names = ("timesteps", "alphas_cumprod", "alphas_cumprod_prev", "sigmas")
+    return replace(schedule, **{name: getattr(schedule, name)[first:] for name in names})
 
 
 def without_offset(scheduler: Any) -> Any:
@@ -184,4 +175,6 @@ def without_offset(scheduler: Any) -> Any:
 
     An offset of 1, which many schedulers have, leaves no room for as many steps as there are timesteps.
     """
+    if not scheduler.config.get("steps_offset"):
+        return scheduler
     return type(scheduler).from_config(scheduler.config, steps_offset=0)

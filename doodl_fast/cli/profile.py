@@ -11,16 +11,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import files, options
+from . import estimating, files, options
 from .checks import check_sizes
-from .solvers import check_share
+from .families import (
+    PROMPT,
+    add_guidance_scale,
+    add_own_options,
+    add_prompt,
+    check_prompt,
+    fill_guidance_scale,
+    timestep_options,
+)
+from .solvers import check_share, make_edict
 
 if TYPE_CHECKING:
     from ..chain.memory.profiling import MemoryReport
     from .baselines import Setting
 
 TABLE, FIGURE, TIMELINES = "profile.json", "profile.png", "timelines.png"
-STEPS = (4, 8, 16)
+STEPS, SIDES = (4, 8, 16), ("height", "width")
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--estimate",
         type=options.text,
         metavar="MODEL",
-        help="sd15, sdxl or a diffusers folder, whose memory is estimated without weights; nothing is measured",
+        help="the same as `doodl-fast estimate MODEL`; nothing is measured",
     )
     parser.add_argument(
         "--resolution",
@@ -61,8 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_dtype(parser)
     options.add_model(parser, options.EMBEDDED)
-    parser.add_argument("--prompt", default="a red circle")
-    options.add_guidance_scale(parser)
+    add_prompt(parser, f"(default: {PROMPT!r}, where the model takes a prompt)")
+    add_guidance_scale(parser)
+    options.add_size(parser)
+    add_own_options(parser)
     options.add_mix_weight(parser)
     parser.add_argument(
         "--steps",
@@ -102,8 +113,15 @@ def run(args: argparse.Namespace) -> int:
     if args.memory_budget is not None:
         parse_bytes(args.memory_budget)
     options.check_model(args.model)
+    check_prompt(args, PROMPT)
+    fill_guidance_scale(args)
     check_share("mix_weight", args.mix_weight)
-    check_sizes(args, steps, ("resolution",), "--steps")
+    if args.resolution is not None:
+        if args.height is not None or args.width is not None:
+            raise ValueError("--resolution: expected none beside --height and --width, which say more")
+        check_sizes(args, steps, ("resolution",), "--steps")
+        args.height = args.width = args.resolution
+    check_sizes(args, steps, SIDES, "--steps")
     setting = _setting(args, options.load_pipeline(args))
     print(f"{'':<22}{'steps':>6}{'peak':>12}{'held':>12}{'peak RSS':>12}{'seconds':>10}{'CPU s':>10}", flush=True)
     rows: list[Row] = []
@@ -126,12 +144,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _estimate(args: argparse.Namespace, steps: int) -> int:
     """Prints the estimate of a model that is not loaded."""
-    from .estimate import estimate
-
-    options.quiet_libraries()
-    print(f"{args.estimate}, {args.dtype}, {steps} EDICT steps of one guided image; estimated on the meta device\n")
-    print(estimate(args.estimate, args.resolution, options.find_dtype(args.dtype), steps))
-    return 0
+    sides = {side: args.resolution if getattr(args, side) is None else getattr(args, side) for side in SIDES}
+    given = {**vars(args), **sides, "model": args.estimate, "steps": steps, "frames": None}
+    return estimating.run(argparse.Namespace(**given))
 
 
 def _names(against: str | None) -> list[str]:
@@ -149,19 +164,17 @@ def _names(against: str | None) -> list[str]:
 
 def _setting(args: argparse.Namespace, pipeline: Any) -> Setting:
     """The model with its prompt, and the start, which all baselines share."""
-    from ..solvers.edict import EDICT
     from .baselines import Setting
 
-    chain = EDICT.from_pipeline(
-        pipeline,
-        args.prompt,
-        num_inference_steps=min(args.steps),
-        guidance_scale=args.guidance_scale,
-        height=args.resolution,
-        width=args.resolution,
+    chain = make_edict(args, pipeline, min(args.steps))
+    return Setting(
+        chain.denoiser,
+        options.without_offset(pipeline.scheduler),
+        args.mix_weight,
+        chain.noise(batch=args.batch),
+        args.memory_budget,
+        timestep_options(args, pipeline),
     )
-    scheduler = options.without_offset(pipeline.scheduler)
-    return Setting(chain.denoiser, scheduler, args.mix_weight, chain.noise(batch=args.batch), args.memory_budget)
 
 
 def measure(name: str, setting: Setting, steps: int, repeats: int = 1) -> tuple[Row, MemoryReport]:

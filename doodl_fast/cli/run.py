@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from . import options
 from .checks import check_sizes
-from .files import replace, write_json, write_picture
+from .families import (
+    add_guidance_scale,
+    add_own_options,
+    add_prompt,
+    check_prompt,
+    fill_guidance_scale,
+    frames_decoder,
+    own_options,
+)
+from .files import replace, write_animation, write_json, write_picture
 from .guides import GUIDES, check_guide
 from .guides import add_arguments as add_guide_arguments
 from .solvers import EDICT, add_solver, check_solver, make_chain
@@ -25,24 +34,33 @@ if TYPE_CHECKING:
     from ..solvers.base import DiffusionChain
 
 SETTINGS, RESULT, STATE = "run.json", "result.json", "state"
-OUTPUTS = ("before.png", "after.png", "best.png", "losses.png", SETTINGS, RESULT, STATE)
+OUTPUTS = ("before.png", "after.png", "best.png", "after.webp", "best.webp", "losses.png", SETTINGS, RESULT, STATE)
 MAY_CHANGE = ("optimization_steps", "out", "resume", "save_every", "memory", "memory_budget", "device")
 """The options with which a run may be continued differently from how it began."""
 
-OLD_RUNS = {"solver": EDICT, "gamma": None, "scheme": None, "zeta": None}
+OLD_RUNS: dict[str, Any] = {
+    "solver": EDICT,
+    "gamma": None,
+    "scheme": None,
+    "zeta": None,
+    "num_frames": None,
+    "option": [],
+}
 """Options of runs that were stored before there were these."""
+OLD_DEFAULTS = {"guidance_scale": 7.5, "negative_prompt": ""}
+"""What such runs stored for options that were not given, and that are None since each family has its own default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     model = parser.add_argument_group("model and picture")
     options.add_model(model)
-    model.add_argument("--prompt", required=True)
-    model.add_argument("--negative-prompt", default="")
+    add_prompt(model, "what the picture shows; required where the model takes a prompt")
     model.add_argument("--steps", type=options.integer(), default=50, help="diffusion steps")
-    options.add_guidance_scale(model)
+    add_guidance_scale(model)
     add_solver(model)
     options.add_size(model)
+    add_own_options(model)
     model.add_argument("--seed", type=options.integer(options.SEEDS), default=0)
     options.add_device(model)
     options.add_dtype(model)
@@ -88,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the optimisation and writes its results; gives the exit code."""
     check_guide(args)
     check_solver(args)
+    fill_guidance_scale(args)
     settings = options.as_json(args)
     continued = _check_out(args, settings)
     options.quiet_libraries()
@@ -98,18 +117,21 @@ def run(args: argparse.Namespace) -> int:
     device, dtype = options.find_device(args.device), options.find_dtype(args.dtype)
     _check_numbers(args)
     options.check_model(args.model)
+    check_prompt(args)
+    own_options(args)
     check_sizes(args, [args.steps], ("height", "width"))
     loss = GUIDES[args.guidance](args, device, dtype)  # before the larger model, so that its mistakes show early
     pipeline = options.load_pipeline(args)
     chain = make_chain(args, pipeline, memory=args.memory, memory_budget=args.memory_budget)
     latents = draw_noise(chain, args.seed)
+    decode, frames = frames_decoder(chain)
     began = time.perf_counter()
     # the losses' random cutouts come from the global generator
     torch.manual_seed(args.seed)
     result = optimize(
         chain,
         latents,
-        chain.decode,
+        decode,
         loss,
         args.optimization_steps,
         grad_scale=args.learning_rate,
@@ -121,11 +143,11 @@ def run(args: argparse.Namespace) -> int:
         perturbation_scale=args.perturbation_scale,
         first_image_only=args.first_image_only,
         seed=args.seed,
-        callback_on_step_end=_Writer(args.out, settings, args.save_every),
+        callback_on_step_end=_Writer(args.out, settings, args.save_every, frames),
         folder=args.out / STATE,
         resume=continued,
     )
-    _write_result(args.out, settings, result, time.perf_counter() - began)
+    _write_result(args.out, settings, result, time.perf_counter() - began, frames)
     print(
         f"loss {result.losses[0]:.5g} -> {result.final_loss:.5g}, best {result.best_loss:.5g} after "
         f"{result.best_step} steps; pictures and {RESULT} in {args.out}"
@@ -194,7 +216,8 @@ def _check_out(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
         raise ValueError(f"--resume: {str(out / SETTINGS)!r} is damaged ({error}); start in another folder") from error
     stored = {**OLD_RUNS, **stored}
     for key, value in settings.items():
-        if key not in MAY_CHANGE and stored.get(key) != value:
+        is_old_default = value is None and key in OLD_DEFAULTS and stored.get(key) == OLD_DEFAULTS[key]
+        if key not in MAY_CHANGE and stored.get(key) != value and not is_old_default:
             raise ValueError(
                 f"--resume: the run in {str(out)!r} had --{key.replace('_', '-')} {stored.get(key)!r}, got {value!r}; "
                 "pass what it was started with, or another --out"
@@ -220,24 +243,29 @@ class _Writer:
     out: Path
     settings: dict[str, Any]
     every: int
+    frames: int | None = None
 
     def __call__(self, info: StepInfo) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / SETTINGS, self.settings)
         if info.step == 0:
-            write_picture(self.out / "before.png", info.images[0])
+            write_picture(self.out / "before.png", info.images[0], self.frames)
         if info.step % self.every == 0:
-            write_picture(self.out / f"step_{info.step:03d}.png", info.images[0])
+            write_picture(self.out / f"step_{info.step:03d}.png", info.images[0], self.frames)
 
 
-def _write_result(out: Path, settings: dict[str, Any], result: Result, seconds: float) -> None:
-    """Writes the last and the best picture, the curve of the losses, and a JSON file of the numbers."""
+def _write_result(
+    out: Path, settings: dict[str, Any], result: Result, seconds: float, frames: int | None = None
+) -> None:
+    """Writes the last and the best picture or video, the curve of the losses, and a JSON file of the numbers."""
     import torch
 
     from .. import __version__
 
-    write_picture(out / "after.png", result.images[0])
-    write_picture(out / "best.png", result.best_images[0])
+    for name, images in (("after", result.images[0]), ("best", result.best_images[0])):
+        write_picture(out / f"{name}.png", images, frames)
+        if frames is not None:
+            write_animation(out / f"{name}.webp", images[:frames])
     _plot(out / "losses.png", [*result.losses, result.final_loss], settings["guidance"])
     summary = {
         "losses": result.losses,

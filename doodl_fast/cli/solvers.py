@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .errors import is_raised_here
+from .families import own_options
 from .options import Parser, number
 
 if TYPE_CHECKING:
@@ -126,22 +128,43 @@ def make_chain(args: argparse.Namespace, pipeline: Any, **options: Any) -> Diffu
     """Makes the chain that a command's options describe.
 
     Args:
-        args: The command line: solver and its options, prompt, negative_prompt, guidance_scale, steps, height, width.
+        args: The command line: solver and its options, prompt, negative_prompt, guidance_scale, steps, height, width,
+            num_frames, option.
         pipeline: The diffusers pipeline, loaded.
         options: Further arguments of the solver's class: memory, memory_budget, arithmetic.
+
+    Raises:
+        ValueError: The pipeline or the solver does not take an option.
     """
-    chain: DiffusionChain = solver_class(args.solver).from_pipeline(
-        pipeline,
-        args.prompt,
-        args.negative_prompt,
-        args.steps,
-        args.guidance_scale,
-        height=args.height,
-        width=args.width,
-        **solver_options(args),
-        **options,
-    )
+    try:
+        chain: DiffusionChain = solver_class(args.solver).from_pipeline(
+            pipeline,
+            args.prompt,
+            args.negative_prompt,
+            args.steps,
+            "auto" if args.guidance_scale is None else args.guidance_scale,
+            height=args.height,
+            width=args.width,
+            **own_options(args),
+            **solver_options(args),
+            **options,
+        )
+    except TypeError as error:
+        if not is_raised_here(error.__traceback__):
+            raise
+        raise ValueError(str(error)) from error
     return chain
+
+
+def make_edict(args: argparse.Namespace, pipeline: Any, steps: int) -> DiffusionChain:
+    """Makes the chain of a command that knows EDICT alone.
+
+    Args:
+        args: The command line: prompt, negative_prompt, guidance_scale, mix_weight, height, width, num_frames, option.
+        pipeline: The diffusers pipeline, loaded.
+        steps: The number of diffusion steps.
+    """
+    return make_chain(argparse.Namespace(**{**vars(args), "solver": EDICT, "steps": steps}), pipeline)
 
 
 def solver_class(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decoder import Decoder, vae_scale_factor
 from .families import Family
-from .families.saved import LEFT_OUT, family_of_index, upcasts_vae
+from .families.saved import LEFT_OUT, check_accelerate, family_of_index, upcasts_vae
 from .images import to_pil
 from .latent_space import latent_space
 from .networks import check_source, loading
@@ -72,6 +72,7 @@ def load_pipeline(
             f"model: expected model_index.json in {source!r} to hold an object, got {type(index).__name__}"
         )
     family = family_of_index(index, source, family)
+    check_accelerate(index, source)
     keeps_vae = dtype == torch.float16 and "vae" in index and upcasts_vae(index)
     dtypes = {"vae": torch.float32, "default": dtype} if keeps_vae else {"default": dtype}
     options: dict[str, Any] = {"use_safetensors": True, "dtype": dtypes}

@@ -288,6 +288,17 @@ class DiffusionChain(Chain):
         return share * picture + rest * noise
 
     @property
+    def space(self) -> LatentSpace:
+        """The shape of the pipeline's latents.
+
+        Raises:
+            AttributeError: The chain was not made by `from_pipeline`.
+        """
+        if self._space is None:
+            raise AttributeError(f"space: {MADE_BY_HAND} its latents' shape")
+        return self._space
+
+    @property
     def decode(self) -> Decoder:
         """The pipeline's decoder: `chain.decode(latents)` gives images (B, 3, H, W) in [-1, 1], or videos.
 

@@ -96,6 +96,14 @@ BAD = [
     (["invert", "bomb.png", *INVERT[2:]], "the file 'bomb.png' has too many pixels"),
     (["invert", "pipe", *INVERT[2:]], "is a pipe"),
     (["generate", ""], "argument STATE: expected a text, got an empty one"),
+    ([*RUN, "--option", "x"], "argument --option: expected NAME=VALUE, got 'x'"),
+    ([*RUN, "--option", "a=1", "--option", "a=2"], "--option: expected a once, got it twice"),
+    ([*INVERT, "--option", "height=3"], "--option: height has an option of its own"),
+    ([*RUN, "--option", "image=none.png"], "image: the file 'none.png' does not exist"),
+    ([*RUN, "--num-frames", "99999999"], "argument --num-frames: expected at most 65536"),
+    ([*RUN[:3], *RUN[5:]], "--prompt: expected a text, which says what the picture shows, got none"),
+    ([*INVERT[:4], *INVERT[6:]], "--prompt: expected a text, which says what the picture shows, got none"),
+    ([*PROFILE, "--resolution", "32", "--width", "32"], "--resolution: expected none beside --height and --width"),
 ]
 
 

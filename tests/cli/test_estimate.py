@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny_pipeline
 import torch
-from conftest import sd_scheduler
 
 from doodl_fast import cli
 from doodl_fast.cli.estimate import CARDS, estimate
+from doodl_fast.cli.published import meta_model
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ def sd15():
 
 def test_stable_diffusion_15(sd15):
     """Sizes against those of the published model: 860 M and 84 M parameters."""
-    assert sd15.unet_weights == pytest.approx(2 * 859.5e6, rel=1e-3)
+    assert sd15.network_weights == pytest.approx(2 * 859.5e6, rel=1e-3)
     assert sd15.vae_weights == pytest.approx(2 * 83.65e6, rel=1e-3)
     assert sd15.weights + sd15.smallest.peak <= 4 * GIB
     assert sd15.weights + sd15.naive > 140 * GIB
@@ -46,6 +46,17 @@ def test_sdxl_fits_24_gb(capsys):
     assert "does not fit" in cards["12"] and "of all evaluations" in cards["24"]
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("sd35-medium", 2.243), ("sd35-large", 8.057), ("flux1-dev", 11.90), ("pixart-sigma", 0.611),
+     ("wan21-1.3b", 1.419), ("wan21-14b", 14.29), ("cogvideox-2b", 1.694), ("cogvideox-5b", 5.571)],
+)  # fmt: skip
+def test_published_models_have_the_published_number_of_parameters(name, billions):
+    pipe = meta_model(name, torch.bfloat16).pipe
+    count = sum(weight.numel() for weight in pipe.transformer.parameters())
+    assert count == pytest.approx(billions * 1e9, rel=2e-3)
+
+
 def test_a_folder_and_a_measured_run(tmp_path):
     """What the meta device tells of a pipeline is what its run takes on the CPU, but for attention, which is fused."""
     from doodl_fast import EDICT, Denoiser, Schedule
@@ -54,17 +65,19 @@ def test_a_folder_and_a_measured_run(tmp_path):
     pipe.save_pretrained(tmp_path / "sd")
     found = estimate(tmp_path / "sd", None, torch.float32, steps=4)
     cond = torch.zeros(1, 77, 16)
-    chain = EDICT(Denoiser(pipe.unet, cond, cond), Schedule.from_scheduler(sd_scheduler(), 4), memory="auto")
+    chain = EDICT(Denoiser(pipe.unet, cond, cond), Schedule.from_scheduler(pipe.scheduler, 4), memory="auto")
     plan = chain.make_plan(torch.zeros(1, 4, 16, 16))
     assert found.workload.fastest(GIB).peak == pytest.approx(plan.peak, rel=0.15)
-    assert found.naive == pytest.approx(plan.peak * 8 / 6, rel=0.15)  # eight evaluations instead of six
+    assert found.naive == pytest.approx(plan.peak, rel=0.15)
+    with pytest.raises(ValueError, match=r"frames: expected None, because .* makes pictures, got \[0\]"):
+        estimate(tmp_path / "sd", frames=[0])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--estimate", "sd3"], "model: expected one of sd15, sdxl or a diffusers folder with unet/config.json in it"),
-        (["--estimate", "sd15", "--resolution", "513"], "resolution: expected a positive multiple of 8, got 513"),
+        (["--estimate", "sd3"], "model: expected one of sd15, sd21, sdxl, sd35-medium"),
+        (["--estimate", "sd15", "--resolution", "513"], "height: expected a positive multiple of 8"),
         (["--steps", "0"], "--steps: expected numbers of at least 1, got 0"),
         (["--against", "naive,fast"], "--against: expected some of naive, checkpoint, reference=DIR, got 'fast'"),
     ],

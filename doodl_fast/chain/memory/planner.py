@@ -220,20 +220,22 @@ def probe(run: ProgramRun, x: Tensor, limit: int | None = None) -> Sizes | None:
     if group is None or group.coupling is None:
         return Sizes(0, 0, 0)
     try:
-        with run.evaluator.running(), Tracker(x.device.type, limit=limit):
+        with run.evaluator.running():
             tensors = run.evaluator.tensors()
             source = x.detach().to(run.state_dtype, copy=True)
-            with meter(x.device) as value, explain_first_evaluation(run.evaluator, source):
-                run.evaluate(source, group.coupling, tensors)
             pull = NetworkPull(run, [t.clone() for t in tensors], [t.requires_grad for t in tensors])
-            graph, held = None, 0
-            with meter(x.device) as whole:
-                if run.for_vjp() is run:
-                    graph = pull.evaluate(source, group.coupling)
-                    held = whole.held
-                pull(source, group, [torch.zeros_like(source) for _ in range(run.num_latents)], True, graph)
-                del graph
-                most = whole.peak
+            # What a plan does not count, such as these copies, does not count against the limit either.
+            with Tracker(x.device.type, limit=limit):
+                with meter(x.device) as value, explain_first_evaluation(run.evaluator, source):
+                    run.evaluate(source, group.coupling, tensors)
+                graph, held = None, 0
+                with meter(x.device) as whole:
+                    if run.for_vjp() is run:
+                        graph = pull.evaluate(source, group.coupling)
+                        held = whole.held
+                    pull(source, group, [torch.zeros_like(source) for _ in range(run.num_latents)], True, graph)
+                    del graph
+                    most = whole.peak
             return Sizes(value.peak, held, most)
     except (torch.OutOfMemoryError, OverLimit):
         pass

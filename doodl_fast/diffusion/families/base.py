@@ -82,6 +82,8 @@ class Family(ABC):
     """The components without which there is no chain."""
     guidance_scale: ClassVar[float] = 7.5
     """The guidance scale where none is given."""
+    takes_text: ClassVar[bool] = True
+    """Whether its pipelines take a prompt."""
     takes_flows: ClassVar[bool] = False
     """Whether its networks predict the velocity of a flow, so that flow-matching schedulers are right for them."""
 

@@ -52,6 +52,7 @@ class PixelSpace(Family):
     pipelines = ("DDPMPipeline", "DDIMPipeline")
     components = required = ("unet", "scheduler")
     guidance_scale = 1.0
+    takes_text = False
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""
@@ -82,6 +83,8 @@ class PixelSpace(Family):
         options = dict(request.options)
         own, labels = take(options, DENOISER_OPTIONS), options.pop("class_labels", None)
         refuse_unknown(options, pipe, {"class_labels"})
+        if labels is not None:
+            labels = torch.as_tensor(labels, device=pipe.unet.device)
         config = pipe.unet.config
         sides = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
         halvings = 2 ** (len(config.block_out_channels) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,23 @@ def family_of_index(index: Mapping[str, Any], source: str, family: Family | None
     family = FAMILIES[0] if family is None else family
     family.check_saved(parts, names, source)
     return family
+
+
+def check_accelerate(index: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError for a network that diffusers loads with the library accelerate alone, if that is missing.
+
+    These are networks that keep some of their weights in float32, as Wan's do.
+    """
+    import diffusers
+
+    if importlib.util.find_spec("accelerate") is not None:
+        return
+    for name, kind in saved_components(index).items():
+        if getattr(getattr(diffusers, kind, None), "_keep_in_fp32_modules", None):
+            raise ValueError(
+                f"model: {source!r} cannot be loaded: its {name} is a {kind}, which diffusers loads with the library "
+                "accelerate alone; pip install accelerate"
+            )
 
 
 def upcasts_vae(index: Mapping[str, Any]) -> bool:
