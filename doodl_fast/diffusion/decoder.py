@@ -150,7 +150,9 @@ class Decoder:
 
         if not self._singly:
             return self._images(z)
-        return torch.cat([checkpoint(self._images, one, use_reentrant=False) for one in z.split(1)])
+        return torch.cat(
+            [checkpoint(self._images, one, use_reentrant=False, preserve_rng_state=False) for one in z.split(1)]
+        )
 
     def _images(self, z: Tensor) -> Tensor:
         """Calls the VAE."""

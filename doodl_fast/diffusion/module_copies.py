@@ -234,8 +234,8 @@ def _why_module_is_not_copied(module: nn.Module, table: dict[int, Any]) -> str |
 
 
 def _checkpoint(block: Any, *args: Any) -> Any:
-    """Calls a block so that its activations are computed again for a gradient."""
-    return checkpoint(block, *args, use_reentrant=False)
+    """Calls a block so that its activations are computed again for a gradient. It draws no random numbers."""
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextlib.contextmanager

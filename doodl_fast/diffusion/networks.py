@@ -241,7 +241,8 @@ def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
         with frozen(module), blocks_checkpointed(module):
             return block(*args)
 
-    return checkpoint(call, *args, use_reentrant=False)
+    # A network of a run, or one in eval mode, draws no random numbers, so no generator's state is kept.
+    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_in_dtype(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -128,7 +128,12 @@ class ClipGuide:
         def features(x: Tensor) -> Tensor:
             if self._chunk is None:
                 return self._features(x)
-            return torch.cat([checkpoint(self._features, part, use_reentrant=False) for part in x.split(self._chunk)])
+            return torch.cat(
+                [
+                    checkpoint(self._features, part, use_reentrant=False, preserve_rng_state=False)
+                    for part in x.split(self._chunk)
+                ]
+            )
 
         return run_in_dtype(features, (pixels - mean) / std, self.model.dtype)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import TinyNet, conditions, golden, golden_unet, latents, pull, relative, tiny_chain
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.module_copies import ModuleCopies, frozen_copy, why_not_copied
@@ -100,6 +101,24 @@ def test_checkpointed_blocks_of_diffusers() -> None:
         gradients.append(torch.autograd.grad(out.sum(), leaf)[0])
         assert state_of(unet) == before
     assert torch.equal(*gradients)
+
+
+def test_checkpointed_blocks_keep_no_state_of_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dropout is active in them, and reading a GPU's generator waits for the device."""
+    states: list[int] = []
+    original = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: states.append(1) or original())
+    x = torch.ones(1, requires_grad=True)
+    checkpoint(torch.sin, x, use_reentrant=False).backward()
+    assert states
+    states.clear()
+    unet, models = golden_unet(), golden("models")
+    with blocks_checkpointed(unet):
+        for network in (ModuleCopies(unet, checkpoints=True).of(unet), unet):
+            leaf = models["check/unet_in"].clone().requires_grad_()
+            out = network(leaf, 500, encoder_hidden_states=models["embedding_conditional"], return_dict=False)[0]
+            assert torch.autograd.grad(out.sum(), leaf)[0].norm() > 0
+    assert not states
 
 
 def test_cast_weights_are_freed_with_the_pass() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -283,6 +284,38 @@ def test_a_library_that_does_not_load_is_reported(monkeypatch, tmp_path):
     (tmp_path / "_native.abi3.so").unlink()
     (tmp_path / "_native_build.json").write_text('{"cpu": "DOODL_FAST_NO_NATIVE is set"}')
     assert "not built: DOODL_FAST_NO_NATIVE is set" in native.load.__wrapped__("cpu")
+
+
+@pytest.mark.parametrize(
+    ("cards", "refused"),
+    [
+        ([(8, 0)], None),
+        ([(8, 6)], None),
+        ([(9, 0)], None),
+        ([(10, 0)], None),
+        ([(12, 0), (8, 9)], None),
+        ([(7, 5)], r"compiled for compute capability 8\.0 and 9\.0, and cuda:0 \(card 0\) has 7\.5"),
+        ([(9, 0), (7, 0)], r"cuda:1 \(card 1\) has 7\.0; hide that card"),
+    ],
+)
+def test_native_is_chosen_only_for_cards_that_it_was_compiled_for(cards, refused, monkeypatch, tmp_path):
+    (tmp_path / "_native_build.json").write_text('{"cpu": "built", "cuda": "built", "cuda architectures": "80 90"}')
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "load", lambda device_type: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: cards[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    monkeypatch.setattr(importlib.import_module("doodl_fast.ops.backends.triton"), "why_not", lambda device_type: None)
+    assert registry.resolve("cuda") == ("native" if refused is None else "triton")
+    with ops.backend("native"):
+        if refused is None:
+            assert registry.resolve("cuda") == "native"
+        else:
+            with pytest.raises(ops.BackendUnavailable, match=refused):
+                registry.resolve("cuda")
+    (tmp_path / "_native_build.json").write_text('{"cpu": "built", "cuda": "built"}')
+    assert registry.resolve("cuda") == "native"
 
 
 def test_import_loads_and_compiles_nothing():

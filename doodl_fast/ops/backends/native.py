@@ -19,13 +19,16 @@ from .registry import Kernel
 PACKAGE = Path(__file__).resolve().parents[2]
 LIBRARIES = {"cpu": "_native", "cuda": "_native_cuda"}
 REPORT = "_native_build.json"
+ARCHITECTURES = "cuda architectures"
+"""The entry of the report with the compute capabilities that the CUDA kernels were compiled for, "80 90" for 8.0 and
+9.0. The last one is also there as PTX, which newer cards translate."""
 OPS = tuple(signature.name for signature in TABLE)
 
 
 def build_report() -> dict[str, str]:
     """Returns what setup.py recorded: for each type of device "built", or why its library was not built.
 
-    It is empty if setup.py has not run.
+    If the CUDA kernels were built, it also has what they were compiled for. It is empty if setup.py has not run.
     """
     try:
         report: dict[str, str] = json.loads((PACKAGE / REPORT).read_text())
@@ -64,9 +67,32 @@ def load(device_type: str) -> str | None:
 
 def why_not(device_type: str) -> str | None:
     """Returns the reason for which this backend cannot compute on a type of device, or None if it can."""
-    if device_type == "cuda" and not torch.cuda.is_available():
-        return load("cuda") or "torch sees no CUDA device"
-    return load(device_type)
+    reason = load(device_type)
+    if device_type != "cuda" or reason is not None:
+        return reason
+    return _why_not_cards() if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _why_not_cards() -> str | None:
+    """Returns which card there is no compiled kernel for, or None if there is one for every card that torch sees.
+
+    The backend is chosen for all cards together, so a single old one refuses it.
+    """
+    compiled = [int(sm) for sm in build_report().get(ARCHITECTURES, "").split()]
+    if not compiled:  # The library was built before setup.py recorded this.
+        return None
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        card = 10 * major + minor
+        # A compiled kernel runs on cards of its own generation that are not older; PTX runs on all that are not older.
+        if not any(sm // 10 == major and sm <= card for sm in compiled) and card < compiled[-1]:
+            there = " and ".join(f"{sm / 10:.1f}" for sm in compiled)
+            return (
+                f"its kernels were compiled for compute capability {there}, "
+                f"and cuda:{index} ({torch.cuda.get_device_name(index)}) has {major}.{minor}; hide that card by "
+                "CUDA_VISIBLE_DEVICES, or add its number to ARCHITECTURES in setup.py and build again"
+            )
+    return None
 
 
 def kernels() -> dict[str, Kernel]:
