@@ -16,6 +16,7 @@ from torch import nn
 from .calling import NetworkCall
 from .module_copies import ModuleCopies, why_not_copied
 from .networks import blocks_checkpointed, module_tree, without_weight_grad
+from .run_conditions import RunConditions
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class ActiveCall:
         ending: What is done at the end of the run.
         call: How the run calls the network for a graph, once that is known.
         casts: Copies with cast weights, which are made at the first VJP of the run and freed at its end.
+        conditions: The conditions in the form that the network takes.
     """
 
     original: NetworkCall
@@ -50,6 +52,7 @@ class ActiveCall:
     ending: contextlib.ExitStack
     call: NetworkCall | None = None
     casts: dict[Variant, ModuleCopies] = field(default_factory=dict)
+    conditions: RunConditions = field(default_factory=RunConditions)
 
     def calls(self, call: NetworkCall) -> bool:
         """Whether this run calls the same network in the same way."""
@@ -102,10 +105,19 @@ _THREAD = _Thread()
 
 def active_call(call: NetworkCall, variant: Variant) -> NetworkCall:
     """Returns how this thread calls a network: by the copies of the innermost run, or as it is outside of runs."""
-    for active in reversed(_THREAD.active):
-        if active.calls(call) and active.variant == variant:
-            return active.current()
-    return call
+    active = _innermost(call, variant)
+    return call if active is None else active.current()
+
+
+def active_conditions(call: NetworkCall, variant: Variant) -> RunConditions:
+    """Returns what this thread's innermost run keeps of a network's conditions; something new outside of runs."""
+    active = _innermost(call, variant)
+    return RunConditions() if active is None else active.conditions
+
+
+def _innermost(call: NetworkCall, variant: Variant) -> ActiveCall | None:
+    """The innermost run of a network in this thread."""
+    return next((a for a in reversed(_THREAD.active) if a.calls(call) and a.variant == variant), None)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain.evaluator import Evaluator
-from .active_calls import Variant, active_call, calling_copies
+from .active_calls import Variant, active_call, active_conditions, calling_copies
 from .calling import NetworkCall, module_of
 from .conditions import Fit, map_tensors, tensors_of
 from .module_copies import why_not_copied
@@ -325,10 +325,9 @@ class Denoiser(Evaluator):
         if self._guided:
             network_x = torch.cat([network_x, network_x])
         shape = network_x.shape
-        cond = fit.states(conditions["cond"], conditions.get("uncond"))
+        cond, kwargs = active_conditions(self._call, self._variant).fitted(fit, conditions)
         timestep = self._timestep(t, x.device)
         version = None if timestep.is_inference() else timestep._version
-        kwargs = fit.extras(conditions["kwargs"])
         with _explain_cast(self._variant.cast_to):
             output = active_call(self._call, self._variant)(network_x, timestep, cond, kwargs)
         if version is not None and timestep._version != version:

@@ -92,3 +92,8 @@ def test_an_evaluation_looks_at_no_more_weights_than_it_must() -> None:
     cond, uncond = conditions(dtype=torch.float32)
     Denoiser(Watched(), cond, uncond, 3.0).raw(latents(1, 3, 4, dtype=torch.float32)[0], 500)
     assert seen == ["inside"]
+
+
+def test_one_concatenation_for_each_evaluation() -> None:
+    """That of the latents with themselves: the conditions are joined once a pass."""
+    assert for_each_evaluation(torch.float32)["cat"] == 2
