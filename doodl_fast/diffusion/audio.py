@@ -103,15 +103,39 @@ class AudioDecoder(Decoder):
         self._check(latents)
         return run_in_dtype(self._decode, latents / self._factor, self.vae.dtype)[..., self._start : self._end]
 
+    @torch.no_grad()
     def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Refuses to encode: what the latents of this pipeline stand for is not what `__call__` returns.
+        """Encodes what the VAE decodes to, without gradient.
+
+        Args:
+            images: A floating-point tensor, as the VAE decodes latents to it: waveforms (B, channels, samples) of the
+                whole length that the network makes, or for AudioLDM 2 log-mel spectrograms (B, 1, frames, mel bins).
+            sample: Whether to draw from the posterior instead of taking its mean.
+            generator: Where the sample is drawn from; it implies `sample`.
+
+        Returns:
+            Latents (B, ...) in the dtype of `images`.
 
         Raises:
-            NotImplementedError: Always.
+            TypeError: `images` is no floating-point tensor.
+            ValueError: The VAE makes no latents of this chain's shape of it.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} has no encoder of waveforms; encode with the pipeline's own VAE, pipe.vae"
-        )
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images: expected a floating tensor, got {got}")
+        expected = self._encodes()
+        if tuple(images.shape[1:]) != expected:
+            shape = ", ".join(["B", *map(str, expected)])
+            raise ValueError(
+                f"images: expected shape ({shape}), the whole length that the network makes, got "
+                f"{tuple(images.shape)}; torch.nn.functional.pad adds silence"
+            )
+        latents = self._encode(images, sample, generator).to(torch.promote_types(images.dtype, torch.float32))
+        return (latents * self._factor).to(images.dtype)
+
+    def _encodes(self) -> tuple[int, ...]:
+        """Returns the shape behind B of what the VAE encodes to this chain's latents."""
+        return int(self.vae.config.audio_channels), self._rest[-1] * int(self.vae.hop_length)
 
     def _check(self, latents: Any) -> None:
         """Raises TypeError or ValueError for what is no latents of this decoder."""

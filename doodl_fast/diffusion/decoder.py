@@ -60,9 +60,7 @@ class Decoder:
             The other decoder, or None where nothing is left to save.
         """
         other = copy.copy(self)
-        # Some video autoencoders have the switch and never read it.
-        can_checkpoint = has_blocks(self.vae) and getattr(self.vae, "_supports_gradient_checkpointing", True)
-        if not self._checkpoints and can_checkpoint:
+        if not self._checkpoints and self._can_checkpoint():
             other._checkpoints = True
         elif not self._singly:
             other._singly = True
@@ -85,6 +83,11 @@ class Decoder:
         """
         check_images(latents, "latents", latent_channels(self.vae))
         return self._decoded(latents)
+
+    def _can_checkpoint(self) -> bool:
+        """Whether there is a version that computes activations again."""
+        # Some video autoencoders have the switch and never read it.
+        return has_blocks(self.vae) and bool(getattr(self.vae, "_supports_gradient_checkpointing", True))
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Returns what the VAE makes of latents whose shape is checked."""

@@ -236,13 +236,6 @@ class VideoDecoder(Decoder):
         return total
 
 
-class CausalVideoDecoder(VideoDecoder):
-    """The decoder of a causal VAE, whose frames do not depend on later ones."""
-
-    def _needed(self, frames: int, total: int) -> int:
-        return frames
-
-
 class FrameDecoder(VideoDecoder):
     """The decoder of a VAE of pictures, which decodes each frame of the latents by itself."""
 

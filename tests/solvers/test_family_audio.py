@@ -181,6 +181,30 @@ def test_stable_audio_is_undone(stable: Any) -> None:
     assert all(relative(start, x) < 1e-4 for start in starts)
 
 
+def test_audio_is_encoded_as_by_the_vae(music: Any, stable: Any) -> None:
+    for pipe, shape, factor in ((music, (2, 1, 16, 8), 0.7), (stable, (2, 2, 32), 1.0)):
+        decode = DDIM.from_pipeline(pipe, "a dog", **OPTIONS).decode
+        given = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = pipe.vae.encode(given).latent_dist.mode() * factor
+        assert relative(decode.encode(given), expected) < 1e-5
+        assert decode(decode.encode(given)).shape[0] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_vocoder_in_half_precision(dtype: torch.dtype) -> None:
+    """Its gradient keeps its size, however small the loss is."""
+    pipe, gradients = tiny_audio.audioldm2(), []
+    pipe.vae.to(dtype)
+    z = torch.randn(1, 4, 8, 4, generator=torch.Generator().manual_seed(0))
+    for kind in (torch.float32, torch.float16):
+        pipe.vocoder.to(kind)
+        leaf = z.clone().requires_grad_()
+        loss = DDIM.from_pipeline(pipe, "a dog", **OPTIONS).decode(leaf).mean() * 1e-6
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    assert relative(gradients[1], gradients[0]) < 3e-2
+
+
 def test_what_does_not_fit_is_refused(music: Any, stable: Any) -> None:
     for pipe, name in ((music, "audio_length_in_s"), (stable, "audio_end_in_s")):
         with pytest.raises(ValueError, match=rf"^height: expected None, because .* makes audio, .* use {name}"):
@@ -202,8 +226,10 @@ def test_what_does_not_fit_is_refused(music: Any, stable: Any) -> None:
     chain = DDIM.from_pipeline(stable, "a dog", **OPTIONS)
     with pytest.raises(ValueError, match=r"^latents: expected shape \(B, 3, 16\), got \(1, 3, 8\)"):
         chain.decode(torch.zeros(1, 3, 8))
-    with pytest.raises(NotImplementedError, match=r"AudioDecoder has no encoder of waveforms; encode with the pipelin"):
-        chain.decode.encode(torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match=r"^images: expected shape \(B, 2, 32\), the whole length .* got \(1, 2, 31\)"):
+        chain.decode.encode(torch.zeros(1, 2, 31))
+    with pytest.raises(TypeError, match=r"^images: expected a floating tensor, got torch.int64"):
+        chain.decode.encode(torch.zeros(1, 2, 32, dtype=torch.int64))
 
 
 def test_schedulers_that_do_not_fit_are_refused() -> None:

@@ -9,8 +9,10 @@ import pytest
 import tiny_videos
 import torch
 from conftest import relative
+from video_oracle import compare_leaner
 
 import doodl_fast
+from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.guidance.symmetry import Symmetry
 from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
@@ -137,6 +139,20 @@ def test_a_causal_vae_decodes_no_further_than_the_last_chosen_frame(pipe: Any, m
         for frames in (None, [0], [1, 2], [3]):
             decode.pictures(frames)(torch.zeros(1, 4, 3, 8, 16))
     assert seen == [3, 1, 2, 3]
+
+
+def test_decoders_that_need_less_memory(pipe: Any) -> None:
+    wide = tiny_videos.wan(vae=tiny_videos.wan_vae().double())
+    decode = DDIM.from_pipeline(wide, num_inference_steps=2, **SIZE, **embeddings(pipe)).decode
+    latents = torch.randn(2, 4, 5, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert compare_leaner(decode, latents) == 2
+    peaks = []
+    for version in (decode, decode.leaner()):
+        leaf = latents[:1].clone().requires_grad_()
+        with Tracker("cpu") as seen:
+            torch.autograd.grad(version(leaf).square().sum(), leaf)
+        peaks.append(seen.peak)
+    assert peaks[1] < 0.7 * peaks[0]
 
 
 def test_videos_are_encoded_as_by_the_vae(pipe: Any) -> None:

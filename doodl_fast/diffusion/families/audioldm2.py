@@ -13,6 +13,7 @@ from ..decoder import vae_scale_factor
 from ..denoiser import Denoiser
 from ..guided import Guided
 from ..module_copies import frozen_copy
+from ..networks import run_in_dtype
 from .base import (
     DENOISER_OPTIONS,
     Family,
@@ -53,12 +54,21 @@ class SpectrogramDecoder(AudioDecoder):
         other._is_spectrogram, other._end = True, None
         return other
 
+    def _encodes(self) -> tuple[int, ...]:
+        factor = vae_scale_factor(self.vae)
+        return 1, self._rest[1] * factor, self._rest[2] * factor
+
     def _images(self, z: Tensor) -> Tensor:
         spectrogram = super()._images(z)
         if self._is_spectrogram:
             return spectrogram
+        # The vocoder may have another dtype than the VAE.
+        return run_in_dtype(self._waveform, spectrogram.squeeze(1), self.vocoder.dtype)
+
+    def _waveform(self, spectrogram: Tensor) -> Tensor:
+        """Returns the waveforms (B, samples) of log-mel spectrograms (B, frames, mel bins)."""
         with frozen_copy(self.vocoder) as vocoder:
-            waveform: Tensor = vocoder(spectrogram.squeeze(1))
+            waveform: Tensor = vocoder(spectrogram)
         return waveform
 
 

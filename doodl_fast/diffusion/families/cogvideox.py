@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..chunked_decoder import ChunkedVideoDecoder, Recomputed
 from ..decoder import vae_scale_factor
 from ..denoiser import Denoiser
-from ..video import VideoDecoder, VideoSpace
+from ..video import VideoSpace
 from .base import (
     DENOISER_OPTIONS,
     Family,
@@ -65,8 +66,10 @@ class CogVideoXCall(TransformerCall):
         return super().__call__(x, t, cond, image_rotary_emb=rotary, **kwargs)
 
 
-class CogVideoXDecoder(VideoDecoder):
+class CogVideoXDecoder(ChunkedVideoDecoder):
     """The decoder of CogVideoX's VAE, which is causal and takes a few frames of the latents at a time."""
+
+    wrapper = Recomputed
 
     def _needed(self, frames: int, total: int) -> int:
         # The first group has the frames that are left over, so the groups are the same only if as many are.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chunked_decoder import ChunkedVideoDecoder
 from ..denoiser import Denoiser
-from ..video import CausalVideoDecoder
 from .base import (
     DENOISER_OPTIONS,
     Family,
@@ -152,7 +152,7 @@ class Wan(Family):
         cond, uncond = encode_pair(pipe, request, encoding, guided, max_sequence_length=MAX_SEQUENCE_LENGTH)
         call = WanCall(network, bool(pipe.config.get("expand_timesteps")))
         denoiser = Denoiser(call, cond, uncond, guidance_scale if guided else 1.0, combine=combine, **own, **extra)
-        return Parts(denoiser, space.for_prompts(len(cond)), CausalVideoDecoder(pipe.vae, space))
+        return Parts(denoiser, space.for_prompts(len(cond)), ChunkedVideoDecoder(pipe.vae, space))
 
     def _network(self, pipe: Any, guidance_scale: float, second: Any) -> tuple[nn.Module, TwoScales | None]:
         """Returns the network of all timesteps, and how its predictions are combined if that changes with them."""
