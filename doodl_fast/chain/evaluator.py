@@ -95,6 +95,14 @@ class Evaluator(ABC):
         """The same function by a network that checkpoints its blocks, or None if it has no blocks that can be."""
         return None
 
+    def for_recompute(self) -> Evaluator | None:
+        """The same function by a network whose graphs keep less, as it computes some matrix products again, or None."""
+        return None
+
+    def plain(self) -> Evaluator:
+        """The same function by a network that is differentiated by PyTorch's own autograd and nothing else."""
+        return self
+
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         """The name and the tensor of every parameter and every buffer that f depends on."""
         return ()
@@ -173,6 +181,14 @@ class _Adapted(Evaluator):
     def for_blocks(self) -> Evaluator | None:
         other = self._method("for_blocks")()
         return None if other is None else as_evaluator(other)
+
+    def for_recompute(self) -> Evaluator | None:
+        other = self._method("for_recompute")()
+        return None if other is None else as_evaluator(other)
+
+    def plain(self) -> Evaluator:
+        own = getattr(self.function, "plain", None)
+        return self if own is None else as_evaluator(own())
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         return cast("tuple[tuple[str, Tensor], ...]", self._method("weights")())

@@ -11,19 +11,28 @@ from .. import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no options."""
+    """Adds the options of the command."""
+    parser.add_argument(
+        "--model",
+        help="a published model such as sdxl, or a diffusers folder: also say which of its layers have lean gradients",
+    )
 
 
 def run(args: argparse.Namespace | None = None) -> int:
     """Prints the report.
 
     Args:
-        args: The parsed command line, of which nothing is used.
+        args: The parsed command line.
 
     Returns:
         The exit code, which is 0.
     """
-    print("\n".join(report()))
+    lines = report()
+    if args is not None and args.model is not None:
+        from .lean_layers import lean_layers
+
+        lines += ["", *lean_layers(args.model)]
+    print("\n".join(lines))
     return 0
 
 

@@ -7,7 +7,6 @@ memory of operators, the CUDA context (some hundred MB), fragmentation, text enc
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ..diffusion.latent_space import LatentSpace
 from ..diffusion.schedule import Schedule
 from ..diffusion.video import VideoDecoder, VideoSpace
 from ..solvers.edict import EDICT
+from .meta_attention import fused_attention
 from .published import meta_model
 
 CARDS = (6, 8, 12, 16, 24, 40, 80)
@@ -146,7 +146,7 @@ def estimate(
         if resolution < 1:
             raise ValueError(f"resolution: expected a positive number of pixels, got {resolution}")
         call |= {"height": resolution, "width": resolution}
-    with warnings.catch_warnings(), _fused_attention():
+    with warnings.catch_warnings(), fused_attention():
         warnings.simplefilter("ignore")  # Nothing is run that a warning could be about.
         found = meta_model(model, dtype)
         request = _request(steps, {**found.call, **call})
@@ -194,39 +194,6 @@ def _decoding(decode: Decoder, x: Tensor) -> int:
         image = decode(leaf)
         torch.autograd.grad(image, leaf, torch.empty_like(image))
     return seen.peak
-
-
-@contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Replaces attention by a function with the memory of a fused kernel.
-
-    Its graph holds the inputs, the output and a logsumexp, and never the products of queries and keys. It is a patch
-    and not a TorchFunctionMode, because modes are off in backward passes, where checkpointed blocks are called again.
-    """
-    original = nn.functional.scaled_dot_product_attention
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-        return _Attention.apply(query, key, value)
-
-    nn.functional.scaled_dot_product_attention = fused  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = original
-
-
-class _Attention(torch.autograd.Function):
-    """Attention on the meta device, which has shapes and no values."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def _leaner(decode: Decoder) -> Iterator[Decoder]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..frozen import Level, has_lean_layers
 from .calling import NetworkCall
 from .module_copies import ModuleCopies, why_not_copied
 from .networks import blocks_checkpointed, module_tree, without_weight_grad
@@ -26,10 +27,12 @@ class Variant:
     Attributes:
         cast_to: The dtype that its weights are cast to, or None.
         checkpoints: Whether its blocks are checkpointed.
+        lean: How little its graphs keep.
     """
 
     cast_to: torch.dtype | None = None
     checkpoints: bool = False
+    lean: Level = Level.OFF
 
 
 @dataclass(eq=False)
@@ -72,10 +75,11 @@ class ActiveCall:
 
     def _call_for_graphs(self) -> NetworkCall:
         """Makes copies of the network, unless it can be called itself."""
-        if not self.variant.checkpoints and not _requires_grad(self.module):
+        as_it_is = not self.variant.checkpoints and not has_lean_layers(self.module, self.variant.lean)
+        if as_it_is and not _requires_grad(self.module):
             return self.original
         if why_not_copied(self.module, self.original.network) is None:
-            copies = ModuleCopies(self.module, checkpoints=self.variant.checkpoints)
+            copies = _copies(self.module, self.variant)
             self.ending.callback(copies.write_back)
             return self.original.of(copies.of(self.original.network))
         self.ending.enter_context(without_weight_grad(self.module))
@@ -124,10 +128,10 @@ def _innermost(call: NetworkCall, variant: Variant) -> ActiveCall | None:
 def calling_copies(call: NetworkCall, module: nn.Module, variant: Variant) -> Iterator[None]:
     """Lets `active_call` find copies of a network in this thread, for the length of the context.
 
-    The weights of the copies do not require grad. Copies are made at the first call that records a graph, if the
-    network's weights require grad or its blocks are to be checkpointed; otherwise the network itself is called. It is
-    also called where copies would not do what it does (see `why_not_copied`), with its flags set until the end of the
-    context.
+    The weights of the copies do not require grad. Copies are made at the first call that records a graph, if that is to
+    be lean, the network's weights require grad or its blocks are to be checkpointed; otherwise the network itself is
+    called. It is also called where copies would not do what it does (see `why_not_copied`), with its flags set until
+    the end of the context.
 
     Args:
         call: How the network is called.
@@ -155,12 +159,19 @@ def _cast_copies(call: NetworkCall, module: nn.Module, variant: Variant) -> Iter
     outer = next((a for a in reversed(_THREAD.active) if a.calls(call) and a.variant.cast_to is None), None)
     if outer is not None:
         if variant not in outer.casts:
-            outer.casts[variant] = ModuleCopies(module, variant.cast_to, checkpoints=variant.checkpoints)
+            outer.casts[variant] = ModuleCopies(
+                module, variant.cast_to, checkpoints=variant.checkpoints, lean=variant.lean
+            )
         yield outer.casts[variant]
         return
-    copies = ModuleCopies(module, variant.cast_to, checkpoints=variant.checkpoints)
+    copies = _copies(module, variant)
     try:
         yield copies
     finally:
         copies.write_back()
         copies.release()
+
+
+def _copies(module: nn.Module, variant: Variant) -> ModuleCopies:
+    """Makes copies that differ from a network as a variant says."""
+    return ModuleCopies(module, variant.cast_to, checkpoints=variant.checkpoints, lean=variant.lean)

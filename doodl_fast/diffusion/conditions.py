@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -129,3 +131,18 @@ def tensors_of(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(tree, lambda leaf, _name: found.append(leaf))
     return found
+
+
+def check_conditions(cond: Any, uncond: Any, guidance_scale: Any) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless the conditions and the scale fit each other."""
+    for name, value in (("cond", cond), ("uncond", uncond)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
+        if value is not None and value.ndim == 0:
+            raise ValueError(f"{name}: expected a leading batch dimension, got a 0-dim tensor")
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
+    if cond is None and uncond is not None:
+        raise ValueError("cond: expected a tensor because uncond is given, got None; guidance needs both")
+    if cond is not None and uncond is not None and cond.shape[1:] != uncond.shape[1:]:
+        raise ValueError(f"uncond: expected cond's shape {tuple(cond.shape)} but for B, got {tuple(uncond.shape)}")

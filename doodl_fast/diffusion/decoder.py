@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..frozen import level_of
 from .images import check_images
 from .module_copies import frozen_copy
 from .networks import has_blocks, run_in_dtype
@@ -35,20 +36,22 @@ class Decoder:
 
     Args:
         vae: A diffusers autoencoder, `pipe.vae` for instance.
+        lean: Whether graphs keep no more than the gradient needs, to the same bits (docs/lean.md).
 
     Raises:
         TypeError: `vae` is no diffusers autoencoder.
+        ValueError: `lean` is neither True, False nor "recompute".
 
     Example:
         >>> images = Decoder(pipe.vae)(latents)
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, lean: bool | str = True) -> None:
         config = getattr(vae, "config", None)
         is_scaled = any(hasattr(config, name) for name in ("scaling_factor", "latents_mean", "batch_norm_eps"))
         if not callable(getattr(vae, "decode", None)) or not is_scaled:
             raise TypeError(f"vae: expected a diffusers autoencoder (pipe.vae, for instance), got {type(vae).__name__}")
-        self.vae = vae
+        self.vae, self.lean = vae, level_of(lean)
         self._checkpoints = self._singly = False
 
     def leaner(self) -> Decoder | None:
@@ -159,7 +162,7 @@ class Decoder:
 
     def _images(self, z: Tensor) -> Tensor:
         """Calls the VAE."""
-        with frozen_copy(self.vae, self._checkpoints) as vae:
+        with frozen_copy(self.vae, self._checkpoints, self.lean) as vae:
             images: Tensor = vae.decode(z, return_dict=False)[0]
         return images
 

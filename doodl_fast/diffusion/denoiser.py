@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..chain.evaluator import Evaluator
+from ..frozen import Level, gains_by_recompute, level_of
 from .active_calls import Variant, active_call, active_conditions, calling_copies
 from .calling import NetworkCall, module_of
-from .conditions import Fit, map_tensors, tensors_of
+from .conditions import Fit, check_conditions, map_tensors, tensors_of
 from .module_copies import why_not_copied
 from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic
 from .timesteps import Timesteps
@@ -65,6 +64,8 @@ class Denoiser(Evaluator):
             `cond`: a function `(uncond, cond, guidance_scale, t)` of both predictions (B, C, ...), in float32 at least,
             that returns eps. It is differentiated by autograd, so it must be made of differentiable operations, and it
             must return the same value whenever it is given the same arguments. It is not called without guidance.
+        lean: Whether the graph of an evaluation keeps no more than the gradient needs, see docs/lean.md. With
+            "recompute" it keeps still less, and computes some matrix products again. The bits are the same.
         **unet_kwargs: Further arguments of the network. Tensors may be nested in dicts, lists and tuples. A tensor has
             1 or B rows. If `uncond` is given these are used for both halves, and a tensor may also have 2 or 2B rows,
             [uncond; cond], whose second half is used where the prediction for `cond` is used alone. Two rows for a
@@ -73,8 +74,8 @@ class Denoiser(Evaluator):
 
     Raises:
         TypeError: An argument is of a wrong kind.
-        ValueError: `guidance_scale` is not finite, the conditions do not fit each other, or `vjp_dtype` is not one of
-            the above.
+        ValueError: `guidance_scale` is not finite, the conditions do not fit each other, or `vjp_dtype` or `lean` is
+            not one of the above.
 
     Example:
         >>> denoiser = Denoiser(pipe.unet, cond, uncond, guidance_scale=7.5)
@@ -92,11 +93,12 @@ class Denoiser(Evaluator):
         compile: bool = False,
         guide_below_one: bool = False,
         combine: Combine | None = None,
+        lean: bool | str = True,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
             raise TypeError(f"unet: expected a module or a callable (x, t, cond) -> eps, got {type(unet).__name__}")
-        _check_conditions(cond, uncond, guidance_scale)
+        check_conditions(cond, uncond, guidance_scale)
         if uncond is not None and guidance_scale < 1 and not guide_below_one:
             warnings.warn(
                 f"guidance_scale: {guidance_scale:g} is treated as 1, so the prediction for cond is used alone, as in "
@@ -125,7 +127,7 @@ class Denoiser(Evaluator):
                 'vjp_dtype: expected "auto" or None for a callable without weights; cast inside the callable'
             )
         self._vjp_dtype: torch.dtype | str | None = vjp_dtype
-        self._variant: Variant = Variant()
+        self._variant: Variant = Variant(lean=level_of(lean))
         self._said: list[str] = []
         self._timestep: Timesteps = Timesteps()
 
@@ -153,6 +155,11 @@ class Denoiser(Evaluator):
     def unet_kwargs(self) -> dict[str, Any]:
         """A copy of the extra arguments (the tensors themselves are not copied)."""
         return dict(self._unet_kwargs)
+
+    @property
+    def lean(self) -> Level:
+        """How little the graphs of this denoiser keep."""
+        return self._variant.lean
 
     @property
     def vjp_dtype(self) -> torch.dtype | str | None:
@@ -237,6 +244,24 @@ class Denoiser(Evaluator):
             return None
         other = copy.copy(self)
         other._variant = replace(self._variant, checkpoints=True)
+        return other
+
+    def for_recompute(self) -> Denoiser | None:
+        """The same denoiser, whose graphs keep less than `lean=True` and compute some matrix products again.
+
+        It is None if the network has no layers for which that makes a difference.
+        """
+        if self._variant.lean is not Level.ON or self._module is None or not gains_by_recompute(self._module):
+            return None
+        return self._with_level(Level.RECOMPUTE)
+
+    def plain(self) -> Denoiser:
+        """The same denoiser, whose graphs are those of plain PyTorch."""
+        return self if self._variant.lean is Level.OFF else self._with_level(Level.OFF)
+
+    def _with_level(self, level: Level) -> Denoiser:
+        other = copy.copy(self)
+        other._variant = replace(self._variant, lean=level)
         return other
 
     @property
@@ -372,18 +397,3 @@ def _explain_cast(dtype: torch.dtype | None) -> Iterator[None]:
             "The network reaches some of its weights by a closure or another object, where they cannot be cast; use "
             "vjp_dtype=None"
         ) from error
-
-
-def _check_conditions(cond: Any, uncond: Any, guidance_scale: Any) -> None:
-    """Raises TypeError or ValueError, naming the argument, unless the conditions and the scale fit each other."""
-    for name, value in (("cond", cond), ("uncond", uncond)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
-        if value is not None and value.ndim == 0:
-            raise ValueError(f"{name}: expected a leading batch dimension, got a 0-dim tensor")
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
-    if cond is None and uncond is not None:
-        raise ValueError("cond: expected a tensor because uncond is given, got None; guidance needs both")
-    if cond is not None and uncond is not None and cond.shape[1:] != uncond.shape[1:]:
-        raise ValueError(f"uncond: expected cond's shape {tuple(cond.shape)} but for B, got {tuple(uncond.shape)}")

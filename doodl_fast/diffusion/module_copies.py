@@ -239,7 +239,7 @@ def _checkpoint(block: Any, *args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def frozen_copy(network: Any, checkpoints: bool = False) -> Iterator[Any]:
+def frozen_copy(network: Any, checkpoints: bool = False, lean: Level = Level.ON) -> Iterator[Any]:
     """Yields a copy of a module in eval mode whose weights do not require grad, and leaves the module as it is.
 
     It is safe in threads. A graph that is made with the copy may be differentiated after the context has ended. Where
@@ -249,11 +249,12 @@ def frozen_copy(network: Any, checkpoints: bool = False) -> Iterator[Any]:
     Args:
         network: A module; any other object is yielded as it is.
         checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
+        lean: How little graphs keep.
     """
     if not isinstance(network, nn.Module):
         yield network
     elif why_not_copied(network) is None:
-        copies = ModuleCopies(network, evaluation=True, checkpoints=checkpoints)
+        copies = ModuleCopies(network, evaluation=True, checkpoints=checkpoints, lean=lean)
         try:
             yield copies.of(network)
         finally:

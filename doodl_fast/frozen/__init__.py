@@ -8,6 +8,15 @@ nothing here changes a caller's modules: `substitute` is given copies.
 
 from .kept import kept_by_operator
 from .level import Level, level_of
-from .substitution import LeanReport, lean_report, substitute
+from .substitution import LeanReport, gains_by_recompute, has_lean_layers, lean_report, substitute
 
-__all__ = ["LeanReport", "Level", "kept_by_operator", "lean_report", "level_of", "substitute"]
+__all__ = [
+    "LeanReport",
+    "Level",
+    "gains_by_recompute",
+    "has_lean_layers",
+    "kept_by_operator",
+    "lean_report",
+    "level_of",
+    "substitute",
+]

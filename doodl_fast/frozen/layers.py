@@ -32,11 +32,13 @@ class Pattern(NamedTuple):
         make: Gives the `forward` for a class.
         level: The first level at which it is used.
         refuse: Gives the reason why a layer must be left alone, or None.
+        gains: Whether graphs of such layers keep less with lean="recompute" than with lean=True.
     """
 
     make: Callable[[type], Forward]
     level: Level = Level.ON
     refuse: Callable[[Any], str | None] = lambda layer: None
+    gains: bool = False
 
 
 def _wants_gradients(layer: nn.Module) -> bool:
@@ -232,7 +234,7 @@ def _recording(cls: Any) -> Forward:
 _CONVOLUTION = Pattern(_convolution, refuse=_padding_by_name)
 _TRANSPOSED = Pattern(_transposed_convolution)
 _SILU = Pattern(_elementwise(lambda layer: F.silu, _silu_backward), refuse=_in_place)
-_RECORDING = Pattern(_recording)
+_ATTENTION = Pattern(_recording, gains=True)
 _MODULATION = Pattern(_recording, Level.RECOMPUTE)
 
 PATTERNS: dict[str, Pattern] = {
@@ -250,12 +252,12 @@ PATTERNS: dict[str, Pattern] = {
     "diffusers.models.normalization.AdaLayerNormZeroSingle": _MODULATION,
     "diffusers.models.normalization.AdaLayerNormContinuous": _MODULATION,
     "diffusers.models.normalization.SD35AdaLayerNormZeroX": _MODULATION,
-    "diffusers.models.activations.GEGLU": Pattern(_projected(_geglu)),
-    "diffusers.models.activations.SwiGLU": Pattern(_projected(_swiglu)),
-    "diffusers.models.activations.ApproximateGELU": Pattern(_projected(_quick_gelu)),
-    "diffusers.models.activations.GELU": Pattern(_gelu_of_projection, Level.RECOMPUTE),
-    "diffusers.models.attention_processor.Attention": _RECORDING,
-    "diffusers.models.transformers.transformer_flux.FluxAttention": _RECORDING,
+    "diffusers.models.activations.GEGLU": Pattern(_projected(_geglu), gains=True),
+    "diffusers.models.activations.SwiGLU": Pattern(_projected(_swiglu), gains=True),
+    "diffusers.models.activations.ApproximateGELU": Pattern(_projected(_quick_gelu), gains=True),
+    "diffusers.models.activations.GELU": Pattern(_gelu_of_projection, Level.RECOMPUTE, gains=True),
+    "diffusers.models.attention_processor.Attention": _ATTENTION,
+    "diffusers.models.transformers.transformer_flux.FluxAttention": _ATTENTION,
     "transformers.activations.QuickGELUActivation": Pattern(_whole),
     "transformers.activations.NewGELUActivation": Pattern(_whole),
     "transformers.activations.FastGELUActivation": Pattern(_whole),
@@ -264,8 +266,8 @@ PATTERNS: dict[str, Pattern] = {
     "transformers.activations.GELUActivation": Pattern(
         _elementwise(lambda layer: F.gelu, _gelu_backward), refuse=_other_gelu
     ),
-    "transformers.models.clip.modeling_clip.CLIPAttention": _MODULATION,
-    "transformers.models.siglip.modeling_siglip.SiglipAttention": _MODULATION,
+    "transformers.models.clip.modeling_clip.CLIPAttention": Pattern(_recording, Level.RECOMPUTE, gains=True),
+    "transformers.models.siglip.modeling_siglip.SiglipAttention": Pattern(_recording, Level.RECOMPUTE, gains=True),
 }
 """What is replaced, by the full name of the class. Subclasses are left alone: they may do something else."""
 

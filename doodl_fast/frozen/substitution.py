@@ -15,6 +15,7 @@ from .level import Level, level_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if "hooks" in name and not value and name[0] == "_")
+ONLY_RECOMPUTE = 'only lean="recompute" replaces it'
 _CLASSES: dict[tuple[type, Level], type] = {}
 """The lean subclass of each class and level."""
 
@@ -28,7 +29,7 @@ def why_not_replaced(layer: nn.Module, level: Level) -> str | None:
     """
     pattern = PATTERNS[name_of(type(layer))]
     if level < pattern.level:
-        return f'only lean="{Level.RECOMPUTE.name.lower()}" replaces it'
+        return ONLY_RECOMPUTE
     attributes = layer.__dict__
     if "forward" in attributes:
         return "its forward method was replaced"
@@ -70,6 +71,22 @@ def substitute(pairs: Iterable[tuple[nn.Module, nn.Module]], level: Level) -> No
         if name_of(type(original)) in PATTERNS and why_not_replaced(original, level) is None:
             kind: Any = lean_class(type(original), level)
             copied.__class__ = kind
+
+
+def has_lean_layers(network: nn.Module, level: Level) -> bool:
+    """Whether any layer of a network would be replaced at a level."""
+    return level is not Level.OFF and any(
+        name_of(type(layer)) in PATTERNS and why_not_replaced(layer, level) is None for layer in network.modules()
+    )
+
+
+def gains_by_recompute(network: nn.Module) -> bool:
+    """Whether graphs of a network keep less with lean="recompute" than with lean=True."""
+    for layer in network.modules():
+        pattern = PATTERNS.get(name_of(type(layer)))
+        if pattern is not None and pattern.gains and why_not_replaced(layer, Level.RECOMPUTE) is None:
+            return True
+    return False
 
 
 @dataclass

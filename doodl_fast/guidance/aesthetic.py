@@ -92,6 +92,7 @@ class Aesthetic(ClipGuide):
         target: The score to aim at, from 1 to 10; None for as high a score as possible.
         num_cutouts: See `ClipGuide`.
         cut_power: See `ClipGuide`.
+        lean: See `ClipGuide`.
 
     Raises:
         TypeError: `model` is no CLIPModel, or `head` no such layer.
@@ -106,8 +107,9 @@ class Aesthetic(ClipGuide):
         target: float | None = None,
         num_cutouts: int = 0,
         cut_power: float = 0.3,
+        lean: bool | str = True,
     ) -> None:
-        super().__init__(model, processor, num_cutouts, cut_power)
+        super().__init__(model, processor, num_cutouts, cut_power, lean)
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise TypeError(f"head: expected an nn.Linear to one score, got {head!r}; see load_aesthetic_head")
         if target is not None and not (is_finite(target) and LOWEST <= target <= HIGHEST):

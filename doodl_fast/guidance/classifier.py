@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import run_in_dtype
+from ..frozen import level_of
 from .arguments import check_channels, check_count
 from .cutouts import check_images, resize_and_crop, unit_range
 from .model_loading import load_model
@@ -60,6 +61,7 @@ class Classifier:
         std: Three positive numbers that pixels are divided by then. By default those of the processor, else 0.5.
         size: The side of the square, in pixels, to which pictures are resized and cropped. By default that of the
             processor, else that of the config, else pictures keep their size.
+        lean: Whether graphs keep no more than the gradient needs, to the same bits (docs/lean.md).
 
     Raises:
         TypeError: `model` cannot be called, or `label` is neither an int nor a string.
@@ -79,11 +81,12 @@ class Classifier:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         size: int | None = None,
+        lean: bool | str = True,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a classifier, got {type(model).__name__}")
         config = getattr(model, "config", None)
-        self.model = model
+        self.model, self.lean = model, level_of(lean)
         self.label = find_label(label, getattr(config, "id2label", None) or {})
         half = (0.5, 0.5, 0.5)
         self.mean = check_channels(getattr(processor, "image_mean", None) or half if mean is None else mean, "mean")
@@ -112,7 +115,7 @@ class Classifier:
 
     def _run(self, x: Tensor) -> Tensor:
         """Calls the model."""
-        with frozen_copy(self.model) as model:
+        with frozen_copy(self.model, lean=self.lean) as model:
             output = model(x)
         output = output[-1] if isinstance(output, tuple) else output
         logits: Tensor = output if isinstance(output, Tensor) else output.logits

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import loading, run_in_dtype
+from ..frozen import level_of
 from .arguments import check_channels, check_count, check_positive
 from .cutouts import check_images, random_cutouts, resize_and_crop, unit_range
 from .model_loading import load_model
@@ -80,19 +81,22 @@ class ClipGuide:
         num_cutouts: How many random squares of each picture the guide looks at. With 0 it looks at the whole picture,
             whose shorter side is resized and whose center is cropped.
         cut_power: How the sizes of cutouts are distributed, see `random_cutouts`.
+        lean: Whether graphs keep no more than the gradient needs, to the same bits (docs/lean.md).
 
     Raises:
         TypeError: `model` is no CLIPModel.
         ValueError: Another argument is out of range.
     """
 
-    def __init__(self, model: Any, processor: Any, num_cutouts: int = 0, cut_power: float = 0.3) -> None:
+    def __init__(
+        self, model: Any, processor: Any, num_cutouts: int = 0, cut_power: float = 0.3, lean: bool | str = True
+    ) -> None:
         self.num_cutouts = check_count(num_cutouts, "num_cutouts", 0)
         self.cut_power = check_positive(cut_power, "cut_power")
         if not callable(getattr(model, "get_image_features", None)):
             raise TypeError(f"model: expected a transformers CLIPModel, got {type(model).__name__}")
         pictures = getattr(processor, "image_processor", processor)
-        self.model = model
+        self.model, self.lean = model, level_of(lean)
         self._chunk: int | None = None
         self.size = int(model.config.vision_config.image_size)
         self.mean = check_channels(getattr(pictures, "image_mean", None) or CLIP_MEAN, "processor.image_mean")
@@ -139,7 +143,7 @@ class ClipGuide:
 
     def _features(self, x: Tensor) -> Tensor:
         """Calls the model."""
-        with frozen_copy(self.model) as model:
+        with frozen_copy(self.model, lean=self.lean) as model:
             return image_features(model, x)
 
     def leaner(self) -> Self | None:

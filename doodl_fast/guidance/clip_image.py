@@ -24,6 +24,7 @@ class ClipImage(ClipGuide):
         processor: The model's processor or image processor; see `ClipGuide`.
         num_cutouts: See `ClipGuide`. The other pictures are looked at as a whole.
         cut_power: See `ClipGuide`.
+        lean: See `ClipGuide`.
 
     Raises:
         TypeError: `model` is no CLIPModel, or `images` holds something else than pictures.
@@ -37,8 +38,9 @@ class ClipImage(ClipGuide):
         processor: Any = None,
         num_cutouts: int = 0,
         cut_power: float = 0.3,
+        lean: bool | str = True,
     ) -> None:
-        super().__init__(model, processor, num_cutouts, cut_power)
+        super().__init__(model, processor, num_cutouts, cut_power, lean)
         if isinstance(images, (str, Path)):
             raise TypeError(f"images: expected a tensor, or a list of files or pictures, got {images!r} alone")
         pictures = list(images.split(1)) if isinstance(images, Tensor) else [open_picture(image) for image in images]

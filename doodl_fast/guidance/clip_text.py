@@ -23,6 +23,7 @@ class ClipText(ClipGuide):
         prompt: The text. What exceeds the length that the model reads is cut off.
         num_cutouts: See `ClipGuide`.
         cut_power: See `ClipGuide`.
+        lean: See `ClipGuide`.
 
     Raises:
         TypeError: `model` is no CLIPModel, or `processor` has no tokenizer.
@@ -33,8 +34,16 @@ class ClipText(ClipGuide):
         >>> loss(images).backward()
     """
 
-    def __init__(self, model: Any, processor: Any, prompt: str, num_cutouts: int = 0, cut_power: float = 0.3) -> None:
-        super().__init__(model, processor, num_cutouts, cut_power)
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        prompt: str,
+        num_cutouts: int = 0,
+        cut_power: float = 0.3,
+        lean: bool | str = True,
+    ) -> None:
+        super().__init__(model, processor, num_cutouts, cut_power, lean)
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt: expected a text to guide to, got {prompt!r}")
         tokenizer: Callable[..., Any] | None = getattr(processor, "tokenizer", processor)

@@ -22,6 +22,7 @@ from ..diffusion.flow import is_flow
 from ..diffusion.latent_space import LatentSpace
 from ..diffusion.pipeline import load_pipeline
 from ..diffusion.schedule import Schedule, setting
+from ..frozen import level_of
 from .truncated import Truncation
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ class DiffusionChain(Chain):
             width: Width of the pictures in pixels.
             family: Your own adapter for a class of pipelines that is not known, see docs/adapters.md.
             **options: The solver's own options (for EDICT: mix_weight, arithmetic, state_dtype, drift_tolerance,
-                memory_budget); `vjp_dtype` and `compile` of `Denoiser`; arguments of the pipeline's `encode_prompt`
+                memory_budget); `vjp_dtype`, `compile` and `lean` of `Denoiser`, the last of which holds for the
+                decoder too; arguments of the pipeline's `encode_prompt`
                 (prompt_embeds, negative_prompt_embeds, clip_skip; for SDXL prompt_2, pooled_prompt_embeds, ...);
                 arguments of the UNet's `forward` (cross_attention_kwargs, added_cond_kwargs, ...); and others of the
                 pipeline's own that its family names (FLUX's true_cfg_scale, or the num_frames of videos, for instance).
@@ -140,6 +142,8 @@ class DiffusionChain(Chain):
         made = {name: getattr(schedule, name) for name in ("timesteps", "start") if hasattr(schedule, name)}
         parts = family.parts(pipe, replace(request, **made))
         chain = cls(parts.denoiser, schedule, memory=memory, **solver)
+        if "lean" in options and isinstance(parts.decoder, Decoder):
+            parts.decoder.lean = level_of(options["lean"])
         chain._space, chain._decoder = parts.space, parts.decoder
         return chain
 

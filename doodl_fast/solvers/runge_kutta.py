@@ -150,6 +150,15 @@ class RungeKuttaSlope(Evaluator):
         other = self.network.for_blocks()
         return None if other is None else RungeKuttaSlope(other)
 
+    def for_recompute(self) -> RungeKuttaSlope | None:
+        """The same with a network whose graphs keep less."""
+        other = self.network.for_recompute()
+        return None if other is None else RungeKuttaSlope(other)
+
+    def plain(self) -> RungeKuttaSlope:
+        """The same with a network that is differentiated by PyTorch alone."""
+        return RungeKuttaSlope(self.network.plain())
+
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         """The parameters and buffers of the network."""
         return self.network.weights()

@@ -154,14 +154,15 @@ def test_predictions_hold_and_gradients_are_the_same(arithmetic):
         assert plan.peak == pytest.approx(peak, rel=0.15)
         plans.append(plan)
         gradients.append(gradient)
-        budget = plan.peak * 6 // 10
+        budget = plan.peak * 8 // 10
     assert plans[0].recomputed == 0 and plans[-1].blocks and len(plans) >= 4
     expected = measured(EDICT(chain.denoiser, chain.schedule, arithmetic=arithmetic), x)[0]
     assert all(torch.equal(gradient, expected) for gradient in gradients)
     needed = int(str(smallest).split("at least ")[1].split()[0])
     assert "the smallest possible for latents of shape (1, 4, 16, 16)" in str(smallest) and budget < needed
     gradient, peak = measured(auto(needed, arithmetic=arithmetic), x)
-    assert torch.equal(gradient, expected) and peak <= 1.05 * needed  # The measurement stops where it is too much.
+    # The measurement stops at the first operator that is too much, whose output has at most 24 channels of a pair.
+    assert torch.equal(gradient, expected) and peak <= needed + 2 * 24 * 16 * 16 * 4
     with pytest.raises(ValueError, match="memory_budget: expected at least"):
         measured(auto(needed - 1, arithmetic=arithmetic), x)
 

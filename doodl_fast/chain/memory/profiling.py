@@ -206,6 +206,12 @@ class _Marked(Evaluator):
     def for_blocks(self) -> Evaluator | None:
         return self._marked(self._inner.for_blocks())
 
+    def for_recompute(self) -> Evaluator | None:
+        return self._marked(self._inner.for_recompute())
+
+    def plain(self) -> Evaluator:
+        return _Marked(self._inner.plain(), self._mark)
+
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         return self._inner.weights()
 

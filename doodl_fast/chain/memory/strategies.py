@@ -181,6 +181,7 @@ class Naive(MemoryStrategy):
         self, runs: RunFactory, latents: Latents, tensors: Sequence[Tensor], inverse: bool, planner: Planner | None
     ) -> Latents:
         run = runs.new_run(latents[0], inverse)
+        run = replace(run, evaluator=run.evaluator.plain())
         with run.evaluator.running():
             # Autograd keeps the evaluator's tensors. Copies leave the caller free to change them before the backward.
             tensors = tuple(t.clone() for t in tensors)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 
 class OverLimit(Exception):
@@ -31,6 +32,7 @@ class Tracker(TorchDispatchMode):
     Attributes:
         held: The bytes that are alive now. After the block it goes on falling as they are freed.
         peak: The most bytes that were alive at once.
+        flops: The floating-point operations of matrix products, convolutions and fused attention so far.
         timeline: (seconds since the tracker was made, bytes held), after every change; None unless it is recorded.
 
     Example:
@@ -42,6 +44,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, device: str | None = None, record: bool = False, limit: int | None = None) -> None:
         super().__init__()
         self.device, self.limit, self.held, self.peak = device, limit, 0, 0
+        self.flops = 0
         self.timeline: list[tuple[float, int]] | None = [] if record else None
         self._sizes: dict[int, int] = {}
         self._began = time.perf_counter()
@@ -53,6 +56,9 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if outputs:
             given = {storage._cdata for storage in _storages(tree_leaves((args, kwargs)))}

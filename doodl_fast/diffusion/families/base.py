@@ -18,7 +18,7 @@ from ..latent_space import LatentSpace
 
 ADAPTERS = "docs/adapters.md says how to write your own adapter"
 BY_HAND = f"make the chain by hand with Denoiser(network, cond, uncond, ...), which takes any network ({ADAPTERS})"
-DENOISER_OPTIONS = frozenset({"vjp_dtype", "compile"})
+DENOISER_OPTIONS = frozenset({"vjp_dtype", "compile", "lean"})
 
 
 class Parts(NamedTuple):
