@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .solvers.one_call import LowVariance, StraightThrough
     from .solvers.own import solver
     from .solvers.rex import Rex
+    from .solvers.rex_sde import RexSDE
     from .solvers.sampler import LCM, DPMSolver, Sampler, UniPC
     from .solvers.truncated import LastSteps
 
@@ -83,6 +84,7 @@ __all__ = [
     "Reversibility",
     "Reversible",
     "Rex",
+    "RexSDE",
     "Sampler",
     "SamplerSteps",
     "Schedule",
@@ -117,6 +119,7 @@ _HOMES = {
     "ImageTensor": "diffusion.images",
     "OBELM": "solvers.obelm",
     "Rex": "solvers.rex",
+    "RexSDE": "solvers.rex_sde",
     "DPMSolver": "solvers.sampler",
     "DoodlPipeline": "integrations.pipeline",
     "LCM": "solvers.sampler",

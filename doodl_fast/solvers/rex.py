@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 
@@ -45,9 +45,7 @@ def rex_program(schedule: Schedule, scheme: str = "midpoint", zeta: float = 0.99
     Raises:
         ValueError: An option is out of range, or a single step leads from pure noise to a picture without noise.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme: expected one of {', '.join(map(repr, SCHEMES))}, got {scheme!r}")
-    zeta = check_real("zeta", zeta, 0, 1, "0.999 is the paper's choice")
+    zeta = check_options(scheme, zeta)
     program: list[Coupling] = []
     inside, to_picture = PictureClock(schedule), NoiseClock(schedule)
     for step, (start, end) in enumerate(itertools.pairwise(levels(schedule))):
@@ -59,6 +57,13 @@ def rex_program(schedule: Schedule, scheme: str = "midpoint", zeta: float = 0.99
             )
         program += step_couplings(inside if end.noise else to_picture, step, start, end, scheme, zeta)
     return tuple(program)
+
+
+def check_options(scheme: str, zeta: object) -> float:
+    """Returns zeta as a float, or raises ValueError for an option that is out of range."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: expected one of {', '.join(map(repr, SCHEMES))}, got {scheme!r}")
+    return check_real("zeta", zeta, 0, 1, "0.999 is the paper's choice")
 
 
 def step_couplings(clock: Clock, step: int, start: Level, end: Level, scheme: str, zeta: float) -> list[Coupling]:
@@ -103,6 +108,7 @@ class Rex(DiffusionChain):
 
     num_starts = 1
     num_pictures = 1
+    make_evaluator: ClassVar[type[RungeKuttaSlope]] = RungeKuttaSlope
 
     def __init__(
         self,
@@ -119,14 +125,19 @@ class Rex(DiffusionChain):
         super().__init__(
             denoiser,
             schedule,
-            lambda noise_levels: rex_program(noise_levels, scheme, zeta),
-            evaluator=RungeKuttaSlope,
+            lambda noise_levels: self.make_program(noise_levels, scheme, zeta),
+            evaluator=self.make_evaluator,
             memory=memory,
             state_dtype=state_dtype,
             arithmetic=arithmetic,
             drift_tolerance=drift_tolerance,
             memory_budget=memory_budget,
         )
+
+    @classmethod
+    def make_program(cls, schedule: Schedule, scheme: str, zeta: float) -> Program:
+        """The couplings, see `rex_program`."""
+        return rex_program(schedule, scheme, zeta)
 
     @property
     def denoiser(self) -> Denoiser:

@@ -98,6 +98,7 @@ class RungeKuttaSlope(Evaluator):
         t: Stages,
         tensors: Sequence[Tensor] | None = None,
         latents_dtype: torch.dtype | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """The mean slope at x.
 
@@ -106,6 +107,7 @@ class RungeKuttaSlope(Evaluator):
             t: The stages of the step.
             tensors: See `Evaluator`.
             latents_dtype: See `Evaluator`.
+            added: What is added to the slope in every stage.
         """
         slopes: list[Tensor] = []
         for stage in t.stages:
@@ -114,7 +116,8 @@ class RungeKuttaSlope(Evaluator):
                 if share:
                     point = point + share * slope
             slope = stage.per_output * self.network(point, stage.timestep, tensors, latents_dtype)
-            slopes.append(slope + stage.per_x * point if stage.per_x else slope)
+            slope = slope + stage.per_x * point if stage.per_x else slope
+            slopes.append(slope if added is None else slope + added)
         parts = [stage.weight * slope for stage, slope in zip(t.stages, slopes, strict=True) if stage.weight]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
@@ -138,7 +141,7 @@ class RungeKuttaSlope(Evaluator):
     def for_vjp(self) -> RungeKuttaSlope | None:
         """The same with the network that VJPs are taken of."""
         other = self.network.for_vjp()
-        return None if other is None else RungeKuttaSlope(other)
+        return None if other is None else type(self)(other)
 
     @property
     def insists_on_vjps(self) -> bool:
@@ -148,7 +151,7 @@ class RungeKuttaSlope(Evaluator):
     def for_blocks(self) -> RungeKuttaSlope | None:
         """The same with a network that checkpoints its blocks."""
         other = self.network.for_blocks()
-        return None if other is None else RungeKuttaSlope(other)
+        return None if other is None else type(self)(other)
 
     def for_recompute(self) -> RungeKuttaSlope | None:
         """The same with a network whose graphs keep less."""

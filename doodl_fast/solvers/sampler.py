@@ -15,6 +15,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.tracing import SamplerSteps
 from .base import DiffusionChain
 from .linear_steps import linear_program
+from .step_noise import draw_noise
 
 
 class Sampler(DiffusionChain):
@@ -137,12 +138,7 @@ class Sampler(DiffusionChain):
         Returns:
             `num_draws` tensors like x.
         """
-        source = torch.Generator().manual_seed(seed) if generator is None else generator
-        dtype = torch.float32 if generator is None else x.dtype
-        return [
-            torch.randn(x.shape, generator=source, dtype=dtype, device=source.device).to(x)
-            for _ in range(self.num_draws)
-        ]
+        return draw_noise(self.num_draws, x, seed, generator)
 
     def __call__(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> tuple[Tensor]:  # type: ignore[override]
         """Samples.
