@@ -1,13 +1,15 @@
 """What each solver costs and how good its pictures are, on the embedded pipeline; and how stable each is.
 
-    python bench/solvers.py --truncated    # errors of truncated gradients, DDIM with 20 steps
     python bench/solvers.py [--out solvers.json] [--prompts 40] [--seeds 4] [--steps 4 8 20 50] [--rounds 3] [--quick]
+    python bench/solvers.py --pictures     # right pictures alone, which does not depend on what else the machine does
+    python bench/solvers.py --stability    # the growth of perturbations alone
+    python bench/solvers.py --truncated    # errors of truncated gradients, DDIM with 20 steps
 
 A row is one solver with one number of steps: the seconds of a gradient (CPU time, beside EDICT's measured in turn, as
 other programs may be busy), its peak memory, how many pictures are wholly right by the measure without networks
 (`doodl_fast.shapes.judge`), and how perturbations grow. The results are written to a JSON file after every row, and a
-run that was stopped goes on where it was. The tables of docs/solvers.md, of all rows in the file, are printed at the
-end.
+run that was stopped goes on where it was, also with other parts of the rows. The tables of docs/solvers.md, of all rows
+in the file, are printed at the end.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Rex, Euler": (doodl_fast.Rex, {"scheme": "euler"}),
     "Rex, midpoint": (doodl_fast.Rex, {"scheme": "midpoint"}),
     "Rex, RK4": (doodl_fast.Rex, {"scheme": "rk4"}),
+    "Rex SDE, Euler": (doodl_fast.RexSDE, {"scheme": "euler"}),
 }
 
 
@@ -50,6 +53,14 @@ def make(pipe: Any, name: str, steps: int, prompts: list[str]) -> Any:
     """The chain of a solver for a batch of prompts."""
     solver, options = SOLVERS[name]
     return solver.from_pipeline(pipe, prompts, "", steps, GUIDANCE_SCALE, memory="checkpoint", **options)
+
+
+def start(chain: Any, seed: int = 0) -> Tensor:
+    """The starting noise. A chain whose steps add noise gets that too."""
+    x: Tensor = chain.noise(seed)
+    if hasattr(chain, "draw_noise"):
+        chain.step_noise = chain.draw_noise(x, seed + 10**6)
+    return x
 
 
 def gradient(chain: Any, x: Tensor) -> Tensor:
@@ -62,7 +73,7 @@ def gradient(chain: Any, x: Tensor) -> Tensor:
 def cost(pipe: Any, name: str, steps: int, rounds: int) -> dict[str, float]:
     """Seconds of CPU time of a gradient, its ratio to EDICT's, and the most bytes that were alive in it."""
     chains = {key: make(pipe, key, steps, ["a red circle"]) for key in (name, "EDICT")}
-    x = chains[name].noise()
+    x = start(chains[name])
     with Tracker("cpu") as tracker:
         gradient(chains[name], x)
     seconds: dict[str, list[float]] = {key: [] for key in chains}
@@ -87,7 +98,7 @@ def right_pictures(pipe: Any, name: str, steps: int, prompts: list[str], seeds: 
     chain, right = make(pipe, name, steps, prompts), 0
     for seed in range(seeds):
         try:
-            latents = chain(chain.noise(seed=seed))[0]
+            latents = chain(start(chain, seed))[0]
         except FloatingPointError:
             continue
         images = chain.decode(latents.nan_to_num(0).clamp(-100, 100))
@@ -103,7 +114,9 @@ def stability(pipe: Any, name: str, steps: int) -> dict[str, float | None]:
     of the second latent alone, where a solver has one: EDICT's y, Rex's w, and what BDIA and O-BELM start from 0.
     """
     chain = make(pipe, name, steps, ["a red circle"] * STARTS)
-    x = chain.noise(0).double()
+    x = start(chain).double()
+    if hasattr(chain, "step_noise") and chain.step_noise is not None:
+        chain.step_noise = [z.double() for z in chain.step_noise]
     change = PERTURBATION * torch.randn(x.shape, generator=torch.Generator().manual_seed(99), dtype=x.dtype)
 
     def grown(after: Tensor, before: Tensor) -> float:
@@ -114,8 +127,8 @@ def stability(pipe: Any, name: str, steps: int) -> dict[str, float | None]:
     if len(ends) == 2:
         # EDICT and Rex start from y = x, the others from y = 0.
         is_pair = isinstance(chain, (doodl_fast.EDICT, doodl_fast.Rex))
-        start = x if is_pair else torch.zeros_like(x)
-        found["second"] = grown(chain(x, start + change)[0], ends[0])
+        second = x if is_pair else torch.zeros_like(x)
+        found["second"] = grown(chain(x, second + change)[0], ends[0])
         if is_pair:
             apart = (ends[0] - ends[1]).flatten(1).norm(dim=1) / ends[0].flatten(1).norm(dim=1)
             found["apart"] = float(apart.median())
@@ -136,7 +149,9 @@ def tables(results: dict[str, Any]) -> str:
     total = setting["prompts"] * setting["seeds"]
     by = {(row["solver"], row["steps"]): row for row in rows}
 
-    def table(title: str, show: Any) -> list[str]:
+    def table(title: str, key: str, show: Any) -> list[str]:
+        if not any(key in row for row in rows):
+            return []
         lines = [
             f"{title}:",
             "",
@@ -144,7 +159,7 @@ def tables(results: dict[str, Any]) -> str:
             "|---" * (len(steps) + 1) + "|",
         ]
         for name in SOLVERS:
-            cells = [show(by[name, n]) if (name, n) in by else "" for n in steps]
+            cells = [show(by[name, n]) if key in by.get((name, n), {}) else "" for n in steps]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         return [*lines, ""]
 
@@ -153,15 +168,15 @@ def tables(results: dict[str, Any]) -> str:
 
     return "\n".join(
         [
-            *table(f"Right pictures, of {total} ({setting['prompts']} prompts x {setting['seeds']} seeds)",
+            *table(f"Right pictures, of {total} ({setting['prompts']} prompts x {setting['seeds']} seeds)", "right",
                    lambda row: str(row["right"])),
-            *table("CPU seconds of a gradient, and their ratio to EDICT's in the same run",
+            *table("CPU seconds of a gradient, and their ratio to EDICT's in the same run", "seconds",
                    lambda row: f"{row['seconds']:.2f} ({row['ratio to EDICT']:.2f})"),
-            *table("Network calls of a forward run, and the peak memory of a gradient in MiB",
+            *table("Network calls of a forward run, and the peak memory of a gradient in MiB", "peak",
                    lambda row: f"{row['calls']}, {row['peak'] / 2**20:.1f}"),
-            *table("Growth of a change of the starting noise", lambda row: number(row["first"])),
-            *table("Growth of a change of the second latent alone", lambda row: number(row["second"])),
-            *table("Distance of the two latents at the end, relative", lambda row: number(row["apart"])),
+            *table("Growth of a change of the starting noise", "first", lambda row: number(row["first"])),
+            *table("Growth of a change of the second latent alone", "second", lambda row: number(row["second"])),
+            *table("Distance of the two latents at the end, relative", "apart", lambda row: number(row["apart"])),
         ]
     )  # fmt: skip
 
@@ -202,6 +217,18 @@ def truncated(pipe: Any, steps: int = 20, seeds: int = 8) -> str:
     return "\n".join(lines)
 
 
+def measure(pipe: Any, row: dict[str, Any], parts: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """A row with those parts measured that it lacks."""
+    name, steps = row["solver"], row["steps"]
+    if "cost" in parts and "seconds" not in row:
+        row = row | cost(pipe, name, steps, args.rounds)
+    if "stability" in parts and "first" not in row:
+        row = row | stability(pipe, name, steps)
+    if "pictures" in parts and "right" not in row:
+        row = row | {"right": right_pictures(pipe, name, steps, chosen_prompts(args.prompts), args.seeds)}
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost, pictures and stability by solver.")
     parser.add_argument("--out", type=Path, default=Path("solvers.json"))
@@ -210,6 +237,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20, 50])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
+    parser.add_argument("--pictures", action="store_true", help="only count the right pictures")
+    parser.add_argument("--stability", action="store_true", help="only measure the growth of perturbations")
     parser.add_argument("--truncated", action="store_true", help="print the errors of truncated gradients instead")
     parser.add_argument("--quick", action="store_true", help="2 prompts, 1 seed, 1 round, 4 steps")
     args = parser.parse_args()
@@ -225,16 +254,16 @@ def main() -> None:
         results = json.loads(args.out.read_text())
         if results["setting"] != setting:
             parser.error(f"{args.out} has rows of another setting, {results['setting']}; name another file by --out")
-    pipe, prompts = shapes.load_pipeline(), chosen_prompts(args.prompts)
-    done = {(row["solver"], row["steps"]) for row in results["rows"]}
+    parts = [name for name in ("pictures", "stability") if getattr(args, name)] or ["cost", "stability", "pictures"]
+    pipe = shapes.load_pipeline()
+    rows = {(row["solver"], row["steps"]): row for row in results["rows"]}
     for steps in args.steps:
         for name in args.solvers:
-            if (name, steps) in done:
+            before = rows.get((name, steps), {"solver": name, "steps": steps})
+            rows[name, steps] = row = measure(pipe, before, parts, args)
+            if row is before:
                 continue
-            row = {"solver": name, "steps": steps, **cost(pipe, name, steps, args.rounds)}
-            row |= stability(pipe, name, steps)
-            row["right"] = right_pictures(pipe, name, steps, prompts, args.seeds)
-            results["rows"].append(row)
+            results["rows"] = list(rows.values())
             partial = args.out.with_suffix(".part")
             partial.write_text(json.dumps(results, indent=1))
             partial.replace(args.out)
