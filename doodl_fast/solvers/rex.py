@@ -6,7 +6,10 @@ import itertools
 from typing import ClassVar, cast
 
 import torch
+from torch import Tensor
 
+from ..chain.exact.state import LatticeState
+from ..chain.latents import check_latents
 from ..chain.memory.strategies import Memory
 from ..chain.program import Coupling, Program
 from ..diffusion.denoiser import Denoiser
@@ -16,6 +19,7 @@ from .clock import Clock, NoiseClock, PictureClock
 from .coefficients import Level, levels
 from .runge_kutta import SCHEMES, RungeKuttaSlope, Stages, make_stages
 from .single import check_real
+from .step_back import step_back
 
 
 def rex_program(schedule: Schedule, scheme: str = "midpoint", zeta: float = 0.999) -> Program:
@@ -143,6 +147,32 @@ class Rex(DiffusionChain):
     def denoiser(self) -> Denoiser:
         """The network with its conditions, which the chain's evaluator calls."""
         return cast(Denoiser, cast(RungeKuttaSlope, self.evaluator).network)
+
+    def inverse(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undoes `__call__`.
+
+        Args:
+            x: The picture's latents, (B, C, ...).
+            y: The second latent of the pair. None is a guess for a picture that no chain has made: x, or, where the
+                last step leaves the second latent behind, one DDIM step back from x.
+
+        Returns:
+            The noise, twice: the pair that leads to exactly these latents.
+        """
+        return super().inverse(x, self._second(x) if y is None else y)
+
+    def state(self, x: Tensor, y: Tensor | None = None, end: str = "noise") -> LatticeState:
+        """Rounds latents to a state, see `Chain.state`. They are given as to `__call__` or `inverse`, by `end`."""
+        if y is None and end == "image":
+            with torch.no_grad():
+                y = self._second(x)
+        return super().state(x, y, end)
+
+    def _second(self, x: Tensor) -> Tensor:
+        """The second latent at the picture's end, by a guess."""
+        check_latents(x, None)
+        is_behind = self.program and self.program[-1].target == 0
+        return step_back(self.denoiser, self.schedule, x, self.state_dtype) if is_behind else x
 
     @property
     def num_network_calls(self) -> int:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ..chain.exact.state import LatticeState
+from ..chain.latents import check_latents
 from .base import DiffusionChain
+from .step_back import step_back
 
 
 class SingleLatentChain(DiffusionChain):
@@ -44,19 +46,28 @@ class SingleLatentChain(DiffusionChain):
 
         Args:
             x: The picture's latents, (B, C, ...).
-            y: Those of the step before. None is `y = x`, a guess for a picture that no chain has made.
+            y: Those of the step before. None is one DDIM step back from x, with one more network call: a guess for a
+                picture that no chain has made.
 
         Returns:
             The noise, and what the chain must be given beside it to return to exactly these latents: zero, up to
             rounding, if the latents came from a chain that started from noise.
         """
-        return super().inverse(*self._picture_first((x, x if y is None else y)))
+        return super().inverse(*self._picture_first((x, self._before(x) if y is None else y)))
 
     def state(self, x: Tensor, y: Tensor | None = None, end: str = "noise") -> LatticeState:
         """Rounds latents to a state, see `Chain.state`. They are given as to `__call__` or `inverse`, by `end`."""
-        if end == "noise":
+        if end != "image":
             return super().state(x, torch.zeros_like(x) if y is None else y, end)
-        return super().state(*self._picture_first((x, x if y is None else y)), end)
+        if y is None:
+            with torch.no_grad():
+                y = self._before(x)
+        return super().state(*self._picture_first((x, y)), end)
+
+    def _before(self, x: Tensor) -> Tensor:
+        """The latents before the last step, by a guess."""
+        check_latents(x, None)
+        return step_back(self.evaluator, self.schedule, x, self.state_dtype)
 
     def _picture_first(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Exchanges the two latents if the last coupling changes the second one. Doing it twice changes nothing."""
