@@ -104,7 +104,8 @@ def test_gradients_of_start_noise_and_conditions_are_plain_autograds(scheme: str
             chain.step_noise = [z.detach() for z in noise]
         gradients.append(pull(chain(x, noise=noise), [x, *noise, cond, uncond]))
     assert len(noise) == 3
-    tolerance = FP64_UNDONE if memory in (2, "reversible") else FP64
+    # Undoing a step divides by its a, which are small: in four steps they make up a factor of thousands.
+    tolerance = 10 * FP64_UNDONE if memory in (2, "reversible") else FP64
     for got, want in zip(gradients[1], gradients[0], strict=True):
         assert want.norm() > 0 and relative(got, want) < tolerance
 
