@@ -8,9 +8,10 @@ coefficients: no formula of any sampler is repeated here.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ KINDS: tuple[Kind, ...] = ("latents", "output", "noise")
 LEARNED = ("learned", "learned_range")
 LARGEST_ERROR = 1e-4
 """Some schedulers compute in float32 and divide by small numbers."""
+DUST = 2e-6
+"""A coefficient this small beside the step's largest one is what float32 has left of zero."""
 
 
 class Term(NamedTuple):
@@ -129,7 +132,7 @@ class SamplerSteps:
         scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
         scale, start = _start(copy.deepcopy(fresh), timesteps[0], scale, span)
         try:
-            steps = _trace(copy.deepcopy(fresh), timesteps, step_options or {})
+            steps = _shortened(_trace(copy.deepcopy(fresh), timesteps, step_options or {}))
             error = _distance_from_scheduler(fresh, timesteps, steps, step_options or {})
         except Exception as problem:  # A scheduler may fail in any way when it is given unit vectors.
             raise ValueError(
@@ -179,6 +182,30 @@ def _trace(scheduler: Any, timesteps: Sequence[Any], options: Mapping[str, Any])
             result = scheduler.step(output, timestep, latents, return_dict=False, **options)[0]
             steps.append(LinearStep(_number(timestep), seen[own], basis.read(result)))
     return steps
+
+
+def _shortened(steps: list[LinearStep]) -> list[LinearStep]:
+    """The same steps, without what the latents before a step say already.
+
+    A scheduler that corrects its latents once it has seen the network's next output (UniPC) carries the corrected ones
+    on, which nothing but the scheduler sees. Read off, its step depends on the latents and outputs of all steps before.
+    But the latents at the start of a step have the same share of the old ones, up to a factor, so they stand for them.
+    """
+    shorter = steps[:1]
+    for number, (before, step) in enumerate(itertools.pairwise(steps), 1):
+        old = [term for term in before.result if term in step.result and term.number < number - 4]
+        result = dict(step.result)
+        if old:
+            known = max(old, key=lambda term: abs(before.result[term]))
+            factor = step.result[known] / before.result[known]
+            for term, share in before.result.items():
+                result[term] = result.get(term, 0.0) - factor * share
+            own = Term("latents", number)
+            result[own] = result.get(own, 0.0) + factor
+            dust = DUST * max(map(abs, (*step.result.values(), *(factor * share for share in before.result.values()))))
+            result = {term: share for term, share in result.items() if abs(share) > dust}
+        shorter.append(replace(step, result=result) if len(result) < len(step.result) else step)
+    return shorter
 
 
 def _distance_from_scheduler(
