@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..chain.evaluator import Evaluator
 from ..chain.latents import check_all
 from ..chain.program import Coupling, Program
 from ..diffusion.schedule import Schedule
@@ -106,6 +107,12 @@ class NoisySlope(RungeKuttaSlope):
     """
 
     noise: tuple[Tensor, ...] | None = None
+
+    def with_network(self, network: Evaluator) -> NoisySlope:
+        """The same function of another network, with the same noise."""
+        other = NoisySlope(network)
+        other.noise = self.noise
+        return other
 
     def __call__(
         self,

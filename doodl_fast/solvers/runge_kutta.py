@@ -92,6 +92,10 @@ class RungeKuttaSlope(Evaluator):
     def __init__(self, network: Evaluator) -> None:
         self.network = network
 
+    def with_network(self, network: Evaluator) -> RungeKuttaSlope:
+        """The same function of another network."""
+        return RungeKuttaSlope(network)
+
     def __call__(
         self,
         x: Tensor,
@@ -141,7 +145,7 @@ class RungeKuttaSlope(Evaluator):
     def for_vjp(self) -> RungeKuttaSlope | None:
         """The same with the network that VJPs are taken of."""
         other = self.network.for_vjp()
-        return None if other is None else type(self)(other)
+        return None if other is None else self.with_network(other)
 
     @property
     def insists_on_vjps(self) -> bool:
@@ -151,16 +155,16 @@ class RungeKuttaSlope(Evaluator):
     def for_blocks(self) -> RungeKuttaSlope | None:
         """The same with a network that checkpoints its blocks."""
         other = self.network.for_blocks()
-        return None if other is None else type(self)(other)
+        return None if other is None else self.with_network(other)
 
     def for_recompute(self) -> RungeKuttaSlope | None:
         """The same with a network whose graphs keep less."""
         other = self.network.for_recompute()
-        return None if other is None else RungeKuttaSlope(other)
+        return None if other is None else self.with_network(other)
 
     def plain(self) -> RungeKuttaSlope:
         """The same with a network that is differentiated by PyTorch alone."""
-        return RungeKuttaSlope(self.network.plain())
+        return self.with_network(self.network.plain())
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         """The parameters and buffers of the network."""
