@@ -51,11 +51,13 @@ class Addition(ABC):
     """
 
     component: ClassVar[str] = ""
-    """The component of the pipeline that it is about."""
+    """The component of the pipeline that it is about, if it has one."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """The names of the classes of pipelines in which it is known what is done with the component."""
     options: ClassVar[frozenset[str]] = frozenset()
     """The arguments of the pipeline's `__call__` that it takes."""
+    sees_more: ClassVar[bool] = False
+    """Whether it serves UNets that take more channels than the latents have."""
 
     @abstractmethod
     def __init__(self, pipe: Any, options: Mapping[str, Any], request: Request) -> None: ...
@@ -69,7 +71,8 @@ class Addition(ABC):
     def is_in(cls, pipe: Any) -> bool:
         """Whether a pipeline has it."""
         names = {base.__name__ for base in type(pipe).__mro__}
-        return components_of(pipe).get(cls.component) is not None and not names.isdisjoint(cls.pipelines)
+        has_part = not cls.component or components_of(pipe).get(cls.component) is not None
+        return has_part and not names.isdisjoint(cls.pipelines)
 
     def size(self) -> tuple[int | None, int | None]:
         """Returns the height and width of the picture in pixels; None leaves them to the pipeline."""
@@ -78,6 +81,37 @@ class Addition(ABC):
     @abstractmethod
     def add(self, build: Build) -> None:
         """Puts it around the network."""
+
+
+class AroundUNet(nn.Module):
+    """A module around a UNet, which is called as the UNet is and returns a tuple, so that they can be nested.
+
+    Args:
+        unet: The UNet, or another such module around it.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.training = unet.training
+
+    def predict(self, sample: Tensor, timestep: Tensor, states: Tensor, **kwargs: Any) -> Tensor:
+        """Calls the UNet and returns its prediction.
+
+        Args:
+            sample: What the UNet is given, (B, channels, h, w).
+            timestep: A 0-dim tensor.
+            states: The prompts' embeddings, (B, tokens, features).
+            **kwargs: Further arguments of the UNet.
+        """
+        kwargs["return_dict"] = False
+        found: Tensor = self.unet(sample, timestep, encoder_hidden_states=states, **kwargs)[0]
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
 
 class StepWeights(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guided import Guided
-from .additions import Addition, Build, StepWeights, numbers
+from .additions import Addition, AroundUNet, Build, StepWeights, numbers
 from .base import Request
 
 TEXT_TO_IMAGE = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
@@ -134,8 +134,8 @@ def _hint(pipe: Any, name: str, picture: Any, request: Request) -> Tensor:
     return prepared
 
 
-class ControlledUNet(nn.Module):
-    """A UNet with one or several ControlNets, called as `(x, t, cond, **kwargs)`.
+class ControlledUNet(AroundUNet):
+    """A UNet with one or several ControlNets.
 
     Args:
         unet: The UNet.
@@ -155,30 +155,37 @@ class ControlledUNet(nn.Module):
         guesses: bool,
         on_cond_alone: bool,
     ) -> None:
-        super().__init__()
-        self.unet, self.controlnet, self.scales = unet, controlnet, scales
+        super().__init__(unet)
+        self.controlnet, self.scales = controlnet, scales
         self.several, self.guesses, self.on_cond_alone = several, guesses, on_cond_alone
-        self.training = unet.training
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, controlnet_cond: list[Tensor], **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: list[Tensor],
+        **kwargs: Any,
+    ) -> tuple[Tensor]:
         """Returns the UNet's prediction.
 
         Args:
-            x: Latents (B, C, h, w).
-            t: The timestep, a 0-dim tensor.
-            cond: The prompts' embeddings, (B, tokens, features).
+            sample: Latents (B, C, h, w).
+            timestep: A 0-dim tensor.
+            encoder_hidden_states: The prompts' embeddings, (B, tokens, features).
             controlnet_cond: The picture for each ControlNet, (B, 3, H, W).
             **kwargs: Further arguments of the UNet.
         """
         added = {name: value for name, value in (kwargs.get("added_cond_kwargs") or {}).items() if name in SHARED}
-        seen: dict[str, Any] = {"sample": x, "encoder_hidden_states": cond, "pictures": controlnet_cond, "added": added}
+        seen: dict[str, Any] = {"sample": sample, "encoder_hidden_states": encoder_hidden_states}
+        seen |= {"pictures": controlnet_cond, "added": added}
         if self.on_cond_alone:
             seen = _second_half(seen)
         pictures, added = seen.pop("pictures"), seen.pop("added")
-        scales = list(self.scales(t)) if isinstance(self.scales, StepWeights) else self.scales
+        scales = list(self.scales(timestep)) if isinstance(self.scales, StepWeights) else self.scales
         down, mid = self.controlnet(
             **seen,
-            timestep=t,
+            timestep=timestep,
             controlnet_cond=pictures if self.several else pictures[0],
             conditioning_scale=scales if self.several else scales[0],
             guess_mode=self.guesses,
@@ -188,16 +195,8 @@ class ControlledUNet(nn.Module):
         if self.on_cond_alone:
             down = [torch.cat([torch.zeros_like(residual), residual]) for residual in down]
             mid = torch.cat([torch.zeros_like(mid), mid])
-        output: Tensor = self.unet(
-            x,
-            t,
-            encoder_hidden_states=cond,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
-            return_dict=False,
-            **kwargs,
-        )[0]
-        return output
+        kwargs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return (self.predict(sample, timestep, encoder_hidden_states, **kwargs),)
 
 
 def _second_half(tree: Any) -> Any:

@@ -28,11 +28,14 @@ class FromPicture(LatentSpace):
         image: The picture in [-1, 1], (1 or B, 3, H, W), or its latents, (1 or B, C, h, w), which keep their graph.
         encoder: The VAE; it is None for latents.
         start: The shares of picture and noise; None is the picture without noise.
+        draws_first: Whether the pipeline draws from the VAE's posterior before the noise where this does not, because
+            there is no encoder. The draw is made and left unused, so that the noise is the pipeline's.
     """
 
     image: Tensor | None = None
     encoder: Decoder | None = None
     start: tuple[float, float] | None = None
+    draws_first: bool = False
 
     def noise(
         self,
@@ -56,6 +59,8 @@ class FromPicture(LatentSpace):
         picture = self.image
         if self.encoder is not None and target.type != "meta":
             picture = self.encoder.encode(picture, generator=source)
+        elif self.draws_first:
+            torch.randn(picture.shape, generator=source, device=source.device)
         noise = super().noise(seed, batch, height, width, source, device, dtype, num_frames)
         if target.type == "meta":
             return noise
@@ -65,7 +70,9 @@ class FromPicture(LatentSpace):
         return self.start[0] * picture + self.start[1] * noise
 
 
-def from_picture(space: LatentSpace, image: Tensor, decoder: Decoder, start: tuple[float, float] | None) -> FromPicture:
+def from_picture(
+    space: LatentSpace, image: Tensor, decoder: Decoder, start: tuple[float, float] | None, draws_first: bool = False
+) -> FromPicture:
     """Returns the latent space of a chain that starts from a picture.
 
     Args:
@@ -73,11 +80,12 @@ def from_picture(space: LatentSpace, image: Tensor, decoder: Decoder, start: tup
         image: See `FromPicture`.
         decoder: The VAE.
         start: See `FromPicture`.
+        draws_first: See `FromPicture`.
     """
     own = {entry.name: getattr(space, entry.name) for entry in fields(LatentSpace)}
     own |= {"fixed_size": True, "fixed_by": "the picture that this chain starts from has"}
     is_latent = image.shape[1] == space.channels
-    return FromPicture(**own, image=image, encoder=None if is_latent else decoder, start=start)
+    return FromPicture(**own, image=image, encoder=None if is_latent else decoder, start=start, draws_first=draws_first)
 
 
 class ImageToImage(Addition):
@@ -91,14 +99,9 @@ class ImageToImage(Addition):
 
     def __init__(self, pipe: Any, options: Mapping[str, Any], request: Request) -> None:
         image = options.get("image")
-        self._image = None if image is None else prepared(pipe, image, request)
+        self._image = None if image is None else prepared(pipe, image, request.height, request.width)
         self._has_noise = request.options.get("denoising_start") is None
         self._factor = pipe.vae_scale_factor
-
-    @classmethod
-    def is_in(cls, pipe: Any) -> bool:
-        """Whether the pipeline starts from pictures."""
-        return not {base.__name__ for base in type(pipe).__mro__}.isdisjoint(cls.pipelines)
 
     def size(self) -> tuple[int | None, int | None]:
         """Returns the size of the picture."""
@@ -114,8 +117,14 @@ class ImageToImage(Addition):
             build.space = from_picture(build.space, self._image.to(build.space.device), build.decoder, start)
 
 
-def prepared(pipe: Any, image: Any, request: Request) -> Tensor:
+def prepared(pipe: Any, image: Any, height: int | None, width: int | None) -> Tensor:
     """Returns a picture in [-1, 1] as the pipeline prepares it, or latents as they are.
+
+    Args:
+        pipe: The pipeline.
+        image: A picture in any form that the pipeline takes.
+        height: In pixels; None is the picture's own.
+        width: In pixels.
 
     Raises:
         ValueError: It is a picture that requires grad.
@@ -128,9 +137,8 @@ def prepared(pipe: Any, image: Any, request: Request) -> Tensor:
                 f"{tuple(image.shape)}; pictures are encoded without gradient, so pass chain.decode.encode(image)"
             )
         return image
-    size = {"height": request.height, "width": request.width}
-    given = {} if all(value is None for value in size.values()) else size
-    return pipe.image_processor.preprocess(image, **given).to(torch.float32)  # type: ignore[no-any-return]
+    found: Tensor = pipe.image_processor.preprocess(image, height=height, width=width)
+    return found.to(torch.float32)
 
 
 def span_of(pipe: Any, request: Request) -> Span | None:
@@ -155,17 +163,25 @@ def span_of(pipe: Any, request: Request) -> Span | None:
     train = pipe.scheduler.config.num_train_timesteps
     below = None if start is None else round(train - start * train)
     down_to = None if end is None else round(train - end * train)
-    skip = 0
-    if picture and start is None:
-        strength = options.get("strength", accepted["strength"].default)
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
-            raise ValueError(f"strength: expected a number from 0 to 1, got {strength!r}")
-        steps = request.num_inference_steps
+    skip, is_noised = 0, picture and start is None
+    if is_noised:
+        strength, steps = strength_of(pipe, options), request.num_inference_steps
         skip = max(steps - min(int(steps * strength), steps), 0)
-    if not picture and down_to is None:
+        # Pipelines for inpainting start from noise alone then, and others from the picture with much noise.
+        is_noised = strength < 1 or "mask_image" not in accepted
+    if not is_noised and below is None and down_to is None:
         return None
-    argument = "strength" if picture and start is None else "denoising_start, denoising_end"
-    return Span(skip, below, down_to, picture and start is None, argument)
+    return Span(skip, below, down_to, is_noised, "strength" if is_noised else "denoising_start, denoising_end")
+
+
+def strength_of(pipe: Any, options: Mapping[str, Any]) -> float:
+    """Returns the `strength` that is given, or the pipeline's own. Raises ValueError for one that is out of range."""
+    strength = options.get("strength")
+    if strength is None:
+        strength = inspect.signature(type(pipe).__call__).parameters["strength"].default
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise ValueError(f"strength: expected a number from 0 to 1, got {strength!r}")
+    return float(strength)
 
 
 def _fraction(name: str, value: Any) -> float | None:

@@ -21,11 +21,12 @@ from .base import BY_HAND, DENOISER_OPTIONS, Family, Parts, Request, components_
 from .controlnet import TEXT_TO_IMAGE as CONTROLLED
 from .controlnet import ControlNet
 from .image_to_image import IMAGE_TO_IMAGE, PARTS, ImageToImage, span_of
+from .inpainting import INPAINTING, Inpainting
 from .ip_adapter import IPAdapter
 from .t2i_adapter import ADAPTED, T2IAdapter
 from .xl_conditions import XLConditions
 
-ADDITIONS: tuple[type[Addition], ...] = (ImageToImage, XLConditions, IPAdapter, T2IAdapter, ControlNet)
+ADDITIONS: tuple[type[Addition], ...] = (Inpainting, ImageToImage, XLConditions, IPAdapter, T2IAdapter, ControlNet)
 """What may stand around the UNet, in the order in which it is put there."""
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -46,9 +47,9 @@ class StableDiffusion(Family):
 
     # Text-to-image from noise is the same for these, whatever else they can start from.
     pipelines = (
-        *(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Inpaint")),
+        *("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
         *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
-        *(*IMAGE_TO_IMAGE, *CONTROLLED, *ADAPTED),
+        *(*IMAGE_TO_IMAGE, *INPAINTING, *CONTROLLED, *ADAPTED),
     )
     components = KNOWN_COMPONENTS
     required = COMPONENTS
@@ -97,10 +98,10 @@ class StableDiffusion(Family):
                 f"or {BY_HAND} and unet_kwargs"
             )
         channels, expected = unet.config.in_channels, parts["vae"].config.latent_channels
-        if channels != expected:
+        if channels != expected and not any(kind.sees_more and kind.is_in(pipe) for kind in ADDITIONS):
             raise ValueError(
-                f"pipe: expected a UNet of {expected} input channels (the latents'), got {channels}: inpainting, "
-                f"editing, upscaling and depth models take more than a prompt; {BY_HAND}"
+                f"pipe: expected a UNet of {expected} input channels (the latents'), got {channels}: inpainting and "
+                f"editing models need their own pipelines, and upscaling and depth models are not known; {BY_HAND}"
             )
         if not callable(getattr(pipe, "encode_prompt", None)):
             raise ValueError(f"pipe: {name} has no encode_prompt method, by which prompts are encoded; {BY_HAND}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guided import Guided
-from .additions import Addition, Build, StepWeights, numbers
+from .additions import Addition, AroundUNet, Build, StepWeights, numbers
 from .base import Request
 
 ADAPTED = ("StableDiffusionAdapterPipeline", "StableDiffusionXLAdapterPipeline")
@@ -81,7 +81,7 @@ def features_of(adapter: Any, pictures: list[Tensor], scales: list[float]) -> li
     return [feature * scales[0] for feature in adapter(pictures[0])]
 
 
-class AdaptedUNet(nn.Module):
+class AdaptedUNet(AroundUNet):
     """A UNet with T2I-Adapters that are called in each evaluation, or act in a part of the steps alone.
 
     Args:
@@ -92,19 +92,23 @@ class AdaptedUNet(nn.Module):
     """
 
     def __init__(self, unet: nn.Module, adapter: Any, scales: list[float], gate: StepWeights | None) -> None:
-        super().__init__()
-        self.unet, self.adapter, self.scales, self.gate = unet, adapter, scales, gate
-        self.training = unet.training
+        super().__init__(unet)
+        self.adapter, self.scales, self.gate = adapter, scales, gate
 
     def forward(
-        self, x: Tensor, t: Tensor, cond: Tensor, adapter_image: list[Tensor] | None = None, **kwargs: Any
-    ) -> Tensor:
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        adapter_image: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor]:
         """Returns the UNet's prediction.
 
         Args:
-            x: Latents (B, C, h, w).
-            t: The timestep, a 0-dim tensor.
-            cond: The prompts' embeddings, (B, tokens, features).
+            sample: Latents (B, C, h, w).
+            timestep: A 0-dim tensor.
+            encoder_hidden_states: The prompts' embeddings, (B, tokens, features).
             adapter_image: The picture for each adapter, (B, channels, H, W), if there are no features in kwargs.
             **kwargs: Further arguments of the UNet.
         """
@@ -112,12 +116,10 @@ class AdaptedUNet(nn.Module):
         if adapter_image is not None:
             features = features_of(self.adapter, adapter_image, self.scales)
         if self.gate is not None:
-            (weight,) = self.gate(t)
+            (weight,) = self.gate(timestep)
             features = [feature * weight for feature in features]
-        output: Tensor = self.unet(
-            x, t, encoder_hidden_states=cond, return_dict=False, **{FEATURES: features}, **kwargs
-        )[0]
-        return output
+        kwargs[FEATURES] = features
+        return (self.predict(sample, timestep, encoder_hidden_states, **kwargs),)
 
 
 def _check(picture: Any) -> None:
