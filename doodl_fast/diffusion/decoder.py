@@ -94,8 +94,7 @@ class Decoder:
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Returns what the VAE makes of latents whose shape is checked."""
-        scale, shift = self._affine(latents)
-        images = run_in_dtype(self._decode, (latents - shift) / scale, self.vae.dtype)
+        images = run_in_dtype(self._decode, self.raw(latents), self.vae.dtype)
         has_values = not latents.is_meta  # On the meta device tensors have a shape alone.
         if (
             self.vae.dtype == torch.float16
@@ -136,6 +135,11 @@ class Decoder:
     def _pixels(self) -> int:
         """The number of which the height and the width of a picture are multiples."""
         return vae_scale_factor(self.vae)
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """Returns what the VAE itself has in the place of latents: without the scale and shift of its configuration."""
+        scale, shift = self._affine(latents)
+        return (latents - shift) / scale
 
     def _encode(self, images: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
         """Returns the latents that the VAE makes of images."""

@@ -302,9 +302,11 @@ def test_an_unknown_class_with_all_parts_is_used_and_named(pipe: Any) -> None:
 
 
 def test_a_pipeline_that_cannot_encode_prompts_is_refused(pipe: Any) -> None:
-    other = with_parts("StableDiffusionInstructPix2PixPipeline", pipe)
-    with pytest.raises(ValueError, match="pipe: StableDiffusionInstructPix2PixPipeline has no encode_prompt method"):
-        EDICT.from_pipeline(other, "a dog", num_inference_steps=2)
+    class Mute:
+        components = pipe.components
+
+    with pytest.raises(ValueError, match="pipe: Mute has no encode_prompt method"):
+        EDICT.from_pipeline(Mute(), "a dog", num_inference_steps=2)
 
 
 @pytest.mark.parametrize("scale", ["7", None, True])

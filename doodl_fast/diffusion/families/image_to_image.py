@@ -16,7 +16,9 @@ from ..span import Span
 from .additions import Addition, Build
 from .base import Request
 
-IMAGE_TO_IMAGE = tuple(f"StableDiffusion{xl}{kind}Img2ImgPipeline" for xl in ("", "XL") for kind in ("", "ControlNet"))
+IMAGE_TO_IMAGE = tuple(
+    f"StableDiffusion{xl}{kind}Img2ImgPipeline" for xl in ("", "XL") for kind in ("", "ControlNet", "PAG")
+)
 PARTS = frozenset({"denoising_start", "denoising_end"})
 
 

@@ -23,10 +23,14 @@ from .controlnet import ControlNet
 from .image_to_image import IMAGE_TO_IMAGE, PARTS, ImageToImage, span_of
 from .inpainting import INPAINTING, Inpainting
 from .ip_adapter import IPAdapter
+from .pag import PAG, PERTURBED
+from .pix2pix import INSTRUCTED, InstructPix2Pix, OldEncoding
 from .t2i_adapter import ADAPTED, T2IAdapter
 from .xl_conditions import XLConditions
 
-ADDITIONS: tuple[type[Addition], ...] = (Inpainting, ImageToImage, XLConditions, IPAdapter, T2IAdapter, ControlNet)
+ADDITIONS: tuple[type[Addition], ...] = (
+    *(Inpainting, InstructPix2Pix, ImageToImage, XLConditions, IPAdapter, T2IAdapter, ControlNet, PAG),
+)
 """What may stand around the UNet, in the order in which it is put there."""
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -49,7 +53,7 @@ class StableDiffusion(Family):
     pipelines = (
         *("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
         *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
-        *(*IMAGE_TO_IMAGE, *INPAINTING, *CONTROLLED, *ADAPTED),
+        *(*IMAGE_TO_IMAGE, *INPAINTING, *INSTRUCTED, *CONTROLLED, *ADAPTED, *PERTURBED),
     )
     components = KNOWN_COMPONENTS
     required = COMPONENTS
@@ -103,7 +107,7 @@ class StableDiffusion(Family):
                 f"pipe: expected a UNet of {expected} input channels (the latents'), got {channels}: inpainting and "
                 f"editing models need their own pipelines, and upscaling and depth models are not known; {BY_HAND}"
             )
-        if not callable(getattr(pipe, "encode_prompt", None)):
+        if not callable(getattr(pipe, "encode_prompt", None)) and not InstructPix2Pix.is_in(pipe):
             raise ValueError(f"pipe: {name} has no encode_prompt method, by which prompts are encoded; {BY_HAND}")
         if name not in self.pipelines:
             warnings.warn(
@@ -127,7 +131,9 @@ class StableDiffusion(Family):
         """
         guidance_scale = self.scale_of(request)
         options = dict(request.options)
-        encoding = take(options, set(inspect.signature(pipe.encode_prompt).parameters) - _OURS)
+        encoder = pipe if callable(getattr(pipe, "encode_prompt", None)) else OldEncoding(pipe)
+        encoded = set(inspect.signature(encoder.encode_prompt).parameters) - _OURS
+        encoding = take(options, encoded)
         own = take(options, DENOISER_OPTIONS)
         take(options, PARTS & inspect.signature(type(pipe).__call__).parameters.keys())
         additions = [kind(pipe, take(options, kind.takes(pipe)), request) for kind in ADDITIONS if kind.is_in(pipe)]
@@ -135,7 +141,9 @@ class StableDiffusion(Family):
         extra = take(options, set(inspect.signature(type(unet).forward).parameters) - _OURS)
         _refuse_left_over(options, pipe, unet)
         scale = (extra.get("cross_attention_kwargs") or {}).get("scale")
-        if scale is not None:  # the weight of a LoRA, of which the text encoder may have a part
+        if (
+            scale is not None and "lora_scale" in encoded
+        ):  # the weight of a LoRA, of which the text encoder may have a part
             encoding.setdefault("lora_scale", scale)
         distilled = getattr(unet.config, "time_cond_proj_dim", None)
         guided = guidance_scale > 1 and distilled is None
@@ -148,7 +156,7 @@ class StableDiffusion(Family):
             )
         space = latent_space(pipe, *_size(additions, request))
         cond, uncond, conditions = encode_conditions(
-            pipe,
+            encoder,
             request.prompt,
             request.negative_texts,
             height=space.height,
