@@ -81,6 +81,41 @@ def test_gradient_is_that_of_plain_autograd(pipe: Any, memory: str) -> None:
         assert want.norm() > 0 and relative(got, want) < 1e-5
 
 
+SKIP = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.6}
+
+
+def test_skip_layer_guidance(pipe: Any) -> None:
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    options = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "max_sequence_length": 8}
+    chain = Sampler.from_pipeline(pipe, "a dog", "ugly", memory="checkpoint", **options, **SKIP)
+    x = chain.noise(seed=3)
+    options |= {"negative_prompt": "ugly", "latents": x, "output_type": "latent"}
+    expected = pipe("a dog", **options, **SKIP).images
+    with torch.no_grad():
+        assert relative(chain(x)[0], expected) < 1e-5
+    assert relative(pipe("a dog", **options).images, expected) > 1e-3, "the layers must matter"
+    whole = {**SKIP, "skip_layer_guidance_stop": 1.0, "skip_layer_guidance_scale": 1.0}
+    gradients = []
+    for memory in ("naive", "checkpoint"):
+        given = {name: value.clone().requires_grad_() for name, value in embeddings(pipe).items()}
+        chain = Sampler.from_pipeline(pipe, num_inference_steps=3, guidance_scale=3.0, memory=memory, **given, **whole)
+        start = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(chain(start)[0].square().mean(), [start, *given.values()]))
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        assert want.norm() > 0 and relative(got, want) < 1e-5
+
+
+def test_skip_layer_guidance_that_does_not_fit_is_refused(pipe: Any) -> None:
+    with pytest.raises(ValueError, match=r"^skip_guidance_layers: expected numbers of layers from 0 to 1, got \[7\]"):
+        Sampler.from_pipeline(pipe, "a dog", skip_guidance_layers=[7])
+    with pytest.raises(TypeError, match=r"^skip_guidance_layers: expected a list of ints, got 1"):
+        Sampler.from_pipeline(pipe, "a dog", skip_guidance_layers=1)
+    with pytest.raises(ValueError, match=r"^skip_guidance_layers: expected None without guidance"):
+        Sampler.from_pipeline(pipe, "a dog", guidance_scale=1.0, skip_guidance_layers=[1])
+    with pytest.raises(ValueError, match=r"^skip_layer_guidance_scale: expected None without skip_guidance_layers"):
+        Sampler.from_pipeline(pipe, "a dog", skip_layer_guidance_scale=2.0)
+
+
 def test_it_is_logged_what_was_picked(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "doodl_fast"):
         Sampler.from_pipeline(pipe, num_inference_steps=2, **embeddings(pipe))
@@ -112,8 +147,8 @@ def test_sizes_that_do_not_fit_are_refused(pipe: Any) -> None:
 
 def test_arguments_that_do_not_fit_are_refused(pipe: Any) -> None:
     cond = embeddings(pipe)["prompt_embeds"]
-    with pytest.raises(TypeError, match=r"^skip_guidance_layers: from_pipeline has no such argument for StableDiff"):
-        Sampler.from_pipeline(pipe, "a dog", skip_guidance_layers=[1])
+    with pytest.raises(TypeError, match=r"^clip_scale: from_pipeline has no such argument for StableDiff"):
+        Sampler.from_pipeline(pipe, "a dog", clip_scale=1)
     with pytest.raises(ValueError, match=r"^pooled_prompt_embeds: expected a tensor because prompt_embeds is given"):
         Sampler.from_pipeline(pipe, prompt_embeds=cond)
     with pytest.raises(ValueError, match=r"^prompt: expected None because prompt_embeds is given, got 'a dog'"):

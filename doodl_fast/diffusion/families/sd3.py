@@ -20,8 +20,8 @@ from .base import (
     take,
     warn_unused_negative_prompt,
 )
+from .skip_layers import SKIP_OPTIONS, network_call
 from .transformer import (
-    TransformerCall,
     check_prompts,
     dynamic_shift,
     no_grad_encode,
@@ -38,7 +38,8 @@ class StableDiffusion3(Family):
 
     Beside the arguments of `from_pipeline` it takes those of the pipeline's `encode_prompt` (prompt_2, prompt_3,
     prompt_embeds, pooled_prompt_embeds, their negative companions, clip_skip, max_sequence_length, ...), `mu`, `sigmas`
-    and `joint_attention_kwargs`.
+    and `joint_attention_kwargs`; and those of skip-layer guidance (skip_guidance_layers, skip_layer_guidance_scale,
+    skip_layer_guidance_start, skip_layer_guidance_stop).
     """
 
     pipelines = ("StableDiffusion3Pipeline",)
@@ -67,8 +68,8 @@ class StableDiffusion3(Family):
         options = dict(request.options)
         take(options, SCHEDULE_OPTIONS)
         encoding, own = take(options, encoding_options(pipe)), take(options, DENOISER_OPTIONS)
-        extra = take(options, NETWORK_OPTIONS)
-        refuse_unknown(options, pipe, encoding_options(pipe) | SCHEDULE_OPTIONS | NETWORK_OPTIONS)
+        extra, skipped = take(options, NETWORK_OPTIONS), take(options, SKIP_OPTIONS)
+        refuse_unknown(options, pipe, encoding_options(pipe) | SCHEDULE_OPTIONS | NETWORK_OPTIONS | SKIP_OPTIONS)
         is_dynamic = bool(pipe.scheduler.config.get("use_dynamic_shifting")) and request.options.get("mu") is None
         factor = vae_scale_factor(pipe.vae)
         space = transformer_space(
@@ -84,7 +85,7 @@ class StableDiffusion3(Family):
             why = f"with guidance_scale={guidance_scale:g}; guidance needs more than 1"
             warn_unused_negative_prompt(request, why)
         cond, uncond, pooled = self._encode(pipe, request, encoding, guided, extra)
-        network = TransformerCall(pipe.transformer)
+        network = network_call(pipe.transformer, skipped, request, guided)
         scale = guidance_scale if guided else 1.0
         denoiser = Denoiser(network, cond, uncond, scale, pooled_projections=pooled, **own, **extra)
         return Parts(denoiser, space.for_prompts(len(cond)), Decoder(pipe.vae))
