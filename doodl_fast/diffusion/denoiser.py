@@ -6,7 +6,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from .active_calls import Variant, active_call, active_conditions, calling_copie
 from .calling import NetworkCall, module_of
 from .conditions import Fit, check_conditions, map_tensors, tensors_of
 from .module_copies import why_not_copied
-from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic
+from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic, scalable_layers
 from .timesteps import Timesteps
 
 AUTO = "auto"
@@ -238,9 +238,10 @@ class Denoiser(Evaluator):
     def for_blocks(self) -> Denoiser | None:
         """The same denoiser, whose network keeps its blocks' inputs alone and computes the rest again for a gradient.
 
-        It is None if the network has no blocks that can be checkpointed.
+        It is None if the network has no blocks that can be checkpointed, or if it is given a scale for its LoRA
+        adapters, which holds for the length of a call and not when a block is computed again.
         """
-        if not has_blocks(self._module):
+        if not has_blocks(self._module) or self._scales_adapters():
             return None
         other = copy.copy(self)
         other._variant = replace(self._variant, checkpoints=True)
@@ -263,6 +264,12 @@ class Denoiser(Evaluator):
         other = copy.copy(self)
         other._variant = replace(self._variant, lean=level)
         return other
+
+    def _scales_adapters(self) -> bool:
+        """Whether the network's arguments hold a scale for LoRA adapters that it has."""
+        given = [self._unet_kwargs.get(f"{name}attention_kwargs") for name in ("cross_", "joint_", "")]
+        scales = [entry.get("scale") for entry in given if isinstance(entry, Mapping)]
+        return any(scale not in (None, 1) for scale in scales) and bool(scalable_layers(self._module))
 
     @property
     def insists_on_vjps(self) -> bool:

@@ -218,6 +218,13 @@ def has_blocks(network: Any) -> bool:
     return isinstance(network, nn.Module) and any(hasattr(m, "gradient_checkpointing") for m in network.modules())
 
 
+def scalable_layers(network: Any) -> list[Any]:
+    """Returns the layers of a network with LoRA adapters of peft, whose `scaling` a call may change for its length."""
+    if not isinstance(network, nn.Module):
+        return []
+    return [m for m in network.modules() if hasattr(m, "scale_layer") and isinstance(getattr(m, "scaling", None), dict)]
+
+
 @contextlib.contextmanager
 def blocks_checkpointed(network: nn.Module) -> Iterator[None]:
     """Turns on diffusers' checkpointing of a network's blocks for the length of the context; else as `frozen`.

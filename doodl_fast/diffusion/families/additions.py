@@ -24,6 +24,7 @@ class Build:
         pipe: The pipeline.
         request: What `from_pipeline` was given.
         guided: Whether the network is called on both halves of guidance, [uncond; cond].
+        unet: The UNet in it: the pipeline's own, or a copy.
         network: What the `Denoiser` will call: the UNet, or a module around it.
         space: The shape of the latents, and what `chain.noise` draws.
         decoder: From latents to images.
@@ -33,6 +34,7 @@ class Build:
     pipe: Any
     request: Request
     guided: bool
+    unet: Any
     network: Any
     space: LatentSpace
     decoder: Decoder

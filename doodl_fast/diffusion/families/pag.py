@@ -47,7 +47,7 @@ class PAG(Addition):
                 f"can be made, got {self._scale:g}"
             )
         copies = ModuleCopies(build.network)
-        unet = copies.of(build.pipe.unet)
+        unet = copies.of(build.unet)
         processor = build.pipe._pag_attn_processors[0 if build.guided else 1]
         for layer in self._layers:
             _set_processor(unet, layer, processor)

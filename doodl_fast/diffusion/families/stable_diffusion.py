@@ -23,13 +23,14 @@ from .controlnet import ControlNet
 from .image_to_image import IMAGE_TO_IMAGE, PARTS, ImageToImage, span_of
 from .inpainting import INPAINTING, Inpainting
 from .ip_adapter import IPAdapter
+from .lora import LoRAScale
 from .pag import PAG, PERTURBED
 from .pix2pix import INSTRUCTED, InstructPix2Pix, OldEncoding
 from .t2i_adapter import ADAPTED, T2IAdapter
 from .xl_conditions import XLConditions
 
 ADDITIONS: tuple[type[Addition], ...] = (
-    *(Inpainting, InstructPix2Pix, ImageToImage, XLConditions, IPAdapter, T2IAdapter, ControlNet, PAG),
+    *(LoRAScale, Inpainting, InstructPix2Pix, ImageToImage, XLConditions, IPAdapter, T2IAdapter, ControlNet, PAG),
 )
 """What may stand around the UNet, in the order in which it is put there."""
 
@@ -173,7 +174,9 @@ class StableDiffusion(Family):
                     cond.device
                 ),
             )
-        build = Build(pipe, request, guided, pipe.unet, space.for_prompts(len(cond)), Decoder(pipe.vae), extra)
+        build = Build(
+            pipe, request, guided, pipe.unet, pipe.unet, space.for_prompts(len(cond)), Decoder(pipe.vae), extra
+        )
         for addition in additions:
             addition.add(build)
         denoiser = Denoiser(build.network, cond, uncond, guidance_scale if guided else 1.0, **own, **build.kwargs)
