@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..guided import Guided
 from .additions import Addition, Build
-from .base import Request
+from .base import Request, components_of
 
 PICTURE, EMBEDS = "ip_adapter_image", "ip_adapter_image_embeds"
 
@@ -49,8 +49,9 @@ class IPAdapter(Addition):
     @classmethod
     def is_in(cls, pipe: Any) -> bool:
         """Whether the UNet has an IP-Adapter."""
-        unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
-        return getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        unet: Any = components_of(pipe).get("unet")
+        config = getattr(getattr(unet, "_orig_mod", unet), "config", None)
+        return getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
 
     def add(self, build: Build) -> None:
         """Adds the embeddings of the pictures to the arguments of the UNet."""

@@ -8,7 +8,7 @@ from typing import Any
 from ..module_copies import ModuleCopies, why_not_copied
 from ..networks import scalable_layers
 from .additions import Addition, Build
-from .base import Request
+from .base import Request, components_of
 
 KWARGS = "cross_attention_kwargs"
 
@@ -29,7 +29,7 @@ class LoRAScale(Addition):
     @classmethod
     def is_in(cls, pipe: Any) -> bool:
         """Whether the UNet has LoRA adapters."""
-        return bool(scalable_layers(getattr(pipe.unet, "_orig_mod", pipe.unet)))
+        return bool(scalable_layers(components_of(pipe).get("unet")))
 
     def add(self, build: Build) -> None:
         """Makes the copy."""
