@@ -15,6 +15,7 @@ from torch import nn
 
 from ..frozen import Level, has_lean_layers
 from .calling import NetworkCall
+from .hooks import computes_in
 from .module_copies import ModuleCopies, why_not_copied
 from .networks import blocks_checkpointed, module_tree, without_weight_grad
 from .run_conditions import RunConditions
@@ -76,7 +77,7 @@ class ActiveCall:
     def _call_for_graphs(self) -> NetworkCall:
         """Makes copies of the network, unless it can be called itself."""
         as_it_is = not self.variant.checkpoints and not has_lean_layers(self.module, self.variant.lean)
-        if as_it_is and not _requires_grad(self.module):
+        if as_it_is and not _requires_grad(self.module) and computes_in(self.module) is None:
             return self.original
         if why_not_copied(self.module, self.original.network) is None:
             copies = _copies(self.module, self.variant)

@@ -18,7 +18,8 @@ from ..frozen import Level, gains_by_recompute, level_of
 from .active_calls import Variant, active_call, active_conditions, calling_copies
 from .calling import NetworkCall, module_of
 from .conditions import Fit, check_conditions, map_tensors, tensors_of
-from .module_copies import why_not_copied
+from .hooks import cast_for_calls, refuse_caches
+from .module_copies import why_not_cast
 from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic, scalable_layers
 from .timesteps import Timesteps
 
@@ -184,22 +185,24 @@ class Denoiser(Evaluator):
         """The dtype in which the network gets x: that of its weights, or the latents' if it has none."""
         if self._variant.cast_to is not None:
             return self._variant.cast_to
-        weight = self._weight()
-        return latents_dtype if weight is None else weight.dtype
+        found = self._weight()
+        return latents_dtype if found is None else found[1]
 
-    def _weight(self) -> Tensor | None:
-        """The first of the network's weights that it computes with."""
+    def _weight(self) -> tuple[Tensor, torch.dtype] | None:
+        """The first of the network's weights that it computes with, and the dtype that it has then."""
         if self._module is None:
             return None
         # diffusers keeps these in float32, whatever the dtype of the others.
         kept = tuple(getattr(self._module, "_keep_in_fp32_modules", None) or ())
         first = None
-        for name, weight in self._module.named_parameters():
-            # float8 and integer weights are storage formats that the module unpacks itself.
-            if weight.dtype in FLOAT_DTYPES:
-                if not any(part in name for part in kept):
-                    return weight
-                first = weight if first is None else first
+        for name, module in self._module.named_modules():
+            for key, weight in module._parameters.items():
+                dtype = None if weight is None else cast_for_calls(module) or weight.dtype
+                # float8 and integer weights are storage formats that the module unpacks itself.
+                if weight is not None and dtype in FLOAT_DTYPES:
+                    if not any(part in f"{name}.{key}" for part in kept):
+                        return weight, dtype
+                    first = (weight, dtype) if first is None else first
         return first
 
     def for_vjp(self) -> Denoiser | None:
@@ -208,13 +211,13 @@ class Denoiser(Evaluator):
         Raises:
             ValueError: `vjp_dtype` names a dtype, and no copy of the network with cast weights can be made.
         """
-        dtype, weight = self._vjp_dtype, self._weight()
+        dtype, found = self._vjp_dtype, self._weight()
         if dtype == AUTO:
-            slow = weight is not None and weight.device.type == "cpu" and weight.dtype in HALF_DTYPES
+            slow = found is not None and found[0].device.type == "cpu" and found[1] in HALF_DTYPES
             dtype = torch.float32 if slow else None
         if not isinstance(dtype, torch.dtype) or self._module is None:
             return None
-        reason = why_not_copied(self._module, self._unet)
+        reason = why_not_cast(self._module, self._unet)
         if reason is not None:
             self._refuse_cast(reason)
             return None
@@ -301,6 +304,7 @@ class Denoiser(Evaluator):
             return
         if self._variant.cast_to is None:
             refuse_stochastic(self._module)
+            refuse_caches(self._module)
         with calling_copies(self._call, self._module, self._variant):
             yield
 

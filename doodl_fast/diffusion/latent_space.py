@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .decoder import vae_scale_factor
+from .hooks import device_of
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def latent_space(
         scale_factor=factor,
         height=rows,
         width=columns,
-        device=pipe.unet.device,
+        device=device_of(pipe.unet),
         fixed_size=not size_is_free and getattr(pipe, "text_encoder_2", None) is not None,
         prompts=prompts,
     )

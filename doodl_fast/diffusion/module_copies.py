@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..frozen import Level, substitute
 from .calling import NetworkAdapter
+from .hooks import CASTING, cast_for_calls, hooks_of
 from .networks import FLOAT_DTYPES, blocks_checkpointed, frozen, module_tree
 
 DEPTH = 3
@@ -44,6 +45,9 @@ class ModuleCopies:
     to the copies. The weights share their storage and their version counters with the originals, unless they are cast.
     They are those of the moment at which the copies are made, so copies are made anew for each run. Non-leaf tensors in
     place of weights stay connected to their graph.
+
+    Layers whose weights are cast for each call (diffusers' layerwise casting) have copies with cast weights, because
+    the hook would take these away before a gradient is computed.
 
     Many threads may call the same copies, or copies of the same module, if the network's own `forward` allows that.
 
@@ -70,7 +74,7 @@ class ModuleCopies:
         for module, _ in self._pairs:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and id(tensor) not in self._copies:
-                    weight = self._copies[id(tensor)] = self._weight(tensor)
+                    weight = self._copies[id(tensor)] = self._weight(tensor, cast_for_calls(module))
                     self._weights.append((tensor, weight))
         for module, copied in self._pairs:
             object.__setattr__(copied, "__dict__", self._attributes(module))
@@ -119,6 +123,8 @@ class ModuleCopies:
     def _attributes(self, module: nn.Module) -> dict[str, Any]:
         """Returns the attributes of a module's copy."""
         copies, attributes = self._copies, module.__dict__.copy()
+        if CASTING in hooks_of(module):
+            del attributes["forward"], attributes["_diffusers_hook"]
         for name, value in attributes.items():
             kind = type(value)
             if kind in PLAIN or (kind in CONTAINERS and (not value or name in TABLES or _is_plain(value))):
@@ -129,8 +135,10 @@ class ModuleCopies:
             attributes[name] = {k: None if v is None else copies[id(v)] for k, v in table.items()} if table else {}
         return attributes
 
-    def _weight(self, tensor: Tensor) -> Tensor:
-        """Returns what the copies have in place of a weight or a buffer."""
+    def _weight(self, tensor: Tensor, cast: torch.dtype | None) -> Tensor:
+        """Returns what the copies have in place of a weight or a buffer, which is cast for each call, or not."""
+        if cast is not None and tensor.is_floating_point():
+            return tensor.detach().to(self._dtype or cast)
         if self._dtype is not None and tensor.dtype in FLOAT_DTYPES:
             return tensor.detach().to(self._dtype)
         return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
@@ -200,6 +208,20 @@ def why_not_copied(root: nn.Module, network: Any = None) -> str | None:
     return None
 
 
+def why_not_cast(root: nn.Module, network: Any = None) -> str | None:
+    """Returns why no copies of a module tree with weights in another dtype can be made, or None if they can.
+
+    Args:
+        root: The module at the top of the tree.
+        network: What is called, if that is not the module itself.
+    """
+    for name, weight in root.named_parameters():
+        # A quantised weight has a class of its own, and says the dtype that it stands for, which it does not change.
+        if weight.dtype in FLOAT_DTYPES and type(weight) not in (nn.Parameter, Tensor):
+            return f"its weight {name!r} of type {type(weight).__name__} cannot be cast"
+    return why_not_copied(root, network)
+
+
 def _why_type_is_not_copied(kind: Any) -> str | None:
     """Returns why no module of a class can be copied, as a template with "{where}", or None."""
     if kind not in _TYPES:
@@ -221,7 +243,11 @@ def _why_module_is_not_copied(module: nn.Module, table: dict[int, Any]) -> str |
         return "{where} wraps another module"
     if attributes.get("_compiled_call_impl") is not None:
         return "{where} is compiled in place"
-    forward = attributes.get("forward")
+    hooks, forward = hooks_of(module), attributes.get("forward")
+    if hooks and (set(hooks) != {CASTING} or not _is_plainly_hooked(module)):
+        return f"{{where}} has hooks of diffusers ({', '.join(map(repr, hooks))})"
+    if hooks:
+        forward = None
     if attributes.get("_hf_hook") is not None or (forward is not None and rebound(forward, table) is forward):
         return "the forward method of {where} was replaced, by a hook that moves its weights for instance"
     for key, weight in module._parameters.items():
@@ -231,6 +257,13 @@ def _why_module_is_not_copied(module: nn.Module, table: dict[int, Any]) -> str |
         if nn.parameter.is_lazy(weight) or (weight.requires_grad and weight.is_leaf and type(weight) is not Tensor):
             return f"{{where}} has a weight {key!r} of type {type(weight).__name__}"
     return None
+
+
+def _is_plainly_hooked(module: nn.Module) -> bool:
+    """Whether a module with a hook of diffusers would call its class's `forward` without it."""
+    references = getattr(module.__dict__["_diffusers_hook"], "_fn_refs", ())
+    inner = getattr(references[0], "forward", None) if references else None
+    return getattr(inner, "__func__", None) is type(module).forward
 
 
 def _checkpoint(block: Any, *args: Any) -> Any:

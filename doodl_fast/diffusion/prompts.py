@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .guided import Guided
+from .hooks import device_of
 from .latent_space import default_size
 
 
@@ -81,7 +82,7 @@ def encode_conditions(
         ValueError: A prompt and its embeddings are both given.
     """
     texts, count = prompt_texts(prompt, negative_prompt, encoding)
-    device = pipeline.unet.device
+    device = device_of(pipeline.unet)
     negative = texts["negative_prompt"]
     if isinstance(negative, str):
         # None is the pipelines' word for "no negative prompt": SDXL has embeddings of zeros for it

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guided import Guided
+from ..hooks import device_of
 from .additions import Addition, AroundUNet, Build, StepWeights, numbers
 from .base import Request
 
@@ -76,7 +77,8 @@ class ControlNet(Addition):
                     f"{build.request.options['denoising_end']!r}"
                 )
             rows = [self._at_step(number, len(steps)) for number in range(len(steps))]
-            scales = StepWeights(steps, rows, "control_guidance_start, control_guidance_end", build.pipe.unet.device)
+            names = "control_guidance_start, control_guidance_end"
+            scales = StepWeights(steps, rows, names, device_of(build.pipe.unet))
         build.network = ControlledUNet(
             build.network, build.pipe.controlnet, scales, self._several, self._guesses, self._guesses and build.guided
         )
@@ -128,7 +130,7 @@ def _hint(pipe: Any, name: str, picture: Any, request: Request) -> Tensor:
         height=request.height,
         batch_size=1,
         num_images_per_prompt=1,
-        device=network.device,
+        device=device_of(network),
         dtype=network.dtype,
     )
     return prepared

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..decoder import Decoder
 from ..guided import Guided
+from ..hooks import device_of
 from ..schedule import noise_levels
 from .additions import Addition, AroundUNet, Build
 from .base import Request
@@ -135,7 +136,7 @@ class KnowingUNet(AroundUNet):
             )
         alphas = torch.tensor(noise_levels(scheduler), dtype=torch.float64)
         levels = torch.stack([alphas.sqrt(), (1 - alphas).sqrt()], dim=1).float()
-        self.register_buffer("levels", levels.to(unet.device))
+        self.register_buffer("levels", levels.to(device_of(unet)))
         self.predicts = scheduler.config.get("prediction_type", "epsilon")
 
     def forward(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..guided import Guided
+from ..hooks import device_of
 from .additions import Addition, Build
 from .base import Request, components_of
 
@@ -59,7 +60,7 @@ class IPAdapter(Addition):
             return
         pipe, guided = build.pipe, build.guided
         with torch.set_grad_enabled(self._embeds is not None and torch.is_grad_enabled()):
-            embeds = pipe.prepare_ip_adapter_image_embeds(self._picture, self._embeds, pipe.unet.device, 1, guided)
+            embeds = pipe.prepare_ip_adapter_image_embeds(self._picture, self._embeds, device_of(pipe.unet), 1, guided)
         pairs: list[Any] = list(embeds)
         if guided:
             for number, embed in enumerate(embeds):

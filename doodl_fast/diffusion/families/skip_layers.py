@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..conditions import map_tensors
+from ..hooks import device_of
 from .additions import StepWeights, numbers
 from .base import Request
 from .transformer import TransformerCall
@@ -80,7 +81,7 @@ def network_call(transformer: Any, options: Mapping[str, Any], request: Request,
     steps = request.timesteps
     rows = [[scale * float(len(steps) * start < number < len(steps) * stop)] for number in range(len(steps))]
     return SkipLayerCall(
-        transformer, list(layers), StepWeights(steps, rows, "skip_guidance_layers", transformer.device)
+        transformer, list(layers), StepWeights(steps, rows, "skip_guidance_layers", device_of(transformer))
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guided import Guided
+from ..hooks import device_of
 from .additions import Addition, AroundUNet, Build, StepWeights, numbers
 from .base import Request
 
@@ -48,7 +49,7 @@ class T2IAdapter(Addition):
         for entry in listed:
             _check(entry)
         self._size = _size(listed[0], request, step)
-        self._pictures = [_picture(entry, *self._size).to(adapter.device, adapter.dtype) for entry in listed]
+        self._pictures = [_picture(entry, *self._size).to(device_of(adapter), adapter.dtype) for entry in listed]
 
     def size(self) -> tuple[int | None, int | None]:
         """Returns the size that was asked for, or that of the picture, rounded down to what the adapter takes."""
@@ -61,7 +62,7 @@ class T2IAdapter(Addition):
         weights = [[float(number < last)] for number in range(len(steps))]
         gate = None
         if last < len(steps):
-            gate = StepWeights(steps, weights, "adapter_conditioning_factor", build.pipe.unet.device)
+            gate = StepWeights(steps, weights, "adapter_conditioning_factor", device_of(build.pipe.unet))
         if any(picture.requires_grad for picture in self._pictures):
             build.kwargs["adapter_image"] = [Guided(picture, picture) for picture in self._pictures]
             build.network = AdaptedUNet(build.network, adapter, self._scales, gate)
