@@ -210,7 +210,7 @@ def test_options_reach_the_solver_the_denoiser_and_the_network(pipe: Any) -> Non
     assert chain.memory_budget == 2**30
 
 
-@pytest.mark.parametrize("name", ["eta", "guidance_rescale", "image", "latents", "num_images_per_prompt", "ip_adapter"])
+@pytest.mark.parametrize("name", ["eta", "image", "latents", "num_images_per_prompt", "ip_adapter"])
 def test_unknown_options_are_refused(pipe: Any, name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name}: from_pipeline has no such argument"):
         EDICT.from_pipeline(pipe, "a dog", num_inference_steps=2, **{name: 1})
@@ -235,8 +235,8 @@ def test_a_network_that_embeds_the_guidance_scale_gets_it(pipe: Any) -> None:
 
 def test_components_that_would_be_ignored_are_named(pipe: Any) -> None:
     control = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
-    controlled = with_parts("StableDiffusionControlNetInpaintPipeline", pipe, controlnet=control)
-    with pytest.raises(ValueError, match=r"pipe: StableDiffusionControlNetInpaint\w+ has controlnet, which .* ignore"):
+    controlled = with_parts("StableDiffusionControlNetPAGPipeline", pipe, controlnet=control)
+    with pytest.raises(ValueError, match=r"pipe: StableDiffusionControlNetPAG\w+ has controlnet, which .* ignore"):
         EDICT.from_pipeline(controlled, "a dog")
 
 

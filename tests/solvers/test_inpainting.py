@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from conftest import relative, sd_scheduler
-from tiny_extras import STEPS, assert_same_gradients, picture, pipelines, sure_vae, unet_like, with_parts
+from tiny_extras import STEPS, assert_same_gradients, controlnet, picture, pipelines, sure_vae, unet_like, with_parts
 from tolerances import FP32
 from torch import Tensor
 
@@ -87,6 +87,18 @@ def test_a_unet_that_does_not_see_the_mask(pipes: dict[str, Any], kind: str, nam
         assert relative(decoded.clamp(0, 1), image) < FP32
     text, _, _ = compare(with_parts("StableDiffusionPipeline", pipe), {}) if kind == "sd 4" else (None, 0, 0)
     assert text is None or relative(text(text.noise(seed=3))[0] * small, expected * small) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sd 4", "sd 9", "xl 4"])
+def test_with_a_controlnet(pipes: dict[str, Any], kind: str) -> None:
+    name = {"sd": "StableDiffusionControlNetInpaintPipeline", "xl": "StableDiffusionXLControlNetInpaintPipeline"}
+    plain = unet_like(pipes[kind], in_channels=4)
+    scheduler = sd_scheduler(steps_offset=1, set_alpha_to_one=True)
+    pipe = with_parts(name[kind[:2]], pipes[kind], controlnet=controlnet(plain), scheduler=scheduler)
+    options = {"image": picture(), "mask_image": mask(), "control_image": picture(seed=2), "strength": 0.8}
+    _, x0, expected = compare(pipe, options)
+    assert relative(x0, expected) < FP32
+    assert relative(compare(pipe, {**options, "control_image": picture(seed=3)})[1], expected) > 1e-3
 
 
 def test_the_schedulers_own_second_order_steps(pipes: dict[str, Any]) -> None:

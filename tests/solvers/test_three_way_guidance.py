@@ -113,6 +113,34 @@ def test_what_does_not_fit_pag_is_refused(pags: dict[str, Any], base: dict[str, 
             with_parts(PAGS["sd"], base["sd"], unet=replaced))  # fmt: skip
 
 
+# Guidance that keeps a deviation
+
+
+@pytest.mark.parametrize("kind", PAGS)
+def test_guidance_rescale(base: dict[str, Any], pags: dict[str, Any], kind: str) -> None:
+    options = {**SIZE, "guidance_scale": 5.0, "guidance_rescale": 0.7, "prompt": ["a dog", "a cat"]}
+    got, expected = chain_and_pipeline(base[kind], options, batch=2)
+    assert relative(got, expected) < FP32
+    plain, _ = chain_and_pipeline(base[kind], {**options, "guidance_rescale": 0.0}, batch=2)
+    assert relative(plain, expected) > 1e-4
+    given = embeddings(base[kind])
+
+    def make(memory: Any, leaf: Any) -> Any:
+        return DDIM.from_pipeline(
+            base[kind], num_inference_steps=3, guidance_scale=5.0, guidance_rescale=0.7, memory=memory, **SIZE,
+            **{**given, "negative_prompt_embeds": leaf},
+        )  # fmt: skip
+
+    leaf = given["negative_prompt_embeds"]
+    assert_same_gradients(make, [leaf], ["checkpoint", "auto"], make("checkpoint", leaf).noise(seed=1))
+    with pytest.raises(
+        ValueError, match=r"^guidance_rescale: expected 0 with guidance by three predictions, .* got 0.5"
+    ):
+        DDIM.from_pipeline(pags[kind], "a dog", guidance_rescale=0.5, **SIZE)
+    with pytest.raises(ValueError, match=r"^guidance_rescale: expected a number from 0 to 1, got 2"):
+        DDIM.from_pipeline(base[kind], "a dog", guidance_rescale=2.0)
+
+
 # InstructPix2Pix
 
 

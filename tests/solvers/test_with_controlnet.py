@@ -144,9 +144,7 @@ def test_other_control_networks_and_pipelines_are_refused(pipes: dict[str, Any])
     other = with_parts(KINDS["sd"], pipe, controlnet=Union(**config))
     with pytest.raises(ValueError, match=r"^controlnet: expected a ControlNetModel or a MultiControlNetModel, got Uni"):
         DDIM.from_pipeline(other, "a dog", image=picture())
-    inpaint = with_parts("StableDiffusionControlNetInpaintPipeline", pipe)
-    with pytest.raises(
-        ValueError, match=r"^pipe: StableDiffusionControlNetInpaintPipeline has controlnet, which .* ig"
-    ):
+    inpaint = with_parts("StableDiffusionControlNetPAGPipeline", pipe)
+    with pytest.raises(ValueError, match=r"^pipe: StableDiffusionControlNetPAGPipeline has controlnet, which .* ig"):
         DDIM.from_pipeline(inpaint, "a dog", image=picture())
     assert unet_like(pipe).config.in_channels == 4

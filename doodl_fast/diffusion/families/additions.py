@@ -28,7 +28,8 @@ class Build:
         network: What the `Denoiser` will call: the UNet, or a module around it.
         space: The shape of the latents, and what `chain.noise` draws.
         decoder: From latents to images.
-        kwargs: Further arguments of the network.
+        kwargs: Further arguments of the network, or of the `Denoiser`.
+        has_own_guidance: Whether the two halves that the network returns are not its predictions.
     """
 
     pipe: Any
@@ -39,6 +40,7 @@ class Build:
     space: LatentSpace
     decoder: Decoder
     kwargs: dict[str, Any] = field(default_factory=dict)
+    has_own_guidance: bool = False
 
 
 class Addition(ABC):

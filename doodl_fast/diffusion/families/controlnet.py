@@ -15,7 +15,9 @@ from .additions import Addition, AroundUNet, Build, StepWeights, numbers
 from .base import Request
 
 TEXT_TO_IMAGE = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
-FROM_PICTURES = ("StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionXLControlNetImg2ImgPipeline")
+FROM_PICTURES = tuple(
+    f"StableDiffusion{xl}ControlNet{kind}Pipeline" for xl in ("", "XL") for kind in ("Img2Img", "Inpaint")
+)
 NETWORKS = ("ControlNetModel", "MultiControlNetModel")
 SHARED = ("text_embeds", "time_ids")
 """Of the UNet's added conditions, those that a pipeline gives to the control network too."""
@@ -124,7 +126,10 @@ def _hint(pipe: Any, name: str, picture: Any, request: Request) -> Tensor:
             )
         return picture
     prepare = pipe.prepare_image if name == "image" else pipe.prepare_control_image
+    taken = inspect.signature(prepare).parameters
+    uncropped = {"crops_coords": None, "resize_mode": "default"} if "crops_coords" in taken else {}
     prepared: Tensor = prepare(
+        **uncropped,
         image=picture,
         width=request.width,
         height=request.height,

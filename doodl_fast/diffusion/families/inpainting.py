@@ -18,7 +18,7 @@ from .additions import Addition, AroundUNet, Build
 from .base import Request
 from .image_to_image import from_picture, prepared, strength_of
 
-INPAINTING = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
+INPAINTING = tuple(f"StableDiffusion{xl}{kind}InpaintPipeline" for xl in ("", "XL") for kind in ("", "ControlNet"))
 
 
 class Inpainting(Addition):

@@ -51,6 +51,7 @@ class PAG(Addition):
         processor = build.pipe._pag_attn_processors[0 if build.guided else 1]
         for layer in self._layers:
             _set_processor(unet, layer, processor)
+        build.has_own_guidance = True
         build.network = PerturbedUNet(copies.of(build.network), self._scale, self._falls, build.guided)
 
 

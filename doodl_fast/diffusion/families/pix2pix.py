@@ -53,6 +53,7 @@ class InstructPix2Pix(Addition):
             shown = build.decoder.encode(shown)
             if not getattr(build.pipe, "is_cosxl_edit", False):  # These networks see what the VAE itself has.
                 shown = build.decoder.raw(shown)
+        build.has_own_guidance = True
         build.network = InstructedUNet(build.network, self._scale, build.guided)
         build.kwargs["shown"] = Guided(shown, shown)
 

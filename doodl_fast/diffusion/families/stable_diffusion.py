@@ -26,11 +26,13 @@ from .ip_adapter import IPAdapter
 from .lora import LoRAScale
 from .pag import PAG, PERTURBED
 from .pix2pix import INSTRUCTED, InstructPix2Pix, OldEncoding
+from .rescaling import GuidanceRescale
 from .t2i_adapter import ADAPTED, T2IAdapter
 from .xl_conditions import XLConditions
 
 ADDITIONS: tuple[type[Addition], ...] = (
     *(LoRAScale, Inpainting, InstructPix2Pix, ImageToImage, XLConditions, IPAdapter, T2IAdapter, ControlNet, PAG),
+    GuidanceRescale,
 )
 """What may stand around the UNet, in the order in which it is put there."""
 
