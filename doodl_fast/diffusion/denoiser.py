@@ -6,7 +6,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from ..frozen import Level, gains_by_recompute, level_of
 from .active_calls import Variant, active_call, active_conditions, calling_copies
 from .calling import NetworkCall, module_of
 from .conditions import Fit, check_conditions, map_tensors, tensors_of
-from .hooks import cast_for_calls, refuse_caches
+from .hooks import first_weight, refuse_caches
 from .module_copies import why_not_cast
-from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic, scalable_layers
+from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic, scales_adapters
 from .timesteps import Timesteps
 
 AUTO = "auto"
@@ -185,25 +185,8 @@ class Denoiser(Evaluator):
         """The dtype in which the network gets x: that of its weights, or the latents' if it has none."""
         if self._variant.cast_to is not None:
             return self._variant.cast_to
-        found = self._weight()
+        found = first_weight(self._module)
         return latents_dtype if found is None else found[1]
-
-    def _weight(self) -> tuple[Tensor, torch.dtype] | None:
-        """The first of the network's weights that it computes with, and the dtype that it has then."""
-        if self._module is None:
-            return None
-        # diffusers keeps these in float32, whatever the dtype of the others.
-        kept = tuple(getattr(self._module, "_keep_in_fp32_modules", None) or ())
-        first = None
-        for name, module in self._module.named_modules():
-            for key, weight in module._parameters.items():
-                dtype = None if weight is None else cast_for_calls(module) or weight.dtype
-                # float8 and integer weights are storage formats that the module unpacks itself.
-                if weight is not None and dtype in FLOAT_DTYPES:
-                    if not any(part in f"{name}.{key}" for part in kept):
-                        return weight, dtype
-                    first = (weight, dtype) if first is None else first
-        return first
 
     def for_vjp(self) -> Denoiser | None:
         """The same denoiser with weights in `vjp_dtype`; None where VJPs are taken of this one.
@@ -211,7 +194,7 @@ class Denoiser(Evaluator):
         Raises:
             ValueError: `vjp_dtype` names a dtype, and no copy of the network with cast weights can be made.
         """
-        dtype, found = self._vjp_dtype, self._weight()
+        dtype, found = self._vjp_dtype, first_weight(self._module)
         if dtype == AUTO:
             slow = found is not None and found[0].device.type == "cpu" and found[1] in HALF_DTYPES
             dtype = torch.float32 if slow else None
@@ -244,7 +227,7 @@ class Denoiser(Evaluator):
         It is None if the network has no blocks that can be checkpointed, or if it is given a scale for its LoRA
         adapters, which holds for the length of a call and not when a block is computed again.
         """
-        if not has_blocks(self._module) or self._scales_adapters():
+        if not has_blocks(self._module) or scales_adapters(self._module, self._unet_kwargs):
             return None
         other = copy.copy(self)
         other._variant = replace(self._variant, checkpoints=True)
@@ -267,12 +250,6 @@ class Denoiser(Evaluator):
         other = copy.copy(self)
         other._variant = replace(self._variant, lean=level)
         return other
-
-    def _scales_adapters(self) -> bool:
-        """Whether the network's arguments hold a scale for LoRA adapters that it has."""
-        given = [self._unet_kwargs.get(f"{name}attention_kwargs") for name in ("cross_", "joint_", "")]
-        scales = [entry.get("scale") for entry in given if isinstance(entry, Mapping)]
-        return any(scale not in (None, 1) for scale in scales) and bool(scalable_layers(self._module))
 
     @property
     def insists_on_vjps(self) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .networks import FLOAT_DTYPES
 
 CASTING = "layerwise_casting"
 """The hook that keeps a layer's weights in another dtype, fp8 for instance, than it computes in."""
@@ -26,6 +28,24 @@ def cast_for_calls(module: nn.Module) -> torch.dtype | None:
 def computes_in(network: nn.Module) -> torch.dtype | None:
     """Returns the dtype that a network's layers are cast to for each call; None if none of them is."""
     return next((dtype for module in network.modules() if (dtype := cast_for_calls(module)) is not None), None)
+
+
+def first_weight(network: nn.Module | None) -> tuple[Tensor, torch.dtype] | None:
+    """Returns the first of a network's weights that it computes with, and the dtype that it has then, or None."""
+    if network is None:
+        return None
+    # diffusers keeps these in float32, whatever the dtype of the others.
+    kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
+    first = None
+    for name, module in network.named_modules():
+        for key, weight in module._parameters.items():
+            dtype = None if weight is None else cast_for_calls(module) or weight.dtype
+            # float8 and integer weights are storage formats that the module unpacks itself.
+            if weight is not None and dtype in FLOAT_DTYPES:
+                if not any(part in f"{name}.{key}" for part in kept):
+                    return weight, dtype
+                first = (weight, dtype) if first is None else first
+    return first
 
 
 def device_of(network: nn.Module) -> torch.device:

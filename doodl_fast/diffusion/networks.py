@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,18 @@ def scalable_layers(network: Any) -> list[Any]:
     if not isinstance(network, nn.Module):
         return []
     return [m for m in network.modules() if hasattr(m, "scale_layer") and isinstance(getattr(m, "scaling", None), dict)]
+
+
+def scales_adapters(network: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a network's arguments hold a scale for LoRA adapters that it has, for the length of a call.
+
+    Args:
+        network: The network.
+        kwargs: Its arguments.
+    """
+    given = [kwargs.get(f"{name}attention_kwargs") for name in ("cross_", "joint_", "")]
+    scales = [entry.get("scale") for entry in given if isinstance(entry, Mapping)]
+    return any(scale not in (None, 1) for scale in scales) and bool(scalable_layers(network))
 
 
 @contextlib.contextmanager
