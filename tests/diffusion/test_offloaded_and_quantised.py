@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -22,6 +23,7 @@ from doodl_fast.diffusion.hooks import device_of
 from doodl_fast.diffusion.module_copies import why_not_copied
 from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
+from doodl_fast.solvers.sampler import Sampler
 
 SIZE: dict[str, Any] = {"guidance_scale": 3.0, "height": 64, "width": 64}
 CPU = torch.device("cpu")
@@ -201,6 +203,28 @@ def test_a_controlnet_is_cast_too(base: Any) -> None:
         return DDIM.from_pipeline(pipe, "a dog", num_inference_steps=2, memory=memory, image=hint, **SIZE)
 
     assert_same_gradients(make, [picture()], ["checkpoint"], make("checkpoint", picture()).noise(seed=1))
+
+
+def test_where_a_network_computes() -> None:
+    network = nn.Sequential(nn.Linear(2, 2))
+    assert device_of(network) == CPU
+    vars(network[0])["_hf_hook"] = SimpleNamespace(hooks=[SimpleNamespace(execution_device="meta")])
+    assert device_of(network) == torch.device("meta"), "accelerate's hooks come first"
+
+
+def test_a_transformer_whose_weights_lie_elsewhere(tmp_path: Any) -> None:
+    pipe = tiny_families.stable_diffusion_3(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "max_sequence_length": 8, "guidance_scale": 3.0}
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = pipe("a dog", latents=x, output_type="latent", height=16, width=16, **options).images
+    pytest.importorskip("accelerate").cpu_offload(pipe.transformer, CPU)
+    chain = Sampler.from_pipeline(pipe, "a dog", memory="checkpoint", height=16, width=16, **options)
+    assert pipe.transformer.device.type == "meta" and chain.noise().device == CPU
+    leaf = x.requires_grad_()
+    (end,) = chain(leaf)
+    assert relative(end, expected) < FP32
+    assert torch.autograd.grad(end.square().mean(), leaf)[0].norm() > 0
 
 
 def test_quantised_weights_are_not_cast(base: Any) -> None:

@@ -12,6 +12,7 @@ from ..audio import AudioDecoder, audio_space
 from ..decoder import vae_scale_factor
 from ..denoiser import Denoiser
 from ..guided import Guided
+from ..hooks import device_of
 from ..module_copies import frozen_copy
 from ..networks import run_in_dtype
 from .base import (
@@ -124,7 +125,7 @@ class AudioLDM2(Family):
             encoder_attention_mask_1=mask,
             **own,
         )
-        space = audio_space(rest, pipe.unet.device, len(conds[0]))
+        space = audio_space(rest, device_of(pipe.unet), len(conds[0]))
         return Parts(denoiser, space, SpectrogramDecoder(pipe, rest, samples))
 
     def _shape(self, pipe: Any, length: Any) -> tuple[tuple[int, ...], int]:
@@ -155,7 +156,7 @@ class AudioLDM2(Family):
                 by_name[f"negative_{name}"], by_name[name] = value.chunk(2)
             else:
                 by_name[name] = value
-        return keep_given(by_name, encoding, pipe.unet.device)
+        return keep_given(by_name, encoding, device_of(pipe.unet))
 
 
 def refuse_sizes(request: Request, length: str) -> None:

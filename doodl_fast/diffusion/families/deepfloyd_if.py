@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..calling import NetworkAdapter
 from ..denoiser import Denoiser
+from ..hooks import device_of
 from ..latent_space import LatentSpace, check_size
 from .base import (
     DENOISER_OPTIONS,
@@ -88,5 +89,5 @@ class DeepFloydIF(Family):
             check_size(name, size, 1, halvings)
         scale = guidance_scale if guided else 1.0
         denoiser = Denoiser(IFCall(pipe.unet), cond, uncond, scale, **own, **extra)
-        space = LatentSpace(3, 1, height, width, pipe.unet.device, prompts=len(cond), patch=halvings)
+        space = LatentSpace(3, 1, height, width, device_of(pipe.unet), prompts=len(cond), patch=halvings)
         return Parts(denoiser, space, Pixels())

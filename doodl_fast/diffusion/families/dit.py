@@ -11,6 +11,7 @@ from torch import Tensor
 from ..calling import NetworkAdapter
 from ..decoder import Decoder, vae_scale_factor
 from ..denoiser import Denoiser
+from ..hooks import device_of
 from .base import DENOISER_OPTIONS, Family, Parts, Request, refuse_unknown, take
 from .transformer import transformer_space
 
@@ -42,7 +43,7 @@ class DiT(Family):
                 raise ValueError(f"{name}: expected None, because DiTPipeline has no text, got {value!r}")
         config, scale, options = pipe.transformer.config, self.scale_of(request), dict(request.options)
         own = take(options, DENOISER_OPTIONS)
-        labels = _labels(options.pop("class_labels", None), config.num_embeds_ada_norm, pipe.transformer.device)
+        labels = _labels(options.pop("class_labels", None), config.num_embeds_ada_norm, device_of(pipe.transformer))
         refuse_unknown(options, pipe, {"class_labels"})
         side = config.sample_size * vae_scale_factor(pipe.vae)
         size = tuple(side if given is None else given for given in (request.height, request.width))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..guided import Guided
+from ..hooks import device_of
 from .base import Request, keep_given, network_of
 from .transformer import check_prompts, no_grad_encode
 
@@ -35,7 +36,7 @@ def encode_pair(
         **{**defaults, **encoding},
     )
     names = ("prompt_embeds", "negative_prompt_embeds")
-    cond, uncond = keep_given(dict(zip(names, made, strict=True)), encoding, network_of(pipe).device).values()
+    cond, uncond = keep_given(dict(zip(names, made, strict=True)), encoding, device_of(network_of(pipe))).values()
     assert cond is not None
     return cond, uncond if guided else None
 
@@ -68,7 +69,7 @@ def encode_masked_pair(
         **{**defaults, **encoding},
     )
     found = {name: value for name, value in zip(returned, made, strict=True) if name in NAMES}
-    found = keep_given(found, encoding, network_of(pipe).device)
+    found = keep_given(found, encoding, device_of(network_of(pipe)))
     cond, mask, uncond, negative_mask = (found[name] for name in NAMES)
     assert cond is not None and mask is not None
     if not guided:

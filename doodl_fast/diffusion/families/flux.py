@@ -16,6 +16,7 @@ from ..calling import NetworkAdapter
 from ..decoder import Decoder, vae_scale_factor
 from ..denoiser import Denoiser
 from ..guided import Guided
+from ..hooks import device_of
 from .base import (
     DENOISER_OPTIONS,
     Family,
@@ -142,7 +143,7 @@ class Flux(Family):
         guided = true_guidance(pipe, request, true_cfg_scale)
         cond, uncond, pooled = self._encode(pipe, request, encoding, negative, guided)
         if config.guidance_embeds:
-            extra["guidance"] = torch.full([1], guidance_scale, device=pipe.transformer.device)
+            extra["guidance"] = torch.full([1], guidance_scale, device=device_of(pipe.transformer))
         elif request.guidance_scale != "auto":
             warnings.warn(
                 "guidance_scale: it is not used, because this network (FLUX.1 schnell, for instance) does not embed "
@@ -167,7 +168,7 @@ class Flux(Family):
         encoders = ("text_encoder", "text_encoder_2")
         prompts, negatives = check_prompts(pipe, request, given, guided, "pooled_prompt_embeds", encoders)
         names = ("prompt_embeds", "pooled_prompt_embeds")
-        device = pipe.transformer.device
+        device = device_of(pipe.transformer)
         made = dict(zip(names, no_grad_encode(pipe, prompt=prompts, **encoding), strict=False))
         cond, pooled = keep_given(made, encoding, device).values()
         assert cond is not None and pooled is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..calling import NetworkAdapter
 from ..decoder import Decoder, latent_channels, vae_scale_factor
 from ..denoiser import Denoiser
+from ..hooks import device_of
 from ..images import check_images
 from .base import (
     DENOISER_OPTIONS,
@@ -145,7 +146,7 @@ class Flux2(Family):
                 stacklevel=3,
             )
         if embeds:
-            extra["guidance"] = torch.full([1], scale, device=pipe.transformer.device)
+            extra["guidance"] = torch.full([1], scale, device=device_of(pipe.transformer))
         if "attention_kwargs" in extra:
             extra["joint_attention_kwargs"] = extra.pop("attention_kwargs")
         cond, uncond = self._encode(pipe, request, encoding, negative, guided)
@@ -163,7 +164,7 @@ class Flux2(Family):
         """Returns the embeddings of the prompts, and those of the negative prompts."""
         encoders = ("text_encoder", "tokenizer")
         prompts, negatives = check_prompts(pipe, request, {**encoding, **negative}, guided, None, encoders)
-        given, device = encoding.pop("prompt_embeds", None), pipe.transformer.device
+        given, device = encoding.pop("prompt_embeds", None), device_of(pipe.transformer)
         # The embeddings that are given need no encoding, which would cut their graph.
         cond = no_grad_encode(pipe, prompt=prompts, **encoding)[0] if given is None else given.to(device)
         if not guided:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..combining import RescaledGuidance
 from ..decoder import vae_scale_factor
 from ..guided import Guided
+from ..hooks import device_of
 from .base import Request, keep_given
 from .encoding import NAMES
 from .masked import MaskedFamily, warn_unbinned
@@ -78,8 +79,8 @@ class HunyuanDiT(MaskedFamily):
             *(options.get("target_size") or size),
             *options.get("crops_coords_top_left", (0, 0)),
         ]
-        like = {"device": pipe.transformer.device, "dtype": pipe.transformer.dtype}
-        style = torch.zeros(1, dtype=torch.long, device=pipe.transformer.device)
+        like = {"device": device_of(pipe.transformer), "dtype": pipe.transformer.dtype}
+        style = torch.zeros(1, dtype=torch.long, device=device_of(pipe.transformer))
         return {**encoded, "image_meta_size": torch.tensor([sizes], **like), "style": style}
 
     def combine(self, pipe: Any, request: Request) -> RescaledGuidance | None:
@@ -118,7 +119,7 @@ class HunyuanDiT(MaskedFamily):
                 text_encoder_index=len(pairs),
                 **given,
             )
-            pairs.append(keep_given(dict(zip(RETURNED, made, strict=True)), given, pipe.transformer.device))
+            pairs.append(keep_given(dict(zip(RETURNED, made, strict=True)), given, device_of(pipe.transformer)))
         clip, t5 = pairs
         cond, uncond = clip["prompt_embeds"], clip["negative_prompt_embeds"] if guided else None
         assert cond is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import vae_scale_factor
+from ..hooks import device_of
 from .base import Request
 from .masked import MaskedFamily, warn_unbinned
 from .transformer import TransformerCall
@@ -42,7 +43,7 @@ class PixArt(MaskedFamily):
         told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if pipe.transformer.use_additional_conditions:
             height, width = size
-            like = {"device": pipe.transformer.device, "dtype": pipe.transformer.dtype}
+            like = {"device": device_of(pipe.transformer), "dtype": pipe.transformer.dtype}
             told["resolution"] = torch.tensor([[height, width]], **like)
             told["aspect_ratio"] = torch.tensor([[height / width]], **like)
         return {**super().conditions(pipe, request, size, encoded), "added_cond_kwargs": told}

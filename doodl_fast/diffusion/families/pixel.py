@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..decoder import Decoder
 from ..denoiser import Denoiser
+from ..hooks import device_of
 from ..images import check_images
 from ..latent_space import LatentSpace, check_size
 from .base import BY_HAND, DENOISER_OPTIONS, Family, Parts, Request, refuse_unknown, take
@@ -84,7 +85,7 @@ class PixelSpace(Family):
         own, labels = take(options, DENOISER_OPTIONS), options.pop("class_labels", None)
         refuse_unknown(options, pipe, {"class_labels"})
         if labels is not None:
-            labels = torch.as_tensor(labels, device=pipe.unet.device)
+            labels = torch.as_tensor(labels, device=device_of(pipe.unet))
         config = pipe.unet.config
         sides = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
         halvings = 2 ** (len(config.block_out_channels) - 1)
@@ -99,7 +100,7 @@ class PixelSpace(Family):
             1,
             sizes[0],
             sizes[1],
-            pipe.unet.device,
+            device_of(pipe.unet),
             prompts=1 if labels is None else len(labels),
             patch=halvings,
         )

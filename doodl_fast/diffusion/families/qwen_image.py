@@ -12,6 +12,7 @@ from ..calling import NetworkAdapter
 from ..decoder import Decoder, vae_scale_factor
 from ..denoiser import Denoiser
 from ..guided import Guided
+from ..hooks import device_of
 from .base import DENOISER_OPTIONS, Family, Parts, Request, encoding_options, keep_given, refuse_unknown, take
 from .flux import PATCH, TRAINING_STEPS, pack, unpack
 from .transformer import (
@@ -174,7 +175,9 @@ def _states(
     made = no_grad_encode(
         pipe, prompt=prompts, prompt_embeds=states, prompt_embeds_mask=mask, max_sequence_length=tokens
     )
-    found = keep_given(dict(zip(names, made, strict=True)), {names[0]: states, names[1]: mask}, pipe.transformer.device)
+    found = keep_given(
+        dict(zip(names, made, strict=True)), {names[0]: states, names[1]: mask}, device_of(pipe.transformer)
+    )
     states, mask = (found[name] for name in names)
     assert states is not None
     return states, torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask

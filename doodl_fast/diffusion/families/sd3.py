@@ -9,6 +9,7 @@ from torch import Tensor
 from ..decoder import Decoder, vae_scale_factor
 from ..denoiser import Denoiser
 from ..guided import Guided
+from ..hooks import device_of
 from .base import (
     DENOISER_OPTIONS,
     Family,
@@ -110,7 +111,7 @@ class StableDiffusion3(Family):
             **{"prompt_2": None, "prompt_3": None, "lora_scale": scale, **encoding},
         )
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        found = keep_given(dict(zip(names, made, strict=True)), encoding, pipe.transformer.device)
+        found = keep_given(dict(zip(names, made, strict=True)), encoding, device_of(pipe.transformer))
         cond, uncond, pooled, negative_pooled = (found[name] for name in names)
         assert cond is not None and pooled is not None
         if not guided:

@@ -14,6 +14,7 @@ from ..audio import AudioDecoder, audio_space
 from ..calling import NetworkAdapter
 from ..denoiser import Denoiser
 from ..edm import EDM_SCHEDULERS, is_edm
+from ..hooks import device_of
 from ..networks import frozen
 from .audioldm2 import refuse_sizes
 from .base import (
@@ -94,7 +95,7 @@ class StableAudio(Family):
         config, rate = pipe.transformer.config, pipe.vae.config.sampling_rate
         rest = config.in_channels, int(config.sample_size)
         decoder = AudioDecoder(pipe.vae, rest, 1.0, rate, int(start * rate), int(end * rate))
-        return Parts(denoiser, audio_space(rest, pipe.transformer.device, len(cond)), decoder)
+        return Parts(denoiser, audio_space(rest, device_of(pipe.transformer), len(cond)), decoder)
 
     def _seconds(self, pipe: Any, given: dict[str, Any]) -> tuple[float, float]:
         """Returns the start and the end of the audio in seconds."""
@@ -125,12 +126,12 @@ class StableAudio(Family):
         with torch.set_grad_enabled(needs_grad), frozen(pipe.text_encoder, pipe.projection_model):
             texts = pipe.encode_prompt(
                 prompt=prompts,
-                device=pipe.transformer.device,
+                device=device_of(pipe.transformer),
                 do_classifier_free_guidance=guided,
                 negative_prompt=negatives if has_negative else None,
                 **encoding,
             )
-            seconds = pipe.encode_duration(start, end, pipe.transformer.device, False, 1)
+            seconds = pipe.encode_duration(start, end, device_of(pipe.transformer), False, 1)
         duration = torch.cat(seconds, dim=2)
         halves = [
             torch.cat([half, *(second.expand(len(half), -1, -1) for second in seconds)], dim=1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..calling import NetworkAdapter
 from ..decoder import vae_scale_factor
+from ..hooks import device_of
 from ..latent_space import LatentSpace, check_size
 from ..prompts import prompt_texts
 from .base import Request, network_of, warn_unused_negative_prompt
@@ -113,7 +114,7 @@ def transformer_space(
         channels,
         factor,
         *size,
-        device=pipe.transformer.device,
+        device=device_of(pipe.transformer),
         fixed_size=fixed_by is not None,
         prompts=prompts,
         patch=patch,
@@ -206,4 +207,4 @@ def no_grad_encode(pipe: Any, **arguments: Any) -> Any:
     known = inspect.signature(pipe.encode_prompt).parameters
     counts = {name: 1 for name in known if name.startswith("num_") and name.endswith("_per_prompt")}
     with torch.no_grad():
-        return pipe.encode_prompt(device=network_of(pipe).device, **counts, **arguments)
+        return pipe.encode_prompt(device=device_of(network_of(pipe)), **counts, **arguments)

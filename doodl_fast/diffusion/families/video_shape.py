@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..hooks import device_of
 from ..latent_space import check_size
 from ..video import VideoSpace
 from .base import Request, network_of
@@ -26,7 +27,7 @@ def video_space(pipe: Any, request: Request, defaults: tuple[int, int, int], pat
     frames, height, width = (own if value is None else value for own, value in zip(defaults, given, strict=True))
     for name, pixels in (("height", height), ("width", width)):
         check_size(name, pixels, shape["scale_factor"], patch, shape.get("largest"))
-    device = network_of(pipe).device
+    device = device_of(network_of(pipe))
     space = VideoSpace(height=height, width=width, num_frames=frames, device=device, patch=patch, **shape)
     space.latent_frames()
     return space

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..calling import NetworkAdapter
 from ..decoder import vae_scale_factor
 from ..guided import Guided
+from ..hooks import device_of
 from .base import Request
 from .flux import PATCH, TRAINING_STEPS
 from .masked import MaskedFamily
@@ -141,7 +142,7 @@ class ZImage(MaskedFamily):
     def _states(self, pipe: Any, prefix: str, texts: list[str] | None, encoding: dict[str, Any]) -> list[Tensor]:
         """Returns the embeddings (tokens, features) of each prompt, or those that are given."""
         name = f"{prefix}prompt_embeds"
-        given, device = encoding.get(name), pipe.transformer.device
+        given, device = encoding.get(name), device_of(pipe.transformer)
         if given is None:
             options = {key: value for key, value in encoding.items() if key == "max_sequence_length"}
             # The pipeline writes its template into the list that it is given.
