@@ -7,10 +7,11 @@ Bhatia and Dangel, arXiv 2404.12406).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 
 class Geometry(NamedTuple):
@@ -24,28 +25,39 @@ class Geometry(NamedTuple):
     groups: int
 
 
-class _Convolution(torch.autograd.Function):
-    """A convolution that saves no input."""
+class _Saved:
+    """What the graph of one convolution keeps: the weights, and in place of the input its shape.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.geometry = x.shape, geometry
-        ctx.strides = None if x.is_contiguous() else x.stride()
-        return torch.convolution(x, weight, bias, *geometry)
+    PyTorch's own node of the graph is used, with hooks for what it saves: a `torch.autograd.Function` would take
+    several times as long beside a small convolution.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (weight,) = ctx.saved_tensors
-        # PyTorch asks for an input of the right shape, and for its strides, but does not read it.
-        if ctx.strides is None:
-            like = weight.new_empty(()).expand(ctx.shape)
-        else:
-            like = weight.new_empty_strided(ctx.shape, ctx.strides)
-        gradient = torch.ops.aten.convolution_backward(
-            grad_outputs[0], like, weight, None, *ctx.geometry, [True, False, False]
-        )
-        return gradient[0], None, None, None
+    __slots__ = ("shape", "strides", "version", "weight")
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.shape, self.strides = x.shape, None if x.is_contiguous() else x.stride()
+        self.weight, self.version = weight, weight._version
+
+    def pack(self, saved: Tensor) -> Tensor | None:
+        """Keeps a tensor that the node saves, unless it is the input."""
+        return saved if saved is self.weight or saved.shape != self.shape else None
+
+    def unpack(self, packed: Tensor | None) -> Tensor:
+        """The weights, or a tensor in place of the input: PyTorch looks at its shape and strides, not at its values.
+
+        Raises:
+            RuntimeError: The weights were changed in place after the forward pass.
+        """
+        if self.weight._version != self.version:  # With hooks PyTorch does not look.
+            raise RuntimeError(
+                "the weight of a convolution was modified by an inplace operation between the forward and the backward "
+                f"pass: it is at version {self.weight._version}, expected version {self.version}"
+            )
+        if packed is not None:
+            return packed
+        if self.strides is None:
+            return self.weight.new_empty(()).expand(self.shape)
+        return self.weight.new_empty_strided(self.shape, self.strides)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -57,5 +69,6 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
         bias: One number for each channel of the output, or None.
         geometry: Stride, padding and so on.
     """
-    result: Tensor = _Convolution.apply(x, weight, bias, geometry)  # type: ignore[no-untyped-call]
-    return result
+    saved = _Saved(x, weight)
+    with saved_tensors_hooks(saved.pack, saved.unpack):
+        return torch.convolution(x, weight, bias, *geometry)

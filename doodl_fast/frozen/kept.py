@@ -51,6 +51,8 @@ def _saved(node: Any) -> Iterator[Tensor]:
     """The tensors that a node keeps."""
     for name in dir(node):
         if name == "saved_tensors" or name.startswith("_saved_"):
+            if getattr(getattr(node, f"_raw{name}", None), "data", node) is None:
+                continue  # Hooks keep nothing of this tensor (`convolution.py`), and would make a new one.
             value = getattr(node, name)
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(item, Tensor):

@@ -274,6 +274,15 @@ def test_a_change_in_place_of_what_is_kept_is_an_error():
         output.sum().backward()
 
 
+def test_a_change_in_place_of_a_convolutions_weight_is_an_error():
+    layer = made(lambda: nn.Conv2d(4, 4, 3))
+    output = copied(layer, Level.ON)(inputs((2, 4, 5, 5))[0])
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="weight of a convolution was modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_a_change_in_place_of_a_norms_output_voids_its_recipe():
     """The activation then saves what it is given, as it does after any other layer."""
 
