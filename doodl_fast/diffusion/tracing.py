@@ -164,7 +164,10 @@ def _start(
     if span is None or not span.from_picture:
         return 1.0 if span is not None and span.below is not None else init_noise_sigma, (0.0, 1.0)
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    shares = [float(scheduler.add_noise(a, b, timestep.reshape(1))) for a, b in ((one, zero), (zero, one))]
+    at = timestep.reshape(1)
+    # Schedulers of flows name this otherwise, and take its arguments in another order.
+    add = getattr(scheduler, "add_noise", None) or (lambda a, b, t: scheduler.scale_noise(a, t, b))
+    shares = [float(add(a, b, at)) for a, b in ((one, zero), (zero, one))]
     scale = 1.0 if init_noise_sigma == 1 else math.hypot(*shares)
     return scale, (shares[0] / scale, shares[1] / scale)
 

@@ -14,7 +14,7 @@ from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
 from doodl_fast.solvers.sampler import Sampler
 
-OPTIONS: dict[str, Any] = {"num_inference_steps": 4, "max_sequence_length": 8}
+OPTIONS: dict[str, Any] = {"num_inference_steps": 5, "max_sequence_length": 8}
 SIZE = {"height": 16, "width": 24}
 
 
@@ -43,12 +43,12 @@ def test_latents_and_pictures(pipe: Any, solver: Any, guidance: dict[str, Any]) 
 def test_a_batch_of_prompts_and_given_sigmas(pipe: Any) -> None:
     prompts, negatives = ["a dog", "a circle"], ["ugly", "blurred"]
     check_pictures(Sampler, pipe, prompts, {**OPTIONS, **SIZE, "negative_prompt": negatives})
-    check_pictures(DDIM, pipe, "a dog", {**OPTIONS, **SIZE, "sigmas": [1.0, 0.8, 0.5, 0.1]})
+    check_pictures(DDIM, pipe, "a dog", {**OPTIONS, **SIZE, "sigmas": [1.0, 0.8, 0.5, 0.2, 0.1]})
 
 
 @pytest.mark.parametrize(("solver", "memory"), [(DDIM, "checkpoint"), (Sampler, "auto"), (EDICT, "reversible")])
 def test_gradient_is_that_of_plain_autograd(pipe: Any, solver: Any, memory: str) -> None:
-    check_gradient(solver, pipe, memory, embeddings(pipe), {"num_inference_steps": 4})
+    check_gradient(solver, pipe, memory, embeddings(pipe), {"num_inference_steps": 5})
 
 
 def test_exact_arithmetic_is_undone_to_the_bit(pipe: Any) -> None:

@@ -15,7 +15,7 @@ from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
 from doodl_fast.solvers.sampler import Sampler
 
-STEPS = 4
+STEPS = 5
 
 
 def pictures(pipe: Any, labels: list[int], seed: int = 3, **options: Any) -> torch.Tensor:

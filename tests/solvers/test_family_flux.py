@@ -133,6 +133,6 @@ def test_what_does_not_fit_is_refused(pipes: dict[str, Any]) -> None:
 
 
 def test_pipelines_for_other_tasks_are_refused_by_name(pipes: dict[str, Any]) -> None:
-    other = diffusers.FluxImg2ImgPipeline(**pipes["dev"].components)
-    with pytest.raises(TypeError, match=r"^pipe: from_pipeline does not know FluxImg2ImgPipeline; expected one of "):
+    other = diffusers.FluxInpaintPipeline(**pipes["dev"].components)
+    with pytest.raises(TypeError, match=r"^pipe: from_pipeline does not know FluxInpaintPipeline; expected one of "):
         Sampler.from_pipeline(other, "a dog")

@@ -16,7 +16,7 @@ from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
 from doodl_fast.solvers.sampler import Sampler
 
-OPTIONS: dict[str, Any] = {"num_inference_steps": 4}
+OPTIONS: dict[str, Any] = {"num_inference_steps": 5}
 SIZE = {"height": 32, "width": 48}
 WHOLE = {"use_resolution_binning": False}
 pytestmark = pytest.mark.filterwarnings("ignore:height, width")

@@ -16,7 +16,7 @@ from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
 from doodl_fast.solvers.sampler import Sampler
 
-OPTIONS: dict[str, Any] = {"num_inference_steps": 4, "max_sequence_length": 8}
+OPTIONS: dict[str, Any] = {"num_inference_steps": 5, "max_sequence_length": 8}
 SIZE = {"height": 16, "width": 24}
 
 
@@ -45,7 +45,7 @@ def test_prompts_of_different_lengths_and_a_shift() -> None:
     pipe = tiny_flows.lumina2(use_dynamic_shifting=True)
     prompts, negatives = ["a dog", "a red dog circle"], ["ugly", "ugly blurred cat"]
     check_pictures(DDIM, pipe, prompts, {**OPTIONS, **SIZE, "negative_prompt": negatives})
-    check_pictures(Sampler, pipe, "a dog", {**OPTIONS, **SIZE, "sigmas": [1.0, 0.8, 0.5, 0.1]})
+    check_pictures(Sampler, pipe, "a dog", {**OPTIONS, **SIZE, "sigmas": [1.0, 0.8, 0.5, 0.2, 0.1]})
 
 
 def test_truncated_guidance_changes_the_last_steps_alone(pipe: Any) -> None:
@@ -67,7 +67,7 @@ def test_truncated_guidance_changes_the_last_steps_alone(pipe: Any) -> None:
 )
 def test_gradient_is_that_of_plain_autograd(pipe: Any, solver: Any, memory: str, options: dict[str, Any]) -> None:
     given = masked_embeddings(pipe, max_sequence_length=8)
-    check_gradient(solver, pipe, memory, given, {"num_inference_steps": 4, **options})
+    check_gradient(solver, pipe, memory, given, {"num_inference_steps": 5, **options})
 
 
 def test_exact_arithmetic_is_undone_to_the_bit(pipe: Any) -> None:

@@ -20,7 +20,7 @@ from doodl_fast.solvers.obelm import OBELM
 from doodl_fast.solvers.rex import Rex
 from doodl_fast.solvers.sampler import Sampler
 
-STEPS = 4
+STEPS = 5
 SIZE = {"num_inference_steps": STEPS, "height": 16, "width": 24}
 GUIDED: dict[str, Any] = {"true_cfg_scale": 3.0, "negative_prompt": "ugly blurred cat"}
 
@@ -60,7 +60,7 @@ def test_noise_size_and_shift_are_the_pipelines(pipe: Any) -> None:
     chain = Sampler.from_pipeline(pipe, ["a dog", "a cat"], true_cfg_scale=1.0, num_inference_steps=STEPS)
     drawn = pipe.prepare_latents(2, 4, 16, 16, torch.float32, "cpu", torch.Generator().manual_seed(5))
     assert torch.equal(pack(chain.noise(seed=5)), drawn)
-    sigmas = [1.0, 0.7, 0.4, 0.1]
+    sigmas = [1.0, 0.8, 0.5, 0.3, 0.1]
     given = {"true_cfg_scale": 1.0, "sigmas": sigmas, **SIZE}
     check_pictures(DDIM, pipe, "a dog", given, pack)
     own = DDIM.from_pipeline(pipe, "a dog", true_cfg_scale=1.0, **SIZE)
@@ -135,8 +135,8 @@ def test_what_does_not_fit_is_refused(pipe: Any) -> None:
     deaf = diffusers.QwenImagePipeline(**{**pipe.components, "text_encoder": None})
     with pytest.raises(ValueError, match=r"^prompt: QwenImagePipeline has no text_encoder, .* pass prompt_embeds ins"):
         DDIM.from_pipeline(deaf, "a dog", "")
-    edit = diffusers.QwenImageImg2ImgPipeline(**pipe.components)
-    with pytest.raises(TypeError, match=r"^pipe: from_pipeline does not know QwenImageImg2ImgPipeline; expected one"):
+    edit = diffusers.QwenImageInpaintPipeline(**pipe.components)
+    with pytest.raises(TypeError, match=r"^pipe: from_pipeline does not know QwenImageInpaintPipeline; expected one"):
         DDIM.from_pipeline(edit, "a dog", "")
     other = tiny_flows.qwen_image()
     other.scheduler = diffusers.DDIMScheduler(clip_sample=False)

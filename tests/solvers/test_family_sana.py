@@ -16,7 +16,7 @@ from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
 from doodl_fast.solvers.sampler import Sampler
 
-OPTIONS: dict[str, Any] = {"num_inference_steps": 4, "max_sequence_length": 8, "complex_human_instruction": None}
+OPTIONS: dict[str, Any] = {"num_inference_steps": 5, "max_sequence_length": 8, "complex_human_instruction": None}
 SIZE = {"height": 32, "width": 64}
 WHOLE = {"use_resolution_binning": False}
 pytestmark = pytest.mark.filterwarnings("ignore:height, width")
@@ -38,7 +38,7 @@ def test_its_own_scheduler_is_followed_by_the_sampler() -> None:
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     pipe = tiny_flows.sana(diffusers.DPMSolverMultistepScheduler(**flow))
     check_pictures(Sampler, pipe, "a dog", {**OPTIONS, **SIZE}, pipeline_only=WHOLE)
-    check_gradient(Sampler, pipe, "auto", masked_embeddings(pipe, max_sequence_length=8), {"num_inference_steps": 4})
+    check_gradient(Sampler, pipe, "auto", masked_embeddings(pipe, max_sequence_length=8), {"num_inference_steps": 5})
     with pytest.raises(ValueError, match=r"^scheduler: DPMSolverMultistepScheduler has use_flow_sigmas=True"):
         DDIM.from_pipeline(pipe, "a dog", **OPTIONS)
 
@@ -54,7 +54,7 @@ def test_a_batch_of_prompts_and_the_instruction_of_the_pipeline(pipe: Any) -> No
 @pytest.mark.parametrize(("solver", "memory"), [(DDIM, "checkpoint"), (DDIM, "auto"), (EDICT, "reversible")])
 def test_gradient_is_that_of_plain_autograd(pipe: Any, solver: Any, memory: str) -> None:
     given = masked_embeddings(pipe, max_sequence_length=8)
-    check_gradient(solver, pipe, memory, given, {"num_inference_steps": 4})
+    check_gradient(solver, pipe, memory, given, {"num_inference_steps": 5})
 
 
 def test_exact_arithmetic_is_undone_to_the_bit(pipe: Any) -> None:

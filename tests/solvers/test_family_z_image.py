@@ -16,7 +16,7 @@ from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
 from doodl_fast.solvers.sampler import Sampler
 
-OPTIONS: dict[str, Any] = {"num_inference_steps": 4, "max_sequence_length": 16, "height": 16, "width": 24}
+OPTIONS: dict[str, Any] = {"num_inference_steps": 5, "max_sequence_length": 16, "height": 16, "width": 24}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,13 @@ from .chroma import Chroma
 from .cogvideox import CogVideoX
 from .deepfloyd_if import DeepFloydIF
 from .dit import DiT
+from .flow_from_picture import (
+    ChromaFromPicture,
+    FluxFromPicture,
+    QwenImageFromPicture,
+    StableDiffusion3FromPicture,
+    ZImageFromPicture,
+)
 from .flux import Flux
 from .flux2 import Flux2
 from .hunyuan_dit import HunyuanDiT
@@ -45,6 +52,11 @@ FAMILIES: tuple[Family, ...] = (
     ZImage(),
     DiT(),
     HunyuanDiT(),
+    StableDiffusion3FromPicture(),
+    FluxFromPicture(),
+    QwenImageFromPicture(),
+    ChromaFromPicture(),
+    ZImageFromPicture(),
     PixArt(),
     PixelSpace(),
     Wan(),

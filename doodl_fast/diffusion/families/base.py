@@ -18,6 +18,7 @@ from ..latent_space import LatentSpace
 
 ADAPTERS = "docs/adapters.md says how to write your own adapter"
 BY_HAND = f"make the chain by hand with Denoiser(network, cond, uncond, ...), which takes any network ({ADAPTERS})"
+PACKAGE = __name__.partition(".")[0]
 DENOISER_OPTIONS = frozenset({"vjp_dtype", "compile", "lean"})
 
 
@@ -218,14 +219,16 @@ def keep_given(made: dict[str, Tensor | None], given: Mapping[str, Any], device:
     return {name: value if given.get(name) is None else given[name].to(device) for name, value in made.items()}
 
 
-def warn_unused_negative_prompt(request: Request, why: str, stacklevel: int = 4) -> None:
-    """Says, at the line that calls `from_pipeline`, that a negative prompt or its embeddings have no effect.
+def say(message: str) -> None:
+    """Warns, at the line outside of this package that called it."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level + 1)
 
-    Args:
-        request: The arguments of `from_pipeline`.
-        why: Why it has none.
-        stacklevel: How far up that line is: 4 where `parts` calls this function.
-    """
+
+def warn_unused_negative_prompt(request: Request, why: str) -> None:
+    """Says that a negative prompt or its embeddings have no effect."""
     given = [name for name, value in request.options.items() if name.startswith("negative_") and value is not None]
     for name in (["negative_prompt"] if request.negative_prompt else []) + given:
-        warnings.warn(f"{name}: it is not used {why}", RuntimeWarning, stacklevel=stacklevel)
+        say(f"{name}: it is not used {why}")

@@ -6,7 +6,6 @@ what the pipeline itself returns as its latents.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from .base import (
     encoding_options,
     keep_given,
     refuse_unknown,
+    say,
     take,
 )
 from .transformer import (
@@ -123,7 +123,7 @@ class Flux(Family):
 
     def set_timesteps(self, pipe: Any, request: Request) -> dict[str, Any]:
         """See `Family.set_timesteps`."""
-        height, width = self._size(pipe, request)
+        height, width = self.size(pipe, request)
         pixels = vae_scale_factor(pipe.vae) * PATCH
         shift = dynamic_shift(pipe.scheduler, (height // pixels) * (width // pixels), 1.15)
         return {**shift, **even_sigmas(pipe.scheduler, request)}
@@ -139,23 +139,21 @@ class Flux(Family):
         is_dynamic = bool(pipe.scheduler.config.get("use_dynamic_shifting"))
         fixed_by = "this chain's schedule is for (use_dynamic_shifting)" if is_dynamic else None
         channels = config.in_channels // PATCH**2
-        space = transformer_space(pipe, self._size(pipe, request), channels, PATCH, fixed_by=fixed_by)
+        space = transformer_space(pipe, self.size(pipe, request), channels, PATCH, fixed_by=fixed_by)
         guided = true_guidance(pipe, request, true_cfg_scale)
         cond, uncond, pooled = self._encode(pipe, request, encoding, negative, guided)
         if config.guidance_embeds:
             extra["guidance"] = torch.full([1], guidance_scale, device=device_of(pipe.transformer))
         elif request.guidance_scale != "auto":
-            warnings.warn(
+            say(
                 "guidance_scale: it is not used, because this network (FLUX.1 schnell, for instance) does not embed "
-                "it; true_cfg_scale adds classifier-free guidance",
-                RuntimeWarning,
-                stacklevel=3,
+                "it; true_cfg_scale adds classifier-free guidance"
             )
         scale = true_cfg_scale if guided else 1.0
         denoiser = Denoiser(FluxCall(pipe.transformer), cond, uncond, scale, pooled_projections=pooled, **own, **extra)
         return Parts(denoiser, space.for_prompts(len(cond)), Decoder(pipe.vae))
 
-    def _size(self, pipe: Any, request: Request) -> tuple[int, int]:
+    def size(self, pipe: Any, request: Request) -> tuple[int, int]:
         """Returns the height and width of a picture in pixels."""
         own = pipe.default_sample_size * vae_scale_factor(pipe.vae)
         return own if request.height is None else request.height, own if request.width is None else request.width

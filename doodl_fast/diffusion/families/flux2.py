@@ -6,7 +6,6 @@ which the pipelines draw and take their noise. `pack` gives what they return as 
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from .base import (
     Request,
     encoding_options,
     refuse_unknown,
+    say,
     take,
     warn_unused_negative_prompt,
 )
@@ -111,7 +111,7 @@ class Flux2(Family):
 
     def set_timesteps(self, pipe: Any, request: Request) -> dict[str, Any]:
         """See `Family.set_timesteps`."""
-        height, width = self._size(pipe, request)
+        height, width = self.size(pipe, request)
         pixels = vae_scale_factor(pipe.vae) * PATCH
         options: dict[str, Any] = dict(even_sigmas(pipe.scheduler, request))
         if pipe.scheduler.config.get("use_dynamic_shifting"):
@@ -131,7 +131,7 @@ class Flux2(Family):
         config = pipe.transformer.config
         is_dynamic = bool(pipe.scheduler.config.get("use_dynamic_shifting"))
         fixed_by = "this chain's schedule is for (use_dynamic_shifting)" if is_dynamic else None
-        space = transformer_space(pipe, self._size(pipe, request), config.in_channels, PATCH, fixed_by=fixed_by)
+        space = transformer_space(pipe, self.size(pipe, request), config.in_channels, PATCH, fixed_by=fixed_by)
         space = replace(space, scale_factor=space.scale_factor * PATCH, patch=1)
         guided = is_klein and not pipe.config.is_distilled and scale > 1
         if not guided:
@@ -139,11 +139,9 @@ class Flux2(Family):
             warn_unused_negative_prompt(request, f"{why}, which has no classifier-free guidance")
         embeds = not is_klein and config.guidance_embeds
         if not embeds and not guided and request.guidance_scale != "auto" and scale != 1:
-            warnings.warn(
+            say(
                 f"guidance_scale: {scale:g} is not used, because this network does not embed it and is not guided "
-                "classifier-free",
-                RuntimeWarning,
-                stacklevel=3,
+                "classifier-free"
             )
         if embeds:
             extra["guidance"] = torch.full([1], scale, device=device_of(pipe.transformer))
@@ -153,7 +151,7 @@ class Flux2(Family):
         denoiser = Denoiser(Flux2Call(pipe.transformer), cond, uncond, scale if guided else 1.0, **own, **extra)
         return Parts(denoiser, space.for_prompts(len(cond)), PatchDecoder(pipe.vae))
 
-    def _size(self, pipe: Any, request: Request) -> tuple[int, int]:
+    def size(self, pipe: Any, request: Request) -> tuple[int, int]:
         """Returns the height and width of a picture in pixels."""
         own = pipe.default_sample_size * vae_scale_factor(pipe.vae)
         return own if request.height is None else request.height, own if request.width is None else request.width

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoder import Decoder
+from ..decoder import Decoder, latent_channels
 from ..latent_space import LatentSpace
 from ..span import Span
 from .additions import Addition, Build
@@ -131,7 +131,7 @@ def prepared(pipe: Any, image: Any, height: int | None, width: int | None) -> Te
     Raises:
         ValueError: It is a picture that requires grad.
     """
-    channels = pipe.vae.config.latent_channels
+    channels = latent_channels(pipe.vae)
     if isinstance(image, Tensor) and image.requires_grad:
         if image.ndim != 4 or image.shape[1] != channels:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from .base import (
     Request,
     encoding_options,
     refuse_unknown,
+    say,
     take,
     warn_unused_negative_prompt,
 )
@@ -179,7 +179,7 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
 
 
 def warn_unbinned(pipe: Any, request: Request, size: tuple[int, int], own: int) -> None:
-    """Says, at the line that calls `from_pipeline`, that a size is used as it is, if it is not the pipeline's own.
+    """Says that a size is used as it is, if it is not the pipeline's own.
 
     Args:
         pipe: A pipeline with `use_resolution_binning`.
@@ -188,9 +188,7 @@ def warn_unbinned(pipe: Any, request: Request, size: tuple[int, int], own: int) 
         own: The pipeline's own height and width.
     """
     if size != (own, own):
-        warnings.warn(
+        say(
             f"height, width: {size[0]} x {size[1]} is used as it is; the pipeline's use_resolution_binning, which "
-            "may take another size and resize the picture, is not part of the chain",
-            RuntimeWarning,
-            stacklevel=5,
+            "may take another size and resize the picture, is not part of the chain"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..decoder import Decoder, vae_scale_factor
 from ..denoiser import Denoiser
 from ..guided import Guided
 from ..hooks import device_of
-from .base import DENOISER_OPTIONS, Family, Parts, Request, encoding_options, keep_given, refuse_unknown, take
+from .base import DENOISER_OPTIONS, Family, Parts, Request, encoding_options, keep_given, refuse_unknown, say, take
 from .flux import PATCH, TRAINING_STEPS, pack, unpack
 from .transformer import (
     check_prompts,
@@ -91,7 +90,7 @@ class QwenImage(Family):
 
     def set_timesteps(self, pipe: Any, request: Request) -> dict[str, Any]:
         """See `Family.set_timesteps`."""
-        height, width = self._size(pipe, request)
+        height, width = self.size(pipe, request)
         pixels = vae_scale_factor(pipe.vae) * PATCH
         shift = dynamic_shift(pipe.scheduler, (height // pixels) * (width // pixels), 1.15)
         return {**shift, **even_sigmas(pipe.scheduler, request)}
@@ -105,17 +104,15 @@ class QwenImage(Family):
         is_dynamic = bool(pipe.scheduler.config.get("use_dynamic_shifting"))
         space = transformer_space(
             pipe,
-            self._size(pipe, request),
+            self.size(pipe, request),
             pipe.transformer.config.in_channels // PATCH**2,
             PATCH,
             fixed_by="this chain's schedule is for (use_dynamic_shifting)" if is_dynamic else None,
         )
         if request.guidance_scale != "auto":
-            warnings.warn(
+            say(
                 "guidance_scale: it is not used, because this network does not embed it; the scale of Qwen-Image's "
-                "guidance is true_cfg_scale",
-                RuntimeWarning,
-                stacklevel=3,
+                "guidance is true_cfg_scale"
             )
         scale = float(other.get("true_cfg_scale", self.guidance_scale))
         guided = true_guidance(pipe, request, scale)
@@ -126,7 +123,7 @@ class QwenImage(Family):
         denoiser = Denoiser(network, cond, uncond, scale, combine=keep_norm, **own, **extra)
         return Parts(denoiser, space.for_prompts(len(cond)), FrameDecoder(pipe.vae))
 
-    def _size(self, pipe: Any, request: Request) -> tuple[int, int]:
+    def size(self, pipe: Any, request: Request) -> tuple[int, int]:
         """Returns the height and width of a picture in pixels."""
         own = pipe.default_sample_size * vae_scale_factor(pipe.vae)
         return own if request.height is None else request.height, own if request.width is None else request.width

@@ -59,7 +59,7 @@ class StableDiffusion3(Family):
     def set_timesteps(self, pipe: Any, request: Request) -> dict[str, Any]:
         """See `Family.set_timesteps`."""
         given = {name: request.options[name] for name in SCHEDULE_OPTIONS if request.options.get(name) is not None}
-        height, width = self._size(pipe, request)
+        height, width = self.size(pipe, request)
         pixels = vae_scale_factor(pipe.vae) * pipe.transformer.config.patch_size
         return {**dynamic_shift(pipe.scheduler, (height // pixels) * (width // pixels), 1.16), **given}
 
@@ -75,7 +75,7 @@ class StableDiffusion3(Family):
         factor = vae_scale_factor(pipe.vae)
         space = transformer_space(
             pipe,
-            self._size(pipe, request),
+            self.size(pipe, request),
             config.in_channels,
             config.patch_size,
             fixed_by="this chain's schedule is for (use_dynamic_shifting)" if is_dynamic else None,
@@ -91,7 +91,7 @@ class StableDiffusion3(Family):
         denoiser = Denoiser(network, cond, uncond, scale, pooled_projections=pooled, **own, **extra)
         return Parts(denoiser, space.for_prompts(len(cond)), Decoder(pipe.vae))
 
-    def _size(self, pipe: Any, request: Request) -> tuple[int, int]:
+    def size(self, pipe: Any, request: Request) -> tuple[int, int]:
         """Returns the height and width of a picture in pixels."""
         own = pipe.transformer.config.sample_size * vae_scale_factor(pipe.vae)
         return own if request.height is None else request.height, own if request.width is None else request.width

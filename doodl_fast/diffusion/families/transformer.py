@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..decoder import vae_scale_factor
 from ..hooks import device_of
 from ..latent_space import LatentSpace, check_size
 from ..prompts import prompt_texts
-from .base import Request, network_of, warn_unused_negative_prompt
+from .base import Request, network_of, say, warn_unused_negative_prompt
 
 
 class TransformerCall(NetworkAdapter):
@@ -145,8 +144,13 @@ def dynamic_shift(scheduler: Any, tokens: int, max_shift: float) -> dict[str, fl
     return {"mu": tokens * slope + (low - slope * least)}
 
 
-def even_sigmas(scheduler: Any, request: Request) -> dict[str, list[float]]:
+def even_sigmas(scheduler: Any, request: Request, dtype: torch.dtype = torch.float64) -> dict[str, list[float]]:
     """Returns the `sigmas` that pipelines such as FLUX's give their scheduler: evenly spaced, or the caller's.
+
+    Args:
+        scheduler: The pipeline's scheduler.
+        request: The arguments of `from_pipeline`.
+        dtype: In which the pipeline spaces them.
 
     Returns:
         A dictionary with sigmas, or an empty one where the scheduler chooses them itself.
@@ -157,7 +161,7 @@ def even_sigmas(scheduler: Any, request: Request) -> dict[str, list[float]]:
     takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if scheduler.config.get("use_flow_sigmas") or not takes_sigmas:
         return {}
-    return {"sigmas": torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()}
+    return {"sigmas": torch.linspace(1, 1 / steps, steps, dtype=dtype).tolist()}
 
 
 def has_negative_prompt(request: Request) -> bool:
@@ -174,16 +178,14 @@ def true_guidance(pipe: Any, request: Request, scale: float) -> bool:
         scale: The `true_cfg_scale`.
     """
     if scale > 1 and not has_negative_prompt(request):
-        warnings.warn(
+        say(
             f"true_cfg_scale: {scale:g} is not used without a negative prompt, as in {type(pipe).__name__}; pass one, "
-            'negative_prompt="" for instance',
-            RuntimeWarning,
-            stacklevel=4,
+            'negative_prompt="" for instance'
         )
         return False
     if scale <= 1:
         why = f"with true_cfg_scale={scale:g}; classifier-free guidance needs more than 1"
-        warn_unused_negative_prompt(request, why, stacklevel=5)
+        warn_unused_negative_prompt(request, why)
     return scale > 1
 
 
