@@ -91,7 +91,8 @@ def flux2(is_klein: bool = False, is_distilled: bool = False, **scheduler: Any) 
         norm_num_groups=4,
         layers_per_block=1,
     )
-    transformer.context_embedder.weight.data.mul_(4)  # The prompt must matter more than its few tokens would make it.
+    for block in transformer.transformer_blocks:  # The prompt must matter more than its few tokens would make it.
+        block.attn.add_v_proj.weight.data.mul_(10)
     generator = torch.Generator().manual_seed(6)
     own_vae.bn.running_mean.copy_(torch.randn(16, generator=generator))
     own_vae.bn.running_var.copy_(torch.rand(16, generator=generator) + 0.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from ..span import Span
 from .base import Family, Parts, Request
 from .chroma import Chroma
 from .flux import Flux
-from .image_to_image import from_picture, prepared
+from .image_to_image import from_picture, prepared, strength_of
 from .qwen_image import QwenImage
 from .sd3 import StableDiffusion3
 from .z_image import ZImage
@@ -35,11 +34,7 @@ class FlowFromPicture(Family):
         image = request.options.get("image")
         if image is None:
             raise TypeError(f"image: expected a picture, from which {type(pipe).__name__} starts, got None")
-        strength = request.options.get(
-            "strength", inspect.signature(type(pipe).__call__).parameters["strength"].default
-        )
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
-            raise ValueError(f"strength: expected a number from 0 to 1, got {strength!r}")
+        strength = strength_of(pipe, request.options)
         steps = request.num_inference_steps
         span = Span(skip=int(max(steps - min(steps * strength, steps), 0)), from_picture=True)
         return {**super().set_timesteps(pipe, self._sized(pipe, request)), "span": span}
@@ -47,7 +42,7 @@ class FlowFromPicture(Family):
     def parts(self, pipe: Any, request: Request) -> Parts:
         """See `Family.parts`."""
         sized = self._sized(pipe, request)
-        image = prepared(pipe, request.options["image"], sized)
+        image = prepared(pipe, request.options["image"], sized.height, sized.width)
         given = {name: value for name, value in sized.options.items() if name not in OPTIONS}
         parts = super().parts(pipe, replace(sized, options=given))  # type: ignore[safe-super]
         space = from_picture(parts.space, image.to(parts.space.device), parts.decoder, request.start)
@@ -109,7 +104,7 @@ class ZImageFromPicture(FlowFromPicture, ZImage):
         """Returns the height and width that are asked for, or those of the picture."""
         if request.height is not None and request.width is not None:
             return request.height, request.width
-        image = prepared(pipe, request.options["image"], replace(request, height=None, width=None))
+        image = prepared(pipe, request.options["image"], None, None)
         factor = 1 if image.shape[1] == 3 else vae_scale_factor(pipe.vae)
         height, width = (pixels * factor for pixels in image.shape[-2:])
         return request.height or height, request.width or width
