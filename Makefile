@@ -1,11 +1,13 @@
 # make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint, types, imports, sizes.
 # make coverage: tests, and the lines that none of them runs.   make bench: ops against eager, compiled eager and a copy.
+# make docs: the site, in site/.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DOCS   := .venv-docs
 
-.PHONY: demo test check coverage bench install clean
+.PHONY: demo test check coverage bench docs install clean
 
 demo: $(READY)
 	$(BIN)/doodl-fast demo --out demo
@@ -27,6 +29,18 @@ coverage: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/ops.py
 
+# In an environment of its own, because nothing is imported for it: seconds in place of torch's minutes.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+	$(DOCS)/bin/python .ci/check_site.py site
+
+$(DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -q --upgrade pip
+	$(DOCS)/bin/python .ci/requirements.py docs > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install -q -r $(DOCS)/requirements.txt
+	touch $@
+
 install: $(READY)
 
 # torch is pinned for development only: this release has a small CPU build for every platform
@@ -40,4 +54,4 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo doodl_fast/_native*
+	rm -rf $(VENV) $(DOCS) site build *.egg-info demo doodl_fast/_native*
