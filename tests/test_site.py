@@ -19,11 +19,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FOLDERS = (DOCS / "howto", DOCS / "from")
 RUN = [DOCS / "index.md", DOCS / "start.md", *(page for folder in FOLDERS for page in sorted(folder.glob("*.md")))]
-    DOCS / "index.md",
-    DOCS / "start.md",
-    *sorted((DOCS / "howto").glob("*.md")),
-    *sorted((DOCS / "from").glob("*.md")),
-]
 FEW = {"num_optimization_steps": 1, "num_inference_steps": 4}
 
 
