@@ -1,13 +1,13 @@
 # make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint, types, imports, sizes.
 # make coverage: tests, and the lines that none of them runs.   make bench: ops against eager, compiled eager and a copy.
-# make docs: the site, in site/.
+# make docs: the site, in site/.   make examples: every script in examples/.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DOCS   := .venv-docs
 
-.PHONY: demo test check coverage bench docs install clean
+.PHONY: demo test check coverage bench docs examples install clean
 
 demo: $(READY)
 	$(BIN)/doodl-fast demo --out demo
@@ -41,6 +41,10 @@ $(DOCS)/.ready: pyproject.toml
 	$(DOCS)/bin/python -m pip install -q -r $(DOCS)/requirements.txt
 	touch $@
 
+# One after the other, each under a minute on an idle core; pictures are in examples/out.
+examples: $(READY)
+	set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
 install: $(READY)
 
 # torch is pinned for development only: this release has a small CPU build for every platform
@@ -54,4 +58,4 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) site build *.egg-info demo doodl_fast/_native*
+	rm -rf $(VENV) $(DOCS) site examples/out build *.egg-info demo doodl_fast/_native*

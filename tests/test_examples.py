@@ -1,0 +1,105 @@
+"""The scripts in examples/ run with few steps, and do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from gaussian_mixture import exact_solution, ideal_output, scaled_linear_alphas
+from PIL import Image
+
+import doodl_fast
+from doodl_fast import shapes
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    """Imports a script, which is in no package."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_doodl_starts_from_the_pipelines_own_picture(tmp_path):
+    few = ["--steps", "4", "--optimization-steps", "3", "--seed", "1", "--grad-scale", "100", "--out", str(tmp_path)]
+    result = example("doodl").main(few)
+    assert result.losses[2] < result.losses[0]
+    prompt = "a green circle above a purple circle"
+    noise = doodl_fast.DDIM.from_pipeline(shapes.load_pipeline(), prompt).noise(seed=1)
+    expected = shapes.load_pipeline()(prompt, num_inference_steps=4, latents=noise).images[0].convert("RGB")
+    with Image.open(tmp_path / "before.png") as before:
+        assert np.abs(np.asarray(before).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_doodl_refuses_a_model_without_a_clip_model(capsys):
+    with pytest.raises(SystemExit):
+        example("doodl").main(["--model", "somewhere"])
+    assert "--model and --clip belong together" in capsys.readouterr().err
+
+
+def test_editing_comes_back_bit_for_bit(tmp_path):
+    found = example("editing").main(["--steps", "10", "--out", str(tmp_path)])
+    assert found["same bits"]
+    with Image.open(tmp_path / "picture.png") as before, Image.open(tmp_path / "edited.png") as after:
+        assert np.abs(np.asarray(before).astype(int) - np.asarray(after)).max() > 50  # another prompt, another picture
+
+
+def test_image_conditioning_comes_nearer_to_the_picture(tmp_path):
+    few = ["--steps", "4", "--optimization-steps", "4", "--out", str(tmp_path)]
+    result = example("image_conditioned").main(few)
+    assert result.best_loss < result.losses[0] and result.best_step > 0
+    with Image.open(tmp_path / "reference.png") as reference:
+        verdict = shapes.judge(reference, "a red star", variety="6-pointed star")
+    assert not verdict.faults
+
+
+def test_plans_tell_the_peak_and_save_calls(tmp_path):
+    rows = example("memory_plan").main(["--steps", "6", "--out", str(tmp_path)])
+    least, _, whole = rows
+    assert whole.calls == 6 < least.calls
+    for row in rows:
+        assert row.peak < row.budget * 1.15
+        assert abs(row.peak / row.predicted - 1) < 0.15
+        assert torch.equal(row.gradient, whole.gradient)
+    assert (tmp_path / f"{least.budget >> 20}MiB" / "profile.json").is_file()
+
+
+def test_own_solver_is_of_second_order():
+    """On a mixture of Gaussians, whose network and whose solution are known in closed form."""
+    alphas, first, last = scaled_linear_alphas(), 950, 50
+    start = torch.linspace(-2.2, 2.2, 9, dtype=torch.float64)[None]
+    levels = [(math.sqrt(alphas[t]), math.sqrt(1 - alphas[t])) for t in (first, last)]
+    truth = exact_solution(start, *levels)
+
+    def network(x, t, cond):
+        return ideal_output(x, math.sqrt(alphas[int(t)]), math.sqrt(1 - alphas[int(t)]), "epsilon")
+
+    errors, counts = [], (60, 90, 180)
+    for steps in counts:
+        places = tuple(range(first, last - 1, -(first - last) // steps))
+        passed = tuple(alphas[t] for t in places)
+        schedule = doodl_fast.Schedule(places[:-1], passed[:-1], passed[1:], "epsilon")
+        chain = example("own_solver").AdamsBashforth(doodl_fast.Denoiser(network, None), schedule)
+        errors.append(float((chain(start)[0] - truth).abs().max()))
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert 1.7 < slope < 2.5, errors
+
+
+def test_the_gradient_of_the_own_solver():
+    assert example("own_solver").main(["--steps", "4", "--fine-steps", "5"])["gradient"] < 1e-5
+
+
+def test_noise_of_every_step_reaches_more_than_the_start_alone(tmp_path):
+    few = ["--steps", "4", "--optimization-steps", "4", "--out", str(tmp_path)]
+    rewards = example("noise_of_every_step").main(few)
+    assert rewards["start"][0] == rewards["every step"][0]
+    assert rewards["every step"][-1] > rewards["start"][-1] > rewards["start"][0]
