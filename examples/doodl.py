@@ -3,8 +3,8 @@
     python examples/doodl.py
     python examples/doodl.py --model FOLDER_OR_HUB_ID --clip openai/clip-vit-base-patch32 --prompt "a dog with a hat"
 
-Without --model it runs on the small pipeline that comes with doodl_fast, whose pictures show coloured shapes, and judges
-them by a measure that uses no network.
+Without --model it runs on the small pipeline that comes with doodl_fast, whose pictures show coloured shapes, and
+judges them by a measure that uses no network.
 """
 
 from __future__ import annotations

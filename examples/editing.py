@@ -2,8 +2,8 @@
 
     python examples/editing.py
 
-In exact arithmetic the way to the noise and back under the same prompt loses no bit, which is checked first. The command
-line does the same with picture files: `doodl-fast invert` and `doodl-fast generate`.
+In exact arithmetic the way to the noise and back under the same prompt loses no bit, which is checked first. The
+command line does the same with picture files: `doodl-fast invert` and `doodl-fast generate`.
 """
 
 from __future__ import annotations

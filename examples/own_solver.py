@@ -9,6 +9,7 @@ measured against DDIM with many steps, and the gradient against plain autograd.
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def adams_bashforth(schedule: Schedule) -> Program:
     length h after one of length g adds h ((1 + h / 2g) noise - h / 2g last noise) to z. The first step is Euler's.
     """
     levels = [*schedule.alphas_cumprod, schedule.alphas_cumprod_prev[-1]]
-    lengths = [((1 - b) / b) ** 0.5 - ((1 - a) / a) ** 0.5 for a, b in zip(levels, levels[1:], strict=False)]
+    lengths = [((1 - b) / b) ** 0.5 - ((1 - a) / a) ** 0.5 for a, b in itertools.pairwise(levels)]
     couplings = []
     for step, t in enumerate(schedule.timesteps):
         new, last = (EVEN, ODD) if step % 2 == 0 else (ODD, EVEN)
