@@ -2,10 +2,10 @@
 
     python bench/launches.py        (prints one line of JSON)
 
-The network runs with guidance and costs one launch, or two with its gradient. The count of a step is the difference
-between chains of 6 and of 5 steps. Copies and fills count as launches. "plain" is memory="naive", which computes the
-couplings by torch expressions under plain autograd and does not evaluate the network again in its backward pass. The
-others are memory="checkpoint".
+The network has fp16 weights, runs with guidance and costs one launch, or two with its gradient. The count of a step is
+the difference between chains of 6 and of 5 steps. Copies and fills count as launches. "plain" is memory="naive", which
+computes the couplings by torch expressions under plain autograd and does not evaluate the network again in its backward
+pass. The others are memory="checkpoint".
 """
 
 from __future__ import annotations
@@ -22,13 +22,23 @@ from doodl_fast import ops
 SHAPE = (1, 4, 64, 64)
 
 
+class Scaled(torch.nn.Module):
+    """A network of one launch with a weight, by whose dtype a chain scales the cotangents of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
 def launches(steps: int, memory: str) -> tuple[int, int]:
     """The number of launches in a chain's forward pass, and in its backward pass."""
     alphas = torch.linspace(0.1, 0.95, steps + 1).tolist()
     schedule = doodl_fast.Schedule(tuple(range(steps, 0, -1)), tuple(alphas[:-1]), tuple(alphas[1:]))
     conditions = torch.zeros(2, 1, 1, 1, device="cuda", dtype=torch.float16)
-    network = torch.nn.Tanh()  # Any module of one launch would do.
-    denoiser = doodl_fast.Denoiser(lambda x, t, cond: network(x), conditions[0], conditions[1])
+    denoiser = doodl_fast.Denoiser(Scaled().half().cuda(), conditions[0], conditions[1])
     chain = doodl_fast.EDICT(denoiser, schedule, memory=memory)
     x = torch.randn(SHAPE, device="cuda").requires_grad_()
     counts = (0, 0)

@@ -1,6 +1,12 @@
-"""The CUDA and Triton kernels on a GPU are compared with the eager kernels on the CPU; without a GPU, skipped."""
+"""The CUDA and Triton kernels on a GPU are compared with the eager kernels on the CPU; without a GPU, skipped.
+
+`DOODL_FAST_REHEARSE=1` runs them without one: the kernels for the CPU and Triton's interpreter take the GPU's place, so
+that a mistake in the tests themselves is found before there is a GPU.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import test_lattice_ops as lattice
@@ -11,12 +17,17 @@ from test_ops import MIXINGS, A, B, C, G, update
 
 from doodl_fast import ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+GPU = torch.cuda.is_available()
+CARD = torch.device("cuda" if GPU else "cpu")
+pytestmark = pytest.mark.skipif(
+    not GPU and not os.environ.get("DOODL_FAST_REHEARSE"), reason="torch sees no CUDA device"
+)
+needs_gpu = pytest.mark.skipif(not GPU, reason="torch sees no CUDA device")
 
 
 @pytest.fixture(params=["native", "triton"])
 def backend(request):
-    reason = ops.why_not(request.param, "cuda")
+    reason = ops.why_not(request.param, CARD.type)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
@@ -34,9 +45,9 @@ def results(target, source, eps, g):
 
 def agree(backend, tensors, g) -> None:
     with ops.backend("eager"):
-        want = results(*tensors, g)
+        want = results(*(z.cpu() for z in tensors), g)
     with ops.backend(backend):
-        got = results(*(z.cuda() for z in tensors), g)
+        got = results(*(z.to(CARD) for z in tensors), g)
     assert all(same_bits(a.cpu(), b) for a, b in zip(got, want, strict=True))
 
 
@@ -55,7 +66,7 @@ def test_lattice_couplings_agree_to_the_last_bit(backend, integer, eps, guided, 
     tensors = lattice.operands((1, 4, 33, 65), integer, eps, guided)
     numbers = (lattice.C, lattice.B[integer], G if guided else None, undo)
     results = []
-    for name, device in (("eager", "cpu"), (backend, "cuda")):
+    for name, device in (("eager", "cpu"), (backend, CARD)):
         *four, network = (z.to(device) for z in tensors)
         network[0, 0, 0, 0] = float("inf")  # This fault is noted on the device.
         table = lattice.faults().to(device)
@@ -71,7 +82,7 @@ def test_lattice_couplings_agree_to_the_last_bit(backend, integer, eps, guided, 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_small_latent_update(backend, dtype):
-    x, y, noise = operands((2, 4, 9, 11), dtype, dtype, False)
+    x, y, noise = (z.cpu() for z in operands((2, 4, 9, 11), dtype, dtype, False))
     starts = [torch.ones(2), torch.ones(2)]
     with ops.backend("eager"):
         want = update(x, y, noise, starts)
@@ -80,9 +91,9 @@ def test_small_latent_update(backend, dtype):
     options = {"rate": 0.5, "clip": 0.4, "momentum": 0.9, "tied": True, "sigma": 0.1}
     with ops.backend(backend):
         pairs = ops.latent_update(
-            *[(a.cuda(), b.cuda()) for a, b in ((x, y), (mx, my), (gx, gy))],
-            noise.cuda(),
-            [s.cuda() for s in starts],
+            *[(a.to(CARD), b.to(CARD)) for a, b in ((x, y), (mx, my), (gx, gy))],
+            noise.to(CARD),
+            [s.to(CARD) for s in starts],
             **options,
         )
     for got, expected in zip([*pairs[0], *pairs[1]], want, strict=True):
@@ -90,7 +101,7 @@ def test_small_latent_update(backend, dtype):
 
 
 def test_unaligned_memory(backend):
-    tensors = [z.cuda() for z in operands((1, 1025), "fp32", "fp32", False)]
+    tensors = [z.to(CARD) for z in operands((1, 1025), "fp32", "fp32", False)]
     shifted = [z.flatten()[1:].reshape(1, 1024) for z in tensors]
     with ops.backend(backend):
         got = ops.coupling(*shifted, A, C, B)
@@ -98,6 +109,7 @@ def test_unaligned_memory(backend):
         assert same_bits(got.cpu(), ops.coupling(*(z.cpu() for z in shifted), A, C, B))
 
 
+@needs_gpu
 def test_more_than_2_to_the_31_elements(backend):
     if torch.cuda.get_device_properties(0).total_memory < 16 * 2**30:
         pytest.skip("needs 16 GiB")
@@ -108,6 +120,7 @@ def test_more_than_2_to_the_31_elements(backend):
     assert out[0, -3:].tolist() == [3.0] * 3 and not out[0, :-3].any()
 
 
+@needs_gpu
 def test_runs_on_the_current_stream(backend):
     x = torch.ones(1, 2**20, device="cuda")
     stream = torch.cuda.Stream()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 
 class OverLimit(Exception):
@@ -42,9 +41,12 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, device: str | None = None, record: bool = False, limit: int | None = None) -> None:
+        from torch.utils.flop_counter import flop_registry  # It imports triton, which takes longer than all of this.
+
         super().__init__()
         self.device, self.limit, self.held, self.peak = device, limit, 0, 0
         self.flops = 0
+        self._counts: Any = flop_registry
         self.timeline: list[tuple[float, int]] | None = [] if record else None
         self._sizes: dict[int, int] = {}
         self._began = time.perf_counter()
@@ -56,7 +58,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        count = self._counts.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
