@@ -36,6 +36,10 @@ CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 ARCHITECTURES = ("80", "90")
 CPU, CUDA = "doodl_fast._native", "doodl_fast._native_cuda"
+CPU_SOURCES = (
+    *("cpu", "cpu_default", "cpu_avx2", "cpu_lattice"),
+    *("layers", "layers_default", "layers_avx2", "layers_avx512"),
+)
 KINDS = {CPU: "cpu", CUDA: "cuda"}
 
 
@@ -188,9 +192,7 @@ def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
 
 setup(
     ext_modules=[
-        extension(
-            CPU, [f"csrc/cpu{part}.cpp" for part in ("", "_default", "_avx2", "_lattice")], ["torch", "torch_cpu"]
-        ),
+        extension(CPU, [f"csrc/{name}.cpp" for name in CPU_SOURCES], ["torch", "torch_cpu"]),
         extension(CUDA, [], ["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"]),
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},

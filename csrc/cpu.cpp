@@ -2,14 +2,11 @@
 // splits the work over PyTorch's threads.
 #include "bindings.h"
 #include "cpu_kernels.h"
+#include "huge_pages.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -35,25 +32,6 @@ void split(int64_t n, const F& work) {
     work(int64_t(0), n);
   else
     torch::stable::parallel_for(0, n, GRAIN, work);
-}
-
-// Asks the kernel of the system for huge pages under a large output. The allocator returns memory that is not mapped
-// yet, and mapping its pages of 4 KiB one by one would take most of the time of a pass. This is advice: failure does no
-// harm.
-void advise(const Tensor& out) {
-#if defined(__linux__)
-  constexpr uintptr_t PAGE = 4096;
-  constexpr int64_t LARGE = 8 << 20;
-  const int64_t bytes = out.numel() * out.element_size();
-  if (bytes < LARGE) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()), end = begin + bytes;
-  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE;
-  madvise(reinterpret_cast<void*>(first), end / PAGE * PAGE - first, MADV_HUGEPAGE);
-#endif
-}
-
-void advise(const MaybeTensor& out) {
-  if (out) advise(*out);
 }
 
 void coupling(Tensor out, Tensor target, MaybeTensor source, MaybeTensor eps, double a, double c, double b,

@@ -26,27 +26,7 @@ constexpr Dtype dtype_of() {
   return sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
 }
 
-// Conversions between fp16 and float
-
-float from_half(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
-  if (exponent == 31u) return float_of(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent) return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
-  const float size = float(mantissa) * 5.9604644775390625e-8f;  // The product with 2^-24 is exact.
-  return sign ? -size : size;
-}
-
-uint16_t to_half(float value) {
-  const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
-  if (size > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (size >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity.
-  if (size >= 0x38800000u) {                                 // The result is normal.
-    const uint32_t shifted = size - 0x38000000u;
-    return uint16_t(sign | ((shifted + 0xfffu + ((shifted >> 13) & 1u)) >> 13));
-  }
-  // The result is subnormal: adding 0.5 makes the addition round to multiples of 2^-24, to nearest even.
-  return uint16_t(sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000u));
-}
+// Conversions of blocks between fp16 and float
 
 void halves_to_floats(const uint16_t* from, float* to, int64_t n) {
   int64_t i = 0;

@@ -196,6 +196,26 @@ DF_FN uint16_t to_bf16(float value) {
   return uint16_t(value != value ? 0x7fc0u : nearest);
 }
 
+DF_FN float from_half(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
+  if (exponent == 31u) return float_of(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent) return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+  const float size = float(mantissa) * 5.9604644775390625e-8f;  // The product with 2^-24 is exact.
+  return sign ? -size : size;
+}
+
+DF_FN uint16_t to_half(float value) {
+  const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (size >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity.
+  if (size >= 0x38800000u) {                                 // The result is normal.
+    const uint32_t shifted = size - 0x38000000u;
+    return uint16_t(sign | ((shifted + 0xfffu + ((shifted >> 13) & 1u)) >> 13));
+  }
+  // The result is subnormal: adding 0.5 makes the addition round to multiples of 2^-24, to nearest even.
+  return uint16_t(sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000u));
+}
+
 // Returns a double as a float, rounded to odd. If it is then rounded to fp16 or bf16, the result is as if there were
 // that rounding alone (Boldo and Melquiond, IEEE Trans. Comput. 57(4), 2008).
 DF_FN float odd_float(double value) {

@@ -1,4 +1,4 @@
-"""Fused operators on latents, each with an eager reference, a Triton and a native (C++ and CUDA) implementation.
+"""Fused operators on latents and for layers of frozen networks, each in eager PyTorch, in Triton and in C++ (or CUDA).
 
     from doodl_fast import ops
     x = ops.coupling(x, y, eps, a=0.9, b=-0.1, g=7.5)      # eps: the network's batched output, [uncond; cond]
@@ -13,6 +13,7 @@ from __future__ import annotations
 from .backends.registry import AUTO, NAMES, BackendUnavailable, backend, choice, resolve, why_not
 from .coupling_mix_op import Mixing, coupling_mix, coupling_mix_vjp, mix, mix_inverse
 from .coupling_op import coupling, coupling_inverse, coupling_vjp
+from .group_norm_op import group_norm_silu, group_norm_silu_backward, matches_torch
 from .latent_update_op import latent_update
 from .lattice_coupling_op import lattice_coupling
 from .lattice_mix_op import LatticeMixing, lattice_mix
@@ -30,9 +31,12 @@ __all__ = [
     "coupling_mix",
     "coupling_mix_vjp",
     "coupling_vjp",
+    "group_norm_silu",
+    "group_norm_silu_backward",
     "latent_update",
     "lattice_coupling",
     "lattice_mix",
+    "matches_torch",
     "mix",
     "mix_inverse",
     "resolve",

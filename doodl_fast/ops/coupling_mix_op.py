@@ -332,7 +332,7 @@ def _coupling_mix_vjp_eager(call: Any) -> None:
 # Gradient and registration
 
 
-def _remember(ctx: Any, call: Any) -> None:
+def _remember(ctx: Any, call: Any, _: Any) -> None:
     """Keeps what the backward pass of `coupling_mix` needs."""
     ctx.mixing = _mixing(call)
     ctx.coefficients = call.a, call.c, call.b, call.g

@@ -348,7 +348,7 @@ def _coupling_vjp_eager(call: Any) -> None:
 # Gradient and registration
 
 
-def _remember(ctx: Any, call: Any) -> None:
+def _remember(ctx: Any, call: Any, _: Any) -> None:
     """Keeps what the backward pass of `coupling` needs."""
     ctx.coefficients = call.a, call.c, call.b, call.g
     ctx.eps_dtype = None if call.eps is None else call.eps.dtype

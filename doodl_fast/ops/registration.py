@@ -18,7 +18,7 @@ def register(
     forward: Callable[..., Any],
     fake: Callable[[Any], Any],
     *,
-    remember: Callable[[Any, Any], None] | None = None,
+    remember: Callable[[Any, Any, Any], None] | None = None,
     gradient: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> None:
     """Registers an op as `torch.ops.doodl_fast.<name>`, with its fake implementation and, if it has one, its gradient.
@@ -29,7 +29,8 @@ def register(
             with None for an optional output that the call does not want.
         fake: Takes the arguments as a named tuple (`signature.call`) and returns tensors like those of `forward`,
             whose values are not computed. `torch.compile` traces with it.
-        remember: Takes autograd's `ctx` and the arguments as a named tuple, and keeps on `ctx` what `gradient` needs.
+        remember: Takes autograd's `ctx`, the arguments as a named tuple and the output, and keeps on `ctx` what
+            `gradient` needs.
         gradient: Takes `ctx` and the cotangents of the outputs, and returns the cotangents of the op's arguments,
             from the first on. Those that it does not return are None.
     """
@@ -51,7 +52,7 @@ def register(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.backend = choice()  # Autograd may run the backward pass in a thread of its own, which has no context.
         ctx.num_arguments = len(inputs)
-        remember(ctx, signature.call(*inputs))
+        remember(ctx, signature.call(*inputs), output)
 
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         with backend(ctx.backend):

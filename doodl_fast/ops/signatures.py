@@ -65,12 +65,14 @@ class Signature:
         outputs: The tensors that a kernel fills and the op returns. An output of type `Tensor?` may be left out by a
             call; then the op returns a list of those that are there, as a schema knows no optional outputs.
         not_for_kernels: The names of arguments that only say which outputs are wanted, and in which dtype.
+        native_devices: The types of devices for which the native backend has a kernel.
     """
 
     name: str
     arguments: str
     outputs: str
     not_for_kernels: tuple[str, ...] = ()
+    native_devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def has_optional_outputs(self) -> bool:
@@ -162,5 +164,24 @@ LATTICE_MIX = Signature(
     "Tensor out_target, Tensor out_source, Tensor out_target_buffer, Tensor out_source_buffer",
 )
 
-TABLE = (COUPLING, COUPLING_VJP, COUPLING_MIX, COUPLING_MIX_VJP, LATENT_UPDATE, LATTICE_COUPLING, LATTICE_MIX)
-"""The ops that every backend has a kernel of."""
+GROUP_NORM_SILU = Signature(
+    "group_norm_silu",
+    "Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps, bool silu",
+    "Tensor y, Tensor mean, Tensor rstd",
+    native_devices=("cpu",),
+)
+GROUP_NORM_SILU_BACKWARD = Signature(
+    "group_norm_silu_backward",
+    "Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, bool silu",
+    "Tensor grad_x",
+    native_devices=("cpu",),
+)
+
+LATENT_OPS = (COUPLING, COUPLING_VJP, COUPLING_MIX, COUPLING_MIX_VJP, LATENT_UPDATE, LATTICE_COUPLING, LATTICE_MIX)
+"""The ops on latents."""
+
+LAYER_OPS = (GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD)
+"""The ops that compute layers of frozen networks, and the gradients of these layers' inputs."""
+
+TABLE = (*LATENT_OPS, *LAYER_OPS)
+"""All ops. Every backend has a kernel of each, the native one for the devices that the row names."""

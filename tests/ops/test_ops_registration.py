@@ -16,6 +16,7 @@ from ops_cases import BACKENDS, operands, require
 from doodl_fast import ops
 from doodl_fast.ops import coupling_op
 from doodl_fast.ops.backends import native, registry
+from doodl_fast.ops.signatures import LAYER_OPS
 
 NAMES = ("coupling", "coupling_vjp", "coupling_mix", "coupling_mix_vjp", "latent_update")
 MIX = ops.Mixing(True, 0.93, 0.07, 0.93, 0.07)
@@ -85,7 +86,8 @@ def test_opcheck_of_the_native_kernels():
         "coupling_mix_vjp": (outs[0], outs[1], torch.empty_like(eps), x, y, None, *MIX, 0.9, 0.2, 0.3, 3.0),
         "latent_update": (*outs, x, y, x, y, y, x, None, starts, 0.5, 0.1, 0.9, False, True, 0.1),
     }
-    assert {*calls, "lattice_coupling", "lattice_mix"} == set(native.OPS)  # test_lattice_ops.py tests those two.
+    tested_elsewhere = {"lattice_coupling", "lattice_mix", *(row.name for row in LAYER_OPS)}
+    assert {*calls, *tested_elsewhere} == set(native.OPS)
     for name, call in calls.items():
         op = getattr(torch.ops.doodl_fast_native, name).default
         written = [argument.name for argument in op._schema.arguments if argument.alias_info is not None]

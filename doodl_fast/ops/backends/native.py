@@ -95,10 +95,10 @@ def _why_not_cards() -> str | None:
     return None
 
 
-def kernels() -> dict[str, Kernel]:
-    """Returns the kernels by name. PyTorch's dispatcher chooses between those for the CPU and those for CUDA."""
+def kernels(device_type: str) -> dict[str, Kernel]:
+    """Returns the kernels for a type of device, by the names of their ops."""
     namespace: Any = torch.ops.doodl_fast_native
-    return {name: getattr(namespace, name).default for name in OPS}
+    return {row.name: getattr(namespace, row.name).default for row in TABLE if device_type in row.native_devices}
 
 
 def instruction_set() -> str | None:

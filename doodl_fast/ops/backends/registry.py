@@ -2,7 +2,9 @@
 
 A backend is a table of kernels by the names of the ops. A kernel fills outputs that the op has allocated. The
 automatic choice takes the first backend that works on the tensors' device. An explicit choice, by
-`with backend("triton"):` or the environment variable `DOODL_FAST_BACKEND`, is used, or refused with the reason.
+`with backend("triton"):` or the environment variable `DOODL_FAST_BACKEND`, is used, or refused with the reason. An op
+of which the chosen backend has no kernel for the device (the native one has none of layers for CUDA) is computed by the
+next backend in the order of the automatic choice.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ def select(op: str, tensor: Tensor) -> Kernel:
     key = (device_type, entries[-1].name if entries else _environment)
     table = _chosen.get(key)
     if table is None:
-        table = _chosen[key] = _table(resolve(device_type))
+        table = _chosen[key] = _completed(_table(resolve(device_type), device_type), device_type)
     return table[op]
 
 
@@ -157,12 +159,22 @@ def why_not(name: str, device_type: str) -> str | None:
     return reason
 
 
-def _table(name: str) -> dict[str, Kernel]:
-    """Returns the kernels of a backend."""
+def _table(name: str, device_type: str) -> dict[str, Kernel]:
+    """Returns the kernels that a backend has for a type of device."""
     if name == "eager":
         return EAGER
     module: Any = import_module(_MODULES[name], __package__)
-    table: dict[str, Kernel] = module.kernels()
+    table: dict[str, Kernel] = module.kernels(device_type)
+    return table
+
+
+def _completed(table: dict[str, Kernel], device_type: str) -> dict[str, Kernel]:
+    """Returns a backend's kernels, and for the ops that it has none of those of the next backend that has one."""
+    for name in (*PREFERENCE.get(device_type, ()), "eager"):
+        if EAGER.keys() <= table.keys():
+            break
+        if why_not(name, device_type) is None:
+            table = {**_table(name, device_type), **table}
     return table
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from .. import signatures
 from ..lattice_coupling_op import limit
-from ..layout import compute_dtype, vanishes
+from . import triton_layers
 from .registry import Kernel
+from .triton_launch import arithmetic, blocks, floats, launch
 
 OLDEST = (3, 6)
-BLOCK = 1024
-WARPS = 4
 
 
 def why_not(device_type: str) -> str | None:
@@ -42,42 +41,9 @@ def why_not(device_type: str) -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-def kernels() -> dict[str, Kernel]:
-    """Returns the kernels by the names of their ops."""
-    return {signature.name: signature.kernel(function) for signature, function in _KERNELS}
-
-
-def _launch(
-    name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, block: int = BLOCK, **constants: Any
-) -> None:
-    """Launches a kernel on the device of a tensor. arguments: its pointers and numbers; constants: its constexprs."""
-    from . import triton_kernels, triton_lattice
-
-    kernel = getattr(triton_lattice if name == "lattice_kernel" else triton_kernels, name)
-    if like.is_cpu:  # The interpreter takes no options of the compiler.
-        kernel[grid](*arguments, **constants, BLOCK=block)
-        return
-    with torch.cuda.device(like.device):
-        kernel[grid](*arguments, **constants, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False)
-
-
-def _arithmetic(*tensors: Tensor | None, **coefficients: float) -> dict[str, Any]:
-    """Returns constants of a kernel: the dtype of the arithmetic, and which of the coefficients are not zero in it."""
-    import triton.language as tl
-
-    dtype = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None))
-    there = {f"HAS_{name.upper()}": not vanishes(value, dtype) for name, value in coefficients.items()}
-    return {"COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32, **there}
-
-
-def _blocks(n: int) -> int:
-    """Returns the number of blocks that cover n elements."""
-    return -(-n // BLOCK)
-
-
-def _floats(*numbers: float | None) -> list[float]:
-    """Returns the numbers as a kernel takes them: as floats, with 0 for None."""
-    return [float(number or 0.0) for number in numbers]
+def kernels(device_type: str) -> dict[str, Kernel]:
+    """Returns the kernels by the names of their ops. They are the same for every type of device."""
+    return {signature.name: signature.kernel(function) for signature, function in (*_KERNELS, *triton_layers.KERNELS)}
 
 
 _NO_MIXING = (1.0, 0.0, 1.0, 0.0)
@@ -88,13 +54,13 @@ def _coupling(call: Any, mixes: bool = False) -> None:
     n = call.target.numel()
     outs = (call.out_target, call.out_source) if mixes else (call.out, None)
     a0, c0, a1, c1 = (call.a0, call.c0, call.a1, call.c1) if mixes else _NO_MIXING
-    _launch(
+    launch(
         "coupling_kernel",
-        (_blocks(n),),
+        (blocks(n),),
         call.target,
         *(*outs, call.target, call.source, call.eps, n),
-        *_floats(call.a, call.c, call.b, call.g, a0, c0, a1, c1),
-        **_arithmetic(call.target, call.eps, c0=c0, c1=c1),
+        *floats(call.a, call.c, call.b, call.g, a0, c0, a1, c1),
+        **arithmetic(call.target, call.eps, c0=c0, c1=c1),
         SOURCE=call.source is not None and call.c != 0,
         EPS=call.eps is not None,
         GUIDED=call.g is not None,
@@ -113,13 +79,13 @@ def _coupling_vjp(call: Any, mixes: bool = False) -> None:
     grad, grad_source = (call.grad_target, call.grad_source) if mixes else (call.grad, None)
     n = grad.numel()
     a0, c0, a1, c1 = (call.a0, call.c0, call.a1, call.c1) if mixes else _NO_MIXING
-    _launch(
+    launch(
         "vjp_kernel",
-        (_blocks(n),),
+        (blocks(n),),
         grad,
         *(call.out_target if mixes else call.out, call.out_source, call.out_eps, grad, grad_source, call.scale, n),
-        *_floats(call.a, call.c, call.b, call.g, a0, c0, a1, c1),
-        **_arithmetic(grad, call.out_eps, c=call.c, c0=c0, c1=c1),
+        *floats(call.a, call.c, call.b, call.g, a0, c0, a1, c1),
+        **arithmetic(grad, call.out_eps, c=call.c, c0=c0, c1=c1),
         SOURCE=call.out_source is not None,
         EPS=call.out_eps is not None,
         SCALED=call.scale is not None,
@@ -139,16 +105,16 @@ def _latent_update(call: Any) -> None:
     x, starts = call.x, call.starts
     batch = x.shape[0]
     sample = x.numel() // batch
-    grid = (_blocks(sample), batch)
+    grid = (blocks(sample), batch)
     sums = None if starts is None else x.new_empty(2, batch, grid[0], dtype=torch.float64)
-    _launch(
+    launch(
         "update_kernel",
         grid,
         x,
         *(call.out_x, call.out_y, call.out_mx, call.out_my, sums),
         *(x, call.y, call.mx, call.my, call.gx, call.gy, call.noise, sample),
-        *_floats(call.rate, call.clip, call.momentum, call.sigma),
-        **_arithmetic(x),
+        *floats(call.rate, call.clip, call.momentum, call.sigma),
+        **arithmetic(x),
         SQUARES=sums is not None,
         NESTEROV=call.nesterov,
         TIED=call.tied,
@@ -156,7 +122,7 @@ def _latent_update(call: Any) -> None:
     )
     if starts is not None and sums is not None:
         factors = (starts / sums.sum(2).sqrt()).to(x.dtype)
-        _launch("scale_kernel", grid, x, call.out_x, call.out_y, factors, sample)
+        launch("scale_kernel", grid, x, call.out_x, call.out_y, factors, sample)
 
 
 def _lattice_coupling(call: Any) -> None:
@@ -187,12 +153,12 @@ def _lattice(
 
     target_first, by0, over0, c0, by1, over1, c1 = mixing
     n = call.target.numel()
-    _launch(
+    launch(
         "lattice_kernel",
         (-(-n // SMALL),),
         call.target,
         *(*outs, call.target, call.source, *buffers, call.eps, call.faults, n, call.row, by0, over0, by1, over1),
-        *_floats(call.c, call.b, call.g, c0, c1),
+        *floats(call.c, call.b, call.g, c0, c1),
         block=SMALL,
         EPS=call.eps is not None,
         GUIDED=call.g is not None,

@@ -1,0 +1,57 @@
+// The interface between the bindings and the CPU kernels of layers of frozen networks, which are compiled once for each
+// instruction set.
+#pragma once
+
+#include "cpu_kernels.h"
+
+#include <cstdint>
+
+namespace doodl_fast {
+
+// A call of group_norm_silu or of group_norm_silu_backward on tensors (n, channels, pixels), or (n, pixels, channels) in
+// memory if they are channels_last. x, y and the gradients have one dtype. The statistics, weight and bias have the dtype
+// of the arithmetic: double for double, else float.
+struct GroupNormCall {
+  const void *x = nullptr, *grad_y = nullptr;
+  void *y = nullptr, *grad_x = nullptr;
+  void *mean = nullptr, *rstd = nullptr;                // (n, groups): the forward pass writes them, the other reads.
+  const void *weight = nullptr, *bias = nullptr;        // (channels), or null
+  Dtype dtype = Dtype::f32;
+  int64_t n = 0, channels = 0, pixels = 0, groups = 0;
+  double eps = 0;
+  bool silu = false;
+  // Where PyTorch's SiLU leaves its vector loop and calls the C library's exp: in the elements of every `tail_chunk`
+  // (the range of a thread) after the last multiple of `tail_step`.
+  int64_t tail_chunk = 1, tail_step = 1;
+  // Whether PyTorch would use several threads. Its loop over the channels of a group is compiled in another way then.
+  bool threaded = false;
+};
+
+// A range of pixels of one sample, for tensors that are channels_last, and numbers for each channel in the dtype of the
+// arithmetic: the argument of SiLU is scale x + shift.
+struct PixelRange {
+  int64_t sample = 0, begin = 0, end = 0;
+  const void *scale = nullptr, *shift = nullptr;
+  const void* center = nullptr;   // What is subtracted from x before it is summed up.
+  const void* factors = nullptr;  // (3, channels): grad_x = factors[0] gradient + factors[1] x + factors[2]
+  double* sums = nullptr;         // (2, channels): what the two kernels that sum up add to.
+};
+
+// The kernels for one instruction set.
+struct LayerKernels {
+  const char* name;
+  // These compute the groups [begin, end) of n * groups, for tensors that are contiguous.
+  void (*group_norm)(const GroupNormCall&, int64_t begin, int64_t end);
+  void (*group_norm_backward)(const GroupNormCall&, int64_t begin, int64_t end);
+  // These compute a range of pixels, for tensors that are channels_last.
+  void (*pixel_moments)(const GroupNormCall&, const PixelRange&);        // sums: x - center, and its square
+  void (*pixel_norm)(const GroupNormCall&, const PixelRange&);           // writes y
+  void (*pixel_backward_sums)(const GroupNormCall&, const PixelRange&);  // sums: gradient, and times x - center
+  void (*pixel_backward)(const GroupNormCall&, const PixelRange&);       // writes grad_x
+};
+
+const LayerKernels& layer_kernels_default();
+const LayerKernels* layer_kernels_avx2();    // They are null if the compiler had not that instruction set.
+const LayerKernels* layer_kernels_avx512();
+
+}  // namespace doodl_fast

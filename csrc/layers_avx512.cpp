@@ -1,0 +1,35 @@
+// The CPU kernels of layers for AVX-512, which are chosen at run time if the processor has it.
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
+#endif
+#define DF_FMA 1
+#define DF_AVX512 1
+#include "pixel_norm_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+#include "layers.h"
+#endif
+
+namespace doodl_fast {
+
+const LayerKernels* layer_kernels_avx512() {
+#if defined(DF_FMA)
+  static constexpr LayerKernels table{"avx512",      group_norm, group_norm_backward,
+                                      pixel_moments, pixel_norm, pixel_backward_sums,
+                                      pixel_backward};
+  return &table;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace doodl_fast

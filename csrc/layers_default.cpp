@@ -1,0 +1,13 @@
+// The CPU kernels of layers for the instruction set that the compiler targets by default.
+#include "pixel_norm_impl.h"
+
+namespace doodl_fast {
+
+const LayerKernels& layer_kernels_default() {
+  static constexpr LayerKernels table{"baseline",    group_norm, group_norm_backward,
+                                      pixel_moments, pixel_norm, pixel_backward_sums,
+                                      pixel_backward};
+  return table;
+}
+
+}  // namespace doodl_fast

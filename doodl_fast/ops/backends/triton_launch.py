@@ -1,0 +1,47 @@
+"""How Triton kernels are launched, and the constants that they have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import compute_dtype, vanishes
+
+BLOCK = 1024
+WARPS = 4
+
+
+def launch(
+    name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, block: int = BLOCK, **constants: Any
+) -> None:
+    """Launches a kernel on the device of a tensor. arguments: its pointers and numbers; constants: its constexprs."""
+    from . import triton_kernels, triton_lattice, triton_layer_kernels
+
+    modules = (triton_kernels, triton_lattice, triton_layer_kernels)
+    kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
+    if like.is_cpu:  # The interpreter takes no options of the compiler.
+        kernel[grid](*arguments, **constants, BLOCK=block)
+        return
+    with torch.cuda.device(like.device):
+        kernel[grid](*arguments, **constants, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def arithmetic(*tensors: Tensor | None, **coefficients: float) -> dict[str, Any]:
+    """Returns constants of a kernel: the dtype of the arithmetic, and which of the coefficients are not zero in it."""
+    import triton.language as tl
+
+    dtype = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None))
+    there = {f"HAS_{name.upper()}": not vanishes(value, dtype) for name, value in coefficients.items()}
+    return {"COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32, **there}
+
+
+def blocks(n: int) -> int:
+    """Returns the number of blocks that cover n elements."""
+    return -(-n // BLOCK)
+
+
+def floats(*numbers: float | None) -> list[float]:
+    """Returns the numbers as a kernel takes them: as floats, with 0 for None."""
+    return [float(number or 0.0) for number in numbers]

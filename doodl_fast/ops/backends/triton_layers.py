@@ -1,0 +1,93 @@
+"""Launches the Triton kernels of layers of frozen networks, as `triton.py` does those of the ops on latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import signatures
+from .triton_launch import BLOCK, arithmetic, blocks, launch
+
+LARGEST_PARTS = 128
+
+
+def _parts(groups: int, size: int) -> int:
+    """Returns in how many parts each group is read: a power of two that gives a GPU some 512 programs, if it can."""
+    parts = 1
+    while 2 * parts * groups <= 512 and 2 * parts <= min(blocks(size), LARGEST_PARTS):
+        parts *= 2
+    return parts
+
+
+class _Shape:
+    """The numbers that the kernels of GroupNorm take for a tensor x."""
+
+    def __init__(self, x: Tensor, num_groups: int) -> None:
+        channels = x.shape[1]
+        per_group, pixels = channels // num_groups, x.numel() // (x.shape[0] * channels)
+        size = per_group * pixels
+        self.groups, self.parts = x.shape[0] * num_groups, _parts(x.shape[0] * num_groups, size)
+        self.numbers = (size, pixels, channels, num_groups, per_group)
+        self.per_part = blocks(-(-size // self.parts)) * BLOCK
+        self.over_parts, self.over_blocks = (self.groups, self.parts), (self.groups, blocks(size))
+        self.constants = {**arithmetic(x), "CHANNELS_LAST": not x.is_contiguous(), "PARTS": self.parts}
+
+    def found(self, like: Tensor) -> Tensor:
+        """Returns memory for the two numbers that are found in each part of each group."""
+        return like.new_empty(2, self.groups, self.parts)
+
+
+def _weights(call: Any) -> dict[str, bool]:
+    return {"WEIGHT": call.weight is not None, "BIAS": call.bias is not None, "SILU": call.silu}
+
+
+def _group_norm_silu(call: Any) -> None:
+    """Launches `group_norm_silu`."""
+    shape = _Shape(call.x, call.num_groups)
+    parts = shape.found(call.mean)
+    launch(
+        "group_moments_kernel",
+        shape.over_parts,
+        call.x,
+        *(parts, call.x, *shape.numbers, shape.per_part),
+        **shape.constants,
+    )
+    launch(
+        "group_norm_kernel",
+        shape.over_blocks,
+        call.x,
+        *(call.y, call.mean, call.rstd, parts, call.x, call.weight, call.bias),
+        *(*shape.numbers, shape.per_part, float(call.eps)),
+        **shape.constants,
+        **_weights(call),
+    )
+
+
+def _group_norm_silu_backward(call: Any) -> None:
+    """Launches `group_norm_silu_backward`."""
+    shape = _Shape(call.x, call.num_groups)
+    parts = shape.found(call.mean)
+    tensors = (call.grad_y, call.x, call.mean, call.rstd, call.weight, call.bias)
+    launch(
+        "group_norm_backward_sums_kernel",
+        shape.over_parts,
+        call.x,
+        *(parts, *tensors, *shape.numbers, shape.per_part),
+        **shape.constants,
+        **_weights(call),
+    )
+    launch(
+        "group_norm_backward_kernel",
+        shape.over_blocks,
+        call.x,
+        *(call.grad_x, parts, *tensors, *shape.numbers),
+        **shape.constants,
+        **_weights(call),
+    )
+
+
+KERNELS = (
+    (signatures.GROUP_NORM_SILU, _group_norm_silu),
+    (signatures.GROUP_NORM_SILU_BACKWARD, _group_norm_silu_backward),
+)
