@@ -1,13 +1,17 @@
 # make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint, types, imports, sizes.
 # make coverage: tests, and the lines that none of them runs.   make bench: ops against eager, compiled eager and a copy.
 # make docs: the site, in site/.   make examples: every script in examples/.
+# make wheel: builds a wheel, checks it, runs README's example in an empty environment with it.
+# make sanitize: the kernels' tests under AddressSanitizer and UBSan.   make matrix: what of the matrix of Pythons can run here.
+# make fuzz: the readers of files, SECONDS_EACH seconds for each.   make audit: known vulnerabilities in what the package depends on.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DOCS   := .venv-docs
+TOOLS  := .venv-release
 
-.PHONY: demo test check coverage bench docs examples install clean
+.PHONY: demo test check coverage bench docs examples wheel sanitize fuzz matrix audit install clean
 
 demo: $(READY)
 	$(BIN)/doodl-fast demo --out demo
@@ -34,12 +38,38 @@ docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 	$(DOCS)/bin/python .ci/check_site.py site
 
-$(DOCS)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install -q --upgrade pip
-	$(DOCS)/bin/python .ci/requirements.py docs > $(DOCS)/requirements.txt
-	$(DOCS)/bin/python -m pip install -q -r $(DOCS)/requirements.txt
+# The requirements of the extra of that name alone, without the package and torch.
+.venv-%/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q --upgrade pip
+	.venv-$*/bin/python .ci/requirements.py $* > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install -q -r .venv-$*/requirements.txt
 	touch $@
+
+wheel: $(READY) $(TOOLS)/.ready
+	rm -rf dist build/lib* build/bdist* build/temp*
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+	ls -l dist
+	case "$$(uname)" in Linux) $(TOOLS)/bin/auditwheel show dist/*.whl;; esac
+	$(TOOLS)/bin/abi3audit --strict --verbose dist/*.whl
+	.ci/check_wheel.sh $(BIN)/python dist/*.whl
+
+sanitize: $(READY)
+	.ci/sanitize.sh $(BIN)/python
+
+# With atheris, if it is in the environment; otherwise sound files are changed at random.
+SECONDS_EACH ?= 20
+fuzz: $(READY)
+	set -e; for target in picture lattice_state run_state; do \
+	  $(BIN)/python fuzz/run.py $$target --seconds $(SECONDS_EACH); done
+
+# Sessions that need another torch are not among the default ones: see noxfile.py, and .github/workflows/test.yml.
+matrix: $(TOOLS)/.ready
+	$(TOOLS)/bin/nox -s syntax docs
+
+audit: $(READY) $(TOOLS)/.ready
+	$(BIN)/python -m pip freeze --exclude-editable | sed '/^torch==/s/+cpu//; / @ /d' > build/frozen.txt
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r build/frozen.txt
 
 # One after the other, each under a minute on an idle core; pictures are in examples/out.
 examples: $(READY)
@@ -58,4 +88,4 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) site examples/out build *.egg-info demo doodl_fast/_native*
+	rm -rf $(VENV) $(DOCS) $(TOOLS) site dist .nox fuzz/found fuzz/corpus examples/out build *.egg-info demo doodl_fast/_native*

@@ -1,9 +1,10 @@
 """Builds the native kernels in csrc/ if that is possible. The metadata of the package is in pyproject.toml.
 
 The libraries use torch's stable ABI and no Python API, so one binary works with torch 2.11 and later and with Python
-3.10 and later. They are optional. Without a compiler, without torch's headers, without CUDA, or with the environment
-variables DOODL_FAST_NO_NATIVE=1 or DOODL_FAST_NO_CUDA=1, the installation goes on in pure Python, prints what is
-missing, and records it for `doodl-fast doctor`.
+3.10 and later. TORCH_CUDA_ARCH_LIST says which cards the CUDA kernels are compiled for. The libraries are optional.
+Without a compiler, without torch's headers, without CUDA, or with the environment variables DOODL_FAST_NO_NATIVE=1 or
+DOODL_FAST_NO_CUDA=1, the installation goes on in pure Python, prints what is missing, and records it for
+`doodl-fast doctor`.
 
 This file does not import torch but looks for it on disk: pip's isolated builds hide the packages of the environment,
 and a build requirement on torch would download it once more. If the build uses another interpreter, torch is not found;
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,7 +36,7 @@ DEFINES = [("TORCH_TARGET_VERSION", TARGET)]
 # result; they let the compiler vectorise loops.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-ARCHITECTURES = ("80", "90")
+ARCHITECTURES = (80, 90)  # compute capabilities 8.0 and 9.0, unless TORCH_CUDA_ARCH_LIST has others
 CPU, CUDA = "doodl_fast._native", "doodl_fast._native_cuda"
 CPU_SOURCES = (
     *("cpu", "cpu_default", "cpu_avx2", "cpu_lattice"),
@@ -100,6 +102,22 @@ def find_nvcc(torch: Path) -> Path:
     return nvcc
 
 
+def architectures() -> list[int]:
+    """Returns the compute capabilities to compile for, 90 for 9.0, in ascending order.
+
+    TORCH_CUDA_ARCH_LIST is read as torch reads it, "8.0;9.0+PTX" for instance, but for one thing: the newest is always
+    compiled to PTX as well, because later cards can run that. Raises Missing if the variable has something else in it.
+    """
+    found = set()
+    for word in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
+        if match:
+            found.add(10 * int(match[1]) + int(match[2]))
+        elif word:
+            raise Missing(f"TORCH_CUDA_ARCH_LIST: expected compute capabilities, such as 8.0;9.0+PTX, got {word!r}")
+    return sorted(found or ARCHITECTURES)
+
+
 class BuildNative(build_ext):
     """Builds the libraries that can be built, and records for the others why not."""
 
@@ -112,9 +130,9 @@ class BuildNative(build_ext):
         for folder in {Path(self.build_lib) / "doodl_fast", *([ROOT / "doodl_fast"] if self.inplace else [])}:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_native_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
-        for kind, outcome in self.report.items():
-            if outcome != "built":
-                print(f"doodl_fast: no native {kind} kernels: {outcome}", file=sys.stderr)
+        for kind in KINDS.values():
+            if self.report[kind] != "built":
+                print(f"doodl_fast: no native {kind} kernels: {self.report[kind]}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
         """Builds one library, or records why it is not built."""
@@ -126,24 +144,31 @@ class BuildNative(build_ext):
                 self.prepare_cuda(ext, torch)
             super().build_extension(ext)
             self.report[KINDS[ext.name]] = "built"
+            if ext.name == CUDA:
+                self.report["cuda architectures"] = " ".join(
+                    map(str, architectures())
+                )  # ops/backends/native.py reads it
         except Exception as error:  # It is optional, so no failure of a tool may stop the installation.
             self.report[KINDS[ext.name]] = str(error) or type(error).__name__
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # An earlier build may have left one.
 
     def prepare_cuda(self, ext: Extension, torch: Path) -> None:
         """Compiles the .cu files, which the rest of the build links."""
-        nvcc = find_nvcc(torch)
-        code = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
-        code += [f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
+        nvcc, capabilities = find_nvcc(torch), architectures()
+        code = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in capabilities]
+        code += [f"-gencode=arch=compute_{capabilities[-1]},code=compute_{capabilities[-1]}"]
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        for source in sorted((ROOT / "csrc").glob("*.cu")):
+        options = [*NVCC_FLAGS, *code, *(f"-D{name}={value}" for name, value in DEFINES), f"-I{torch / 'include'}"]
+
+        def compiled(source: Path) -> str:
             target = Path(self.build_temp) / f"{source.stem}_cu.o"
-            defines = [f"-D{name}={value}" for name, value in DEFINES]
-            command = [nvcc, *NVCC_FLAGS, *code, *defines, f"-I{torch / 'include'}", "-c", source, "-o", target]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run([nvcc, *options, "-c", source, "-o", target], capture_output=True, text=True)
             if done.returncode:
                 raise Missing(f"nvcc failed on {source.name}: {done.stderr.strip()[-2000:]}")
-            ext.extra_objects.append(str(target))
+            return str(target)
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            ext.extra_objects += pool.map(compiled, sorted((ROOT / "csrc").glob("*.cu")))
         # nvcc may be a wrapper script outside its toolkit, so several places are searched for the runtime library.
         toolkits = (nvcc.parent.parent, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path("/usr/local/cuda"))
         folders = [toolkit / name for toolkit in toolkits for name in ("lib64", "lib", "targets/x86_64-linux/lib")]

@@ -42,7 +42,7 @@ def too_large(path: Path) -> list[str]:
 
 
 def main() -> int:
-    folders = ("doodl_fast", "bench", "examples", "tests", ".ci")
+    folders = ("doodl_fast", "bench", "examples", "fuzz", "tests", ".ci")
     files = [ROOT / "setup.py", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
     found = [line for path in files for line in too_large(path)]
     print("\n".join(found) or f"{len(files)} files, none over {LONGEST_FILE} lines")

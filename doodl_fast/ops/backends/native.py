@@ -90,7 +90,7 @@ def _why_not_cards() -> str | None:
             return (
                 f"its kernels were compiled for compute capability {there}, "
                 f"and cuda:{index} ({torch.cuda.get_device_name(index)}) has {major}.{minor}; hide that card by "
-                "CUDA_VISIBLE_DEVICES, or add its number to ARCHITECTURES in setup.py and build again"
+                "CUDA_VISIBLE_DEVICES, or build again with its number in TORCH_CUDA_ARCH_LIST"
             )
     return None
 
