@@ -68,6 +68,7 @@ matrix: $(TOOLS)/.ready
 	$(TOOLS)/bin/nox -s syntax docs
 
 audit: $(READY) $(TOOLS)/.ready
+	mkdir -p build
 	$(BIN)/python -m pip freeze --exclude-editable | sed '/^torch==/s/+cpu//; / @ /d' > build/frozen.txt
 	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r build/frozen.txt
 

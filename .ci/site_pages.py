@@ -2,7 +2,7 @@
 
 - The API reference: one page for each package, with every public name of it. The names are read from `__all__` in the
   sources, and mkdocstrings reads their docstrings there, so a site is built without torch.
-- CHANGELOG.md and CONTRIBUTING.md of the repository, whose links are those of GitHub and are rewritten.
+- CHANGELOG.md, CONTRIBUTING.md and SECURITY.md of the repository, whose links are those of GitHub and are rewritten.
 - Search works on pages that are read from the disk, without the script that the theme would load from elsewhere.
 - A page in docs/ that the navigation in mkdocs.yml does not name yet is listed under "More".
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "doodl_fast"
-COPIED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+COPIED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md"}
 ORDER = ("solvers", "optimization", "guidance", "diffusion", "chain", "frozen", "ops", "integrations", "shapes")
 LAST = ("compat",)
 NOT_FOR_IMPORT = ("cli",)
