@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .losses import guide_names, own_loss, weighted
 from .options import EMBEDDED, Parser, check_model, integer, number, text
 
 if TYPE_CHECKING:
@@ -71,19 +72,41 @@ def _symmetry(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
     return Symmetry(args.direction)
 
 
+def _picture(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Makes the loss of the distance to a picture."""
+    from ..guidance import Picture
+
+    return Picture(args.target)
+
+
 GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Callable[[Tensor], Tensor]]] = {
     "clip-text": _clip_text,
     "clip-image": _clip_image,
     "classifier": _classifier,
     "symmetry": _symmetry,
+    "picture": _picture,
 }
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the options that choose and describe a guide."""
-    parser.add_argument("--guidance", required=True, choices=tuple(GUIDES))
+    parser.add_argument(
+        "--guidance",
+        nargs="+",
+        type=weighted(tuple(GUIDES)),
+        metavar="GUIDE[:WEIGHT]",
+        help=f"one or several of {', '.join(GUIDES)}, e.g. clip-text symmetry:0.1",
+    )
+    parser.add_argument(
+        "--loss",
+        nargs="+",
+        type=own_loss,
+        metavar="MODULE:FUNCTION[:WEIGHT]",
+        help="functions of your own, from images (B, 3, H, W) to a scalar; modules are found from the current folder",
+    )
     parser.add_argument("--guidance-prompt", help="for clip-text (default: the prompt)")
     parser.add_argument("--guidance-image", nargs="+", type=text, metavar="FILE", help="for clip-image")
+    parser.add_argument("--target", type=text, metavar="FILE", help="for picture: the picture to come near to")
     parser.add_argument("--label", type=text, help="for classifier: a class's name or index")
     parser.add_argument("--direction", choices=("horizontal", "vertical"), help="for symmetry (default: horizontal)")
     parser.add_argument(
@@ -100,6 +123,7 @@ USES: dict[str, tuple[str, ...]] = {
     "clip-image": ("guidance_image", "guidance_model", "num_cutouts", "cut_power"),
     "classifier": ("label", "guidance_model"),
     "symmetry": ("direction",),
+    "picture": ("target",),
 }
 """The options that each guide reads. Any other option of a guide is refused."""
 DEFAULTS = {"direction": "horizontal", "num_cutouts": 0, "cut_power": 0.3}
@@ -112,42 +136,59 @@ def check_guide(args: argparse.Namespace) -> None:
     Raises:
         ValueError: An option belongs to another guide, is missing, or cannot work.
     """
-    used = USES[args.guidance]
-    for name in dict.fromkeys(name for names in USES.values() for name in names):
+    names = guide_names(args)
+    if not names and not args.loss:
+        raise ValueError(f"--guidance: expected one of {', '.join(GUIDES)}, or --loss, got neither")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--guidance: expected each guide once, got {' '.join(names)}")
+    if args.guidance is not None and len(args.guidance) == 1:
+        args.guidance = args.guidance[0]  # as runs were stored that could have one guide alone
+    used = {name for guide in names for name in USES[guide]}
+    for name in dict.fromkeys(name for options in USES.values() for name in options):
         if getattr(args, name) is None:
             setattr(args, name, DEFAULTS.get(name))
         elif name not in used:
-            guides = " and ".join(guide for guide, names in USES.items() if name in names)
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: expected --guidance {guides} with it, got --guidance {args.guidance}; omit it")
+            guides = " and ".join(guide for guide, options in USES.items() if name in options)
+            flag, got = name.replace("_", "-"), f"--guidance {' '.join(names)}" if names else "--loss alone"
+            raise ValueError(f"--{flag}: expected --guidance {guides} with it, got {got}; omit it")
     if not (math.isfinite(args.cut_power) and args.cut_power > 0):
         raise ValueError(f"--cut-power: expected a positive finite number, got {args.cut_power}")
     if args.num_cutouts < 0:
         raise ValueError(f"--num-cutouts: expected at least 0, got {args.num_cutouts}")
-    if args.guidance == "clip-text" and not _target_text(args).strip():
+    if "clip-text" in names and not _target_text(args).strip():
         raise ValueError("--guidance-prompt: prompt: expected a text to guide to, got none")
-    if args.guidance == "clip-image" and not args.guidance_image:
+    if "clip-image" in names and not args.guidance_image:
         raise ValueError("--guidance-image: expected one or more files with --guidance clip-image, got none")
-    if args.guidance == "classifier" and args.label is None:
+    if "classifier" in names and args.label is None:
         raise ValueError("--label: expected a class's name or index with --guidance classifier, got none")
     embedded = args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED)
-    if args.guidance == "classifier" and args.guidance_model is None and not embedded:
+    if "classifier" in names and args.guidance_model is None and not embedded:
         raise ValueError("--guidance-model: expected an image classifier with --guidance classifier, got none")
-    _check_files(args, embedded)
+    if "picture" in names and args.target is None:
+        raise ValueError("--target: expected a picture file with --guidance picture, got none")
+    if args.guidance_model is not None and "classifier" in names and {"clip-text", "clip-image"} & set(names):
+        raise ValueError(
+            "--guidance-model: expected it with one kind of model alone, got it with CLIP and a classifier"
+        )
+    _check_files(args, embedded, names)
 
 
-def _check_files(args: argparse.Namespace, embedded: bool) -> None:
+def _check_files(args: argparse.Namespace, embedded: bool, names: list[str]) -> None:
     """Raises ValueError for a guide's folder that cannot be one, a picture that cannot be read, an unknown label."""
     if args.guidance_model is not None and not embedded:
         check_model(args.guidance_model, "config.json", "guidance model")
         config = Path(args.guidance_model).expanduser() / "config.json"
-        if args.guidance == "classifier" and config.is_file():
+        if "classifier" in names and config.is_file():
             _check_label(args.label, config)
     if args.guidance_image:
         from ..diffusion.images import read_picture
 
         for file in args.guidance_image:
             read_picture(file, "--guidance-image")
+    if args.target is not None:
+        from ..diffusion.images import read_picture
+
+        read_picture(args.target, "--target")
 
 
 def _check_label(label: str, config: Path) -> None:

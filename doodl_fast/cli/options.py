@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,13 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
 
 
+def device(value: str) -> str:
+    """An argparse type: the name of a device that this package runs on."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", value):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:N or mps, got {value!r}")
+    return value
+
+
 def text(value: str) -> str:
     """An argparse type: a text that is not empty."""
     if not value.strip():
@@ -85,7 +93,9 @@ def add_size(parser: Parser) -> None:
 
 def add_device(parser: Parser) -> None:
     """Adds --device."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    parser.add_argument(
+        "--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)"
+    )
 
 
 def add_dtype(parser: Parser) -> None:
@@ -131,8 +141,15 @@ def find_device(name: str | None) -> torch.device:
     """The device that --device names. Raises ValueError for a GPU that is not there."""
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device: expected a CUDA device that PyTorch sees, got none; use --device cpu")
+    if name is not None and ":" in name and int(name.partition(":")[2]) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: expected one of the {torch.cuda.device_count()} CUDA devices that PyTorch sees, counted from "
+            f"cuda:0, got {name}"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device: expected a device that PyTorch sees, got mps, which is not there; use --device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -25,6 +25,7 @@ from .families import (
 from .files import replace, write_animation, write_json, write_picture
 from .guides import GUIDES, check_guide
 from .guides import add_arguments as add_guide_arguments
+from .losses import find_optimizer, guide_names, make_losses
 from .solvers import EDICT, add_solver, check_solver, make_chain
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ OLD_RUNS: dict[str, Any] = {
     "zeta": None,
     "num_frames": None,
     "option": [],
+    "loss": None,
+    "target": None,
+    "optimizer": None,
+    "lr": None,
+    "arithmetic": "float",
 }
 """Options of runs that were stored before there were these."""
 OLD_DEFAULTS = {"guidance_scale": 7.5, "negative_prompt": ""}
@@ -82,6 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--no-tied", dest="tied", action="store_false", help="let the two latents part")
     update.add_argument("--no-renormalize", dest="renormalize", action="store_false")
     update.add_argument("--first-image-only", action="store_true", help="decode and score one of the two pictures")
+    update.add_argument("--optimizer", type=options.text, help="of torch.optim, e.g. Adam (default: momentum SGD)")
+    update.add_argument("--lr", type=options.number, help="learning rate of --optimizer (default: its own)")
+    update.add_argument(
+        "--arithmetic",
+        choices=("float", "exact", "exact64"),
+        default="float",
+        help="exact undoes every step to the bit, see docs/exact.md",
+    )
     update.add_argument("--memory", type=_memory, default="checkpoint", help="checkpoint, reversible, auto, naive or k")
     update.add_argument("--memory-budget", help="for --memory auto, e.g. 6GiB (default: what is free)")
     files = parser.add_argument_group("files")
@@ -120,9 +134,10 @@ def run(args: argparse.Namespace) -> int:
     check_prompt(args)
     own_options(args)
     check_sizes(args, [args.steps], ("height", "width"))
-    loss = GUIDES[args.guidance](args, device, dtype)  # before the larger model, so that its mistakes show early
+    optimizer = find_optimizer(args.optimizer, args.lr)
+    loss = make_losses(args, GUIDES, device, dtype)  # before the larger model, so that its mistakes show early
     pipeline = options.load_pipeline(args)
-    chain = make_chain(args, pipeline, memory=args.memory, memory_budget=args.memory_budget)
+    chain = make_chain(args, pipeline, memory=args.memory, memory_budget=args.memory_budget, arithmetic=args.arithmetic)
     latents = draw_noise(chain, args.seed)
     decode, frames = frames_decoder(chain)
     began = time.perf_counter()
@@ -142,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
         renormalize_latents=args.renormalize,
         perturbation_scale=args.perturbation_scale,
         first_image_only=args.first_image_only,
+        optimizer=optimizer,
         seed=args.seed,
         callback_on_step_end=_Writer(args.out, settings, args.save_every, frames),
         folder=args.out / STATE,
@@ -266,10 +282,15 @@ def _write_result(
         write_picture(out / f"{name}.png", images, frames)
         if frames is not None:
             write_animation(out / f"{name}.webp", images[:frames])
-    _plot(out / "losses.png", [*result.losses, result.final_loss], settings["guidance"])
+    _plot(
+        out / "losses.png",
+        [*result.losses, result.final_loss],
+        ", ".join([*guide_names(argparse.Namespace(**settings)), *(settings["loss"] or [])]),
+    )
     summary = {
         "losses": result.losses,
         "pair_losses": result.pair_losses,
+        "history": result.history,
         "final_loss": result.final_loss,
         "best_loss": result.best_loss,
         "best_step": result.best_step,

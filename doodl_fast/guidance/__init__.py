@@ -16,6 +16,7 @@ from .clip import spherical_distance
 from .clip_image import ClipImage
 from .clip_text import ClipText
 from .cutouts import random_cutouts
+from .picture import Picture
 from .symmetry import Symmetry
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Classifier",
     "ClipImage",
     "ClipText",
+    "Picture",
     "Symmetry",
     "random_cutouts",
     "spherical_distance",
