@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,20 +48,25 @@ def renamed_arguments(**names: str) -> Callable[[Function], Function]:
 
 
 def check_functions(chain: Any, decode: Any, loss: Any, callback: Any) -> None:
-    """Raises TypeError, naming the argument, for a chain, decoder, loss or callback that cannot be called."""
+    """Raises TypeError, naming the argument, for a chain, decoder, loss or callback that cannot be called.
+
+    Several losses are checked by `Losses.of`.
+    """
     hints = {
         "chain": (chain, "a function (x, y) -> (x0, y0)", "pass a doodl_fast.EDICT, for instance"),
-        "decode": (
-            decode,
-            "a function from latents to images",
-            "pass doodl_fast.Decoder(pipe.vae), or `lambda latents: latents` for a loss on the latents themselves",
-        ),
-        "loss": (
-            loss,
-            "a function from images to a scalar tensor",
-            "pass a guide of doodl_fast.guidance, for instance",
-        ),
     }
+    if decode is not None:
+        hints["decode"] = (
+            decode,
+            "a function from latents to images, or None",
+            "pass doodl_fast.Decoder(pipe.vae), or None for a loss on the latents themselves",
+        )
+    if not isinstance(loss, (Mapping, list, tuple)):
+        hints["loss"] = (
+            loss,
+            "a function from images to a scalar tensor, or a list or dict of them",
+            "pass a guide of doodl_fast.guidance, for instance",
+        )
     if callback is not None:
         hints["callback_on_step_end"] = (callback, "a function of one StepInfo, or None", "pass a function")
     for name, (value, expected, hint) in hints.items():
@@ -73,6 +78,15 @@ def check_steps(count: Any) -> None:
     """Raises ValueError for a number of optimisation steps that is not a positive int."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"num_optimization_steps: expected an int of at least 1, got {count!r}")
+
+
+def check_stopping(patience: Any, min_delta: Any, best_of: Any) -> None:
+    """Raises ValueError, naming the argument, for an end or a number of starts that cannot be."""
+    for name, value in (("patience", patience), ("best_of", best_of)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)) or not 0 <= min_delta < float("inf"):
+        raise ValueError(f"min_delta: expected a finite number of at least 0, got {min_delta!r}")
 
 
 def check_randomness(seed: Any, generator: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..chain.chain import Chain
 from ..chain.evaluator import as_evaluator
+from .losses import Losses
 
 Fingerprint = dict[str, dict[str, Any]]
 SAMPLES = 256
@@ -104,6 +105,14 @@ def _parts(name: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[
     if id(value) in seen or depth > 4:
         return
     seen.add(id(value))
+    if isinstance(value, Losses):
+        if value.is_one:
+            yield from _parts(name, value.terms[0].function, depth, seen)
+            return
+        yield name, tuple((term.name, term.weight) for term in value.terms)
+        for term in value.terms:
+            yield from _parts(f"{name}.{term.name}", term.function, depth, seen)
+        return
     yield name, value
     if isinstance(value, (nn.Module, Tensor)):
         return

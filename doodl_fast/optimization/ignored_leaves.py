@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 SHOWN = 3
 
 
-def warn_of_ignored_leaves(value: Tensor, leaf: Tensor) -> None:
+def warn_of_ignored_leaves(value: Tensor, known: Sequence[Tensor]) -> None:
     """Warns if the graph of a loss reaches a tensor that requires grad and that is not optimised.
 
     A regulariser on the starting latents that a loss closes over is an example: it changes the loss and never the
@@ -18,9 +19,10 @@ def warn_of_ignored_leaves(value: Tensor, leaf: Tensor) -> None:
 
     Args:
         value: The loss, a 0-dim tensor with a graph.
-        leaf: The latents of the decoder, the only leaf that the loss is differentiated with respect to.
+        known: The latents of the decoder and the variables, which the loss is differentiated with respect to.
     """
-    ignored = [tensor for tensor in leaves(value) if tensor is not leaf]
+    expected = {id(tensor) for tensor in known}
+    ignored = [tensor for tensor in leaves(value) if id(tensor) not in expected]
     if not ignored:
         return
     names = ", ".join(f"{tuple(t.shape)} {t.dtype} {type(t).__name__}" for t in ignored[:SHOWN])
@@ -28,7 +30,7 @@ def warn_of_ignored_leaves(value: Tensor, leaf: Tensor) -> None:
     warnings.warn(
         f"loss: it depends on {len(ignored)} tensor(s) that require grad and that optimize neither changes nor "
         f"differentiates: {names}{more}. Only the decoded images carry a gradient to the latents, so a term on another "
-        "tensor (the starting latents, for instance) has no effect. Compute the term from the images, or call "
+        "tensor has no effect. Name what the term needs as a parameter of the loss (start, latents, noise), or call "
         "tensor.requires_grad_(False) if the tensor is meant to be constant, as the weights of a guide are",
         RuntimeWarning,
         stacklevel=2,

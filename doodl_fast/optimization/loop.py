@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checkpoint, low_memory
-from .arguments import as_pair, check_functions, check_path, check_randomness, check_steps, renamed_arguments
+from . import checkpoint
+from .arguments import (
+    as_pair,
+    check_functions,
+    check_path,
+    check_randomness,
+    check_steps,
+    check_stopping,
+    renamed_arguments,
+)
+from .assembly import new_objective, new_update, plain_settings
+from .binding import BoundChain
+from .evaluation import Evaluation
 from .fingerprint import fingerprint
 from .folder_lock import FolderLock
-from .objective import Decode, Loss, Objective, decoder_dtype
+from .losses import Losses
+from .objective import Decode, Objective, undecoded
+from .optimizers import OptimizerFactory, SchedulerFactory
 from .progress import Progress
 from .result import Pair, Result, StepInfo
-from .update import LatentUpdate, OptimizerFactory, UpdateSettings
+from .searching import start_from_best
+from .update import UpdateSettings
+from .variables import START, VariableOptions, parse
 
 __all__ = ["Result", "StepInfo", "descend", "optimize"]
 
@@ -29,10 +46,11 @@ Callback = Callable[[StepInfo], bool | None]
 def optimize(
     chain: Callable[..., Pair],
     latents: Tensor | Pair,
-    decode: Decode,
-    loss: Loss,
+    decode: Decode | None,
+    loss: Any,
     num_optimization_steps: int = 50,
     *,
+    variables: Any = None,
     grad_scale: float = 1.0,
     momentum: float = 0.9,
     nesterov: bool = False,
@@ -41,7 +59,12 @@ def optimize(
     renormalize_latents: bool = True,
     perturbation_scale: float = 1e-4,
     first_image_only: bool = False,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
+    scheduler: SchedulerFactory | None = None,
+    per_sample: bool = False,
+    patience: int | None = None,
+    min_delta: float = 0.0,
+    best_of: int = 1,
     seed: int = 0,
     generator: torch.Generator | None = None,
     callback_on_step_end: Callback | None = None,
@@ -65,11 +88,22 @@ def optimize(
         decode: Final latents (B, C, ...) -> images, differentiable. A `doodl_fast.Decoder` gets the final latents in
             float32 or float64 and casts to the dtype of its VAE; any other function gets them in the dtype of
             `latents`. The cotangents on the way back are float32 or better in both cases, behind a decoder that gets
-            float16 by loss scaling.
+            float16 by loss scaling. None: the loss gets the final latents themselves.
         loss: Images -> differentiable scalar. The images of x0 are decoded, scored and differentiated before those of
-            y0, so that one decoder graph is alive at a time. Only the images carry a gradient: other tensors that
-            require grad and that the loss depends on are named in a warning.
+            y0, so that one decoder graph is alive at a time. A loss is also given what its parameters name: `latents`,
+            the final latents; `start`, the starting ones; `noise`, that of the steps; `prompts`, the chain's texts; and
+            every other variable by its name. All of these carry gradients but the prompts. Other tensors that require
+            grad and that the loss depends on are named in a warning. Several losses are a list or a dict of functions
+            and of pairs (function, weight); the result's `history` has the values of each by its name.
         num_optimization_steps: Number of updates.
+        variables: What is optimised, a list of names or a dict of names and options like torch's groups of parameters:
+            ``{"start": {}, "noise": {"lr": 0.1}}``. "start" is the starting latents, which alone are optimised by
+            default. Others are "noise", that of all steps (chains with `num_draws`); "prompt_embeds",
+            "negative_prompt_embeds", "guidance_scale" and any other argument of the network that holds tensors, such
+            as "controlnet_cond". Options are those of the optimizer (``lr``, ...), `optimizer`, `scheduler`,
+            `grad_scale`, `clip_grad_value`, `renormalize` (whether every sample keeps its norm) and `value` (where it
+            starts). Variables besides the start get the gradient of the mean loss, are not clipped, and are changed by
+            Adam unless an optimizer is given.
         grad_scale: Multiplies the gradient before it is clipped. With clipping and momentum SGD it decides which
             entries of the gradient are clipped; it is no step size. The reference code calls it by this name too.
         momentum: Momentum of SGD, in [0, 1).
@@ -80,7 +114,19 @@ def optimize(
         perturbation_scale: Standard deviation of the noise that is added to both latents at every update.
         first_image_only: Whether only x0 is decoded and scored.
         optimizer: A factory of a ``torch.optim.Optimizer`` that replaces momentum SGD, for instance
-            ``lambda p: torch.optim.Adam(p, lr=1e-2)``.
+            ``lambda p: torch.optim.Adam(p, lr=1e-2)``; or an optimizer, whose class and options are taken. Each
+            variable gets one of its own. One that evaluates the loss several times, LBFGS, gets the mean loss and
+            its gradient, neither scaled nor clipped.
+        scheduler: A factory of a schedule of ``torch.optim.lr_scheduler``, for instance
+            ``lambda o: CosineAnnealingLR(o, 50)``. Its state is stored and resumed.
+        per_sample: Whether each sample of the batch is an optimisation of its own, with the results of B single runs
+            (`Result.samples`). Each loss is called once for each sample, with that sample's images (1, 3, H, W) and
+            parts of what it names; `sample` is the sample's number. `Each` has one loss for each sample. A sample that
+            has ended keeps its values while the others go on.
+        patience: The run, or a sample, ends when so many steps have brought no better loss. None for never.
+        min_delta: By how much a loss must be lower to count as better for `patience`.
+        best_of: With N > 1, N - 1 more starts are drawn, each with the norm of `latents`, and the one with the lowest
+            loss is optimised; with `per_sample` each sample's own. See `search`.
         seed: Seed of the perturbation.
         generator: A generator for the perturbation, in place of the seed.
         callback_on_step_end: Called with a `StepInfo` once the loss and the gradient of a step are known and before
@@ -107,27 +153,37 @@ def optimize(
     check_functions(chain, decode, loss, callback_on_step_end)
     check_steps(num_optimization_steps)
     check_randomness(seed, generator)
+    check_stopping(patience, min_delta, best_of)
+    decode, losses, chosen = decode or undecoded, Losses.of(loss), parse(variables)
+    start = chosen.get(START, VariableOptions())
     settings = UpdateSettings(
-        grad_scale, momentum, nesterov, clip_grad_value, tied_latents, renormalize_latents, perturbation_scale
+        start.grad_scale or grad_scale,
+        momentum,
+        nesterov,
+        start.clip_grad_value or clip_grad_value,
+        tied_latents,
+        renormalize_latents if start.renormalize is None else start.renormalize,
+        perturbation_scale,
     )
     x, y = as_pair(latents)
     # A generator of the caller's own may be in any state, so only a seed can be compared.
     noise_seed = seed if generator is None else None
     generator = generator or torch.Generator().manual_seed(seed)
-    update = LatentUpdate(x, y, settings, generator, optimizer)
+    bound = BoundChain(chain, chosen, x, per_sample, seed)
+    update = new_update((x, y), settings, generator, chosen, bound.initial, optimizer, scheduler, per_sample)
     home = _home(folder, resume)
     _check_home(home, resume)
     with contextlib.nullcontext() if home is None else FolderLock(home):
         _check_home(home, resume)  # again, as another process may have used the folder in between
-        functions = None if home is None else fingerprint(chain, decode, loss)
-        decoded = decoder_dtype(decode, x.dtype, update.latents[0].dtype)
-        decode, loss = low_memory.fit_to_budget(chain, decode, loss, update.latents[0], decoded)
-        pictures = 1 if first_image_only else getattr(chain, "num_pictures", 2)
-        objective = Objective(chain, decode, loss, x.dtype, pictures)
+        functions = None if home is None else fingerprint(chain, decode, losses)
+        objective = new_objective(bound, decode, losses, x.dtype, update, first_image_only, per_sample)
         plain = {**settings.as_dict(), "first_image_only": first_image_only, "seed": noise_seed, "start": _hash(x, y)}
-        run = Progress(update, plain, functions)
+        plain |= plain_settings(chosen, bound.initial, per_sample, patience, min_delta, best_of)
+        run = Progress(update, plain, functions, per_sample, patience, min_delta)
         if resume and home is not None:
             run.load(home)
+        elif best_of > 1:
+            start_from_best(run, objective, best_of, seed)
         return descend(run, objective, num_optimization_steps, callback_on_step_end, progress, home)
 
 
@@ -152,21 +208,35 @@ def descend(
     before_first_step = run.tree() if home is not None and run.step == 0 else None
     with tqdm(total=num_optimization_steps, initial=min(run.step, num_optimization_steps), disable=not progress) as bar:
         while run.step < num_optimization_steps:
-            losses, images, gradients = objective.gradient(run.update.latents, run.step)
-            run.record(losses)
+            found = objective.evaluate(run.update.latents, run.step, run.update.values())
+            is_last = run.record(found)
             bar.set_postfix(loss=f"{run.losses[-1]:.4g}")
-            info = StepInfo(run.step, run.losses[-1], (run.update.latents[0], run.update.latents[1]), images)
-            if callback is not None and callback(info):
-                # The folder already holds these latents, unless no step has been stored yet.
+            info = StepInfo(
+                run.step,
+                run.losses[-1],
+                (run.update.latents[0], run.update.latents[1]),
+                found.images,
+                found.terms,
+                tuple(found.sample_means()),
+                run.update.values(),
+            )
+            if (callback is not None and callback(info)) or is_last:
+                # The folder already holds these values, unless no step has been stored yet.
                 if home is not None and before_first_step is not None and run.step == 0:
                     checkpoint.save(home, before_first_step, 0)
-                return run.finish(objective, (losses, images))
-            run.update.step(*gradients)
+                return run.finish(objective, found)
+            again = functools.partial(_evaluate, objective, run.step)
+            run.update.step(found, again, run.kept())
             run.step += 1
             bar.update()
             if home is not None:
                 run.save(home)
     return run.finish(objective)
+
+
+def _evaluate(objective: Objective, step: int, latents: list[Tensor], values: dict[str, list[Tensor]]) -> Evaluation:
+    """The losses and gradients of other values, for an optimizer that evaluates the loss several times."""
+    return objective.evaluate(latents, step, values)
 
 
 def _home(folder: str | Path | None, resume: bool | str | Path) -> Path | None:

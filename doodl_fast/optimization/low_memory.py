@@ -17,6 +17,7 @@ from ..chain.memory.plan import Plan, free_bytes
 from ..chain.memory.planner import release
 from ..chain.memory.tracker import OverLimit, Tracker, meter
 from .checkpoint import random_state, restore_random_state
+from .losses import Losses
 
 Function = Callable[[Tensor], Tensor]
 Pair = tuple[Function, Function]
@@ -86,6 +87,8 @@ def peak_bytes(decode: Function, loss: Function, latents: Tensor, limit: int | N
     try:
         with torch.enable_grad(), Tracker(latents.device.type, limit=limit), meter(latents.device) as seen:
             leaf = latents.detach().requires_grad_()
+            if isinstance(loss, Losses):
+                loss = loss.with_given(latents=leaf, start=latents.detach())
             image = decode(leaf)
             torch.autograd.grad(loss(image), leaf)
             # beside this image: that of the other member, and both of the step before

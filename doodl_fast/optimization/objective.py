@@ -1,10 +1,11 @@
-"""From noise latents to losses, and back to the gradients of the losses with respect to the latents."""
+"""From noise latents and other variables to losses, and back to the gradients of the losses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,23 @@ from ..chain.memory.planner import release
 from ..diffusion.pipeline import Decoder
 from . import low_memory
 from .checkpoint import random_state, restore_random_state
+from .cotangents import cotangent_of, wide
+from .evaluation import Evaluation
 from .ignored_leaves import warn_of_ignored_leaves
+from .losses import NAMES, Losses
 from .result import Pair, as_images
+from .variables import NOISE, START
 
 Gradient = tuple[tuple[float, ...], tuple[Tensor, ...], list[Tensor]]
 Scores = tuple[tuple[float, ...], tuple[Tensor, ...]]
+Values = dict[str, list[Tensor]]
 Decode = Callable[[Tensor], Tensor]
-Loss = Callable[[Tensor], Tensor]
+Loss = Callable[..., Tensor]
+
+
+def undecoded(latents: Tensor) -> Tensor:
+    """The decoder of ``decode=None``: the loss gets the final latents themselves."""
+    return latents
 
 
 @dataclass
@@ -29,9 +40,15 @@ class Objective:
     Attributes:
         chain: ``x0, y0 = chain(x, y)``, differentiable.
         decode: Final latents (B, C, ...) -> images, differentiable.
-        loss: Images -> scalar, differentiable.
+        loss: Images -> scalar, differentiable; or `Losses`.
         dtype: The dtype of the latents that the caller gave. A `decode` of the caller's own gets this dtype.
         members: 2 if the images of both x0 and y0 are scored, 1 if only those of x0 are.
+        run: Runs the chain with the values of other variables: (starting latents, values) -> final latents. None if
+            there are none.
+        moves_start: Whether the starting latents are a variable.
+        prompts: What losses are given that name the prompts.
+        per_sample: Whether each sample of the batch has a loss of its own.
+        variables: The names of the other variables.
 
     The cotangents that pass from the loss to the chain are float32 or float64, whatever `dtype` is.
     """
@@ -41,6 +58,11 @@ class Objective:
     loss: Loss
     dtype: torch.dtype
     members: int
+    run: Callable[[list[Tensor], Values], tuple[Tensor, ...]] | None = None
+    moves_start: bool = True
+    prompts: Sequence[str] | None = None
+    per_sample: bool = False
+    variables: tuple[str, ...] = ()
     _first: bool = field(default=True, repr=False)
 
     @property
@@ -52,7 +74,12 @@ class Objective:
         return getattr(self.chain, "num_starts", 2)
 
     def gradient(self, latents: list[Tensor], step: int) -> Gradient:
-        """Losses, images, and gradients with respect to the latents.
+        """Losses, images, and gradients with respect to the latents; see `evaluate`."""
+        found = self.evaluate(latents, step)
+        return found.losses, found.images, list(found.gradients)
+
+    def evaluate(self, latents: list[Tensor], step: int, values: Values | None = None) -> Evaluation:
+        """Losses, images, and gradients with respect to all variables.
 
         If memory runs out and the chain plans its memory, decoder and loss, then the chain's plan, are replaced by
         versions that need less memory, and the gradient is computed again.
@@ -60,19 +87,18 @@ class Objective:
         Args:
             latents: The noise latents [x, y], each (B, C, ...).
             step: Number of the optimisation step, for error messages.
-
-        Returns:
-            The losses of the scored members, their images, and [dL/dx, dL/dy] with L the sum of the losses.
+            values: The tensors of the other variables.
 
         Raises:
             FloatingPointError: A loss or a gradient is not finite.
+            ValueError: The loss does not depend on one of the variables.
         """
         if getattr(self.chain, "planner", None) is None:
-            return self._gradient(latents, step)
+            return self._evaluate(latents, step, values or {})
         random = random_state()
         while True:
             try:
-                return self._gradient(latents, step)
+                return self._evaluate(latents, step, values or {})
             except torch.OutOfMemoryError as error:
                 failure = error.with_traceback(None)  # the traceback would keep the tensors of the failed attempt
             release(latents[0].device)
@@ -89,63 +115,186 @@ class Objective:
         return True
 
     @torch.enable_grad()
-    def _gradient(self, latents: list[Tensor], step: int) -> Gradient:
+    def _evaluate(self, latents: list[Tensor], step: int, values: Values) -> Evaluation:
         # the chain gives its gradients in its inputs' dtype
-        start = [wide(z.detach()).requires_grad_() for z in latents[: self.starts]]
-        ends = self.chain(*start)
-        values, images, cotangents = [], [], []
-        for end in ends[: self.members]:
+        start = [wide(z.detach()).requires_grad_(self.moves_start) for z in latents[: self.starts]]
+        leaves = {name: [wide(t.detach()).requires_grad_() for t in tensors] for name, tensors in values.items()}
+        named = [(START, z) for z in start if self.moves_start]
+        named += [(name, t) for name, tensors in leaves.items() for t in tensors]
+        inputs = [leaf for _, leaf in named]
+        ends = self._run(start, leaves)
+        scores, images, cotangents = [], [], []
+        sums: list[Tensor | None] = [None] * len(inputs)
+        for number, end in enumerate(ends[: self.members]):
             # one member after the other, so that one decoder graph is alive at a time
             leaf = end.detach().to(decoder_dtype(self.decode, self.dtype, end.dtype)).requires_grad_()
-            image, value = self._score(leaf)
+            image, total, score = self._score(leaf, start[min(number, len(start) - 1)], leaves)
             if self._first:
                 self._first = False
-                warn_of_ignored_leaves(value, leaf)
-            cotangents.append(cotangent_of(value, leaf, image.numel()).to(end.dtype))
-            values.append(value.detach())
+                warn_of_ignored_leaves(total, [leaf, *inputs])
+            if self._names():
+                direct = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+                sums = [_sum(before, more) for before, more in zip(sums, direct, strict=True)]
+            cotangents.append(cotangent_of(total, leaf, image.numel()))
+            scores.append(score)
             images.append(image.detach())
-            del image, value
-        losses = _finite_losses(values)
-        cotangents += [torch.zeros_like(end) for end in ends[self.members :]]
-        gradients = list(torch.autograd.grad(ends, start, cotangents))
-        if not bool(torch.stack([torch.isfinite(g).all() for g in gradients]).all()):
-            raise FloatingPointError(
-                f"gradient: NaN or Inf at optimisation step {step}; a `Chain` names its own, so look at the loss and "
-                "the decoder: try float32 for them, or a lower grad_scale"
+            del image, total
+        numbers = self._numbers(scores, step)
+        through = [
+            (end, torch.zeros_like(end) if cotangent is None else cotangent.to(end.dtype))
+            for end, cotangent in zip(ends, [*cotangents, *[None] * (len(ends) - self.members)], strict=True)
+            if end.requires_grad and any(c is not None for c in cotangents)
+        ]
+        if through:
+            flow = torch.autograd.grad(
+                [end for end, _ in through], inputs, [cotangent for _, cotangent in through], allow_unused=True
             )
-        return losses, as_images(images), gradients if len(gradients) == 2 else [gradients[0], gradients[0]]
+            sums = [_sum(before, more) for before, more in zip(sums, flow, strict=True)]
+        gradients = _checked([name for name, _ in named], sums, step)
+        return Evaluation(**numbers, images=as_images(images), starts=self.starts, **self._sorted(named, gradients))
+
+    def _run(self, start: list[Tensor], values: Values) -> tuple[Tensor, ...]:
+        """Runs the chain."""
+        return self.chain(*start) if self.run is None else self.run(start, values)
+
+    def _names(self) -> set[str]:
+        """The variables that the losses name, so that they depend on them directly."""
+        known = frozenset((*NAMES, *self.variables))
+        return Losses.of(self.loss).names(known) & {START, NOISE, *self.variables}
+
+    def _sorted(self, named: list[tuple[str, Tensor]], gradients: list[Tensor]) -> dict[str, Any]:
+        """The gradients of the start, and those of the other variables, by name."""
+        of: dict[str, list[Tensor]] = {}
+        for (name, _), gradient in zip(named, gradients, strict=True):
+            of.setdefault(name, []).append(gradient if name == START else gradient / self.members)
+        pair = of.pop(START, [])
+        return {"gradients": tuple(pair if len(pair) != 1 else [pair[0], pair[0]]), "variables": of}
 
     @torch.no_grad()
     def value(self, latents: Pair) -> Scores:
         """Losses and images of the noise latents (x, y), without gradients."""
-        values, images = [], []
-        for end in self.chain(*(wide(z) for z in latents[: self.starts]))[: self.members]:
-            image, value = self._score(end.to(decoder_dtype(self.decode, self.dtype, end.dtype)))
-            values.append(value)
-            images.append(image)
-        return _finite_losses(values), as_images(images)
+        found = self.score([*latents])
+        return found.losses, found.images
 
-    def _score(self, end: Tensor) -> tuple[Tensor, Tensor]:
-        """The image and the 0-dim loss of final latents; what decoder and loss return is checked."""
+    @torch.no_grad()
+    def score(self, latents: list[Tensor], values: Values | None = None) -> Evaluation:
+        """Losses and images of the noise latents [x, y] and the other variables' values, without gradients."""
+        start = [wide(z) for z in latents[: self.starts]]
+        scores, images = [], []
+        for number, end in enumerate(self._run(start, values or {})[: self.members]):
+            leaf = end.to(decoder_dtype(self.decode, self.dtype, end.dtype))
+            image, _, score = self._score(leaf, start[min(number, len(start) - 1)], values or {})
+            scores.append(score)
+            images.append(image)
+        return Evaluation(**self._numbers(scores), images=as_images(images), starts=self.starts)
+
+    def _score(self, end: Tensor, start: Tensor, values: Values) -> tuple[Tensor, Tensor, Tensor]:
+        """Final latents -> their image, the sum of their losses, and the value of each loss (samples, losses)."""
         image = self.decode(end)
         if not isinstance(image, Tensor):
             hint = "return its .sample" if hasattr(image, "sample") else "return the images as one tensor"
             raise TypeError(f"decode: expected a function that returns a tensor, got {type(image).__name__}; {hint}")
-        value = self.loss(image)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-            got = f"shape {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss: expected a differentiable scalar tensor, got {got}; reduce it with .mean()")
-        if torch.is_grad_enabled() and not value.requires_grad:
+        losses = Losses.of(self.loss)
+        noise = values.get(NOISE, getattr(self.chain, "step_noise", None))
+        given: dict[str, Any] = {"latents": end, "start": start, "prompts": self.prompts, "noise": noise}
+        given |= {name: tensors[0] if len(tensors) == 1 else tensors for name, tensors in values.items()}
+        given[NOISE] = noise
+        if not self.per_sample:
+            found = losses.values(image, {name: value for name, value in given.items() if value is not None})
+            return image, losses.total(found), _row(found)[None]
+        batch = end.shape[0]
+        if image.shape[0] != batch:
             raise ValueError(
-                "loss: expected a differentiable scalar, got one without a graph; do not detach, and do not decode or "
-                "score under torch.no_grad()"
+                f"decode: expected {batch} images of {batch} latents with per_sample=True, got {image.shape[0]}"
             )
-        return image, value.reshape(())
+        rows, total = [], None
+        for sample in range(batch):
+            own = {name: _of_sample(value, sample, batch) for name, value in given.items() if value is not None}
+            found = losses.values(image[sample : sample + 1], {**own, "sample": sample})
+            rows.append(_row(found))
+            total = losses.total(found) if total is None else total + losses.total(found)
+        assert total is not None
+        return image, total, torch.stack(rows)
+
+    def _numbers(self, scores: list[Tensor], step: int | None = None) -> dict[str, Any]:
+        """The losses as numbers, in one transfer from the device. Raises FloatingPointError if one is not finite."""
+        losses = Losses.of(self.loss)
+        table: list[list[list[float]]] = torch.stack(scores).tolist()  # members, samples, losses
+        for member in table:
+            for sample, row in enumerate(member):
+                for term, value in zip(losses.terms, row, strict=True):
+                    if not math.isfinite(value):
+                        where = "" if step is None else f" at optimisation step {step}"
+                        where += f" for sample {sample}" if self.per_sample else ""
+                        raise FloatingPointError(f"{losses.label(term)}: expected a finite value, got {value}{where}")
+        sums = [[_weighted(losses, row) for row in member] for member in table]
+        rows = [row for member in table for row in member]
+        return {
+            "losses": tuple(sum(member) / len(member) for member in sums),
+            "terms": {
+                term.name: sum(row[number] for row in rows) / len(rows) for number, term in enumerate(losses.terms)
+            },
+            "samples": tuple(tuple(member) for member in sums) if self.per_sample else (),
+            "sample_terms": {
+                term.name: [sum(m[sample][number] for m in table) / len(table) for sample in range(len(table[0]))]
+                for number, term in enumerate(losses.terms)
+            }
+            if self.per_sample
+            else {},
+        }
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _weighted(losses: Losses, row: list[float]) -> float:
+    """The weighted sum of the values of all losses."""
+    if len(row) == 1 and losses.terms[0].weight == 1:
+        return row[0]
+    return sum(term.weight * value for term, value in zip(losses.terms, row, strict=True))
+
+
+def _row(values: list[Tensor]) -> Tensor:
+    """The values of all losses in one tensor, in the widest of their dtypes."""
+    if len(values) == 1:
+        return values[0].detach()[None]
+    dtype = torch.float32
+    for value in values:
+        dtype = torch.promote_types(dtype, value.dtype)
+    return torch.stack([value.detach().to(values[0].device, dtype) for value in values])
+
+
+def _of_sample(value: Any, sample: int, batch: int) -> Any:
+    """A sample's own part of what a loss may name."""
+    if isinstance(value, (list, tuple)):
+        if value and isinstance(value[0], str):
+            return [value[sample if len(value) == batch else 0]]
+        return [_of_sample(item, sample, batch) for item in value]
+    return value[sample : sample + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
+
+
+def _sum(before: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, either of which may be missing."""
+    if before is None or more is None:
+        return more if before is None else before
+    return before + more
+
+
+def _checked(names: list[str], gradients: list[Tensor | None], step: int) -> list[Tensor]:
+    """The gradients, all of which must be there and finite. The errors name the variable."""
+    found = []
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(
+                f"variables[{name!r}]: the loss does not depend on it in a way that can be differentiated, so it gets "
+                "no gradient; leave it out, or add a loss that does"
+            )
+        found.append(gradient)
+    if not bool(torch.stack([torch.isfinite(gradient).all() for gradient in found]).all()):
+        bad = next(name for name, g in zip(names, found, strict=True) if not bool(torch.isfinite(g).all()))
+        of = "" if bad == START else f" of variables[{bad!r}]"
+        raise FloatingPointError(
+            f"gradient: NaN or Inf at optimisation step {step}{of}; a `Chain` names its own, so look at the loss and "
+            "the decoder: try float32 for them, or a lower grad_scale"
+        )
+    return found
 
 
 def decoder_dtype(decode: Decode, dtype: torch.dtype, chain_dtype: torch.dtype) -> torch.dtype:
@@ -154,51 +303,5 @@ def decoder_dtype(decode: Decode, dtype: torch.dtype, chain_dtype: torch.dtype) 
     A `Decoder` casts to the dtype of its VAE itself and keeps cotangents in float32, so it gets at least float32. Any
     other function gets the dtype of the latents that the caller gave.
     """
-    return torch.promote_types(dtype, chain_dtype) if isinstance(decode, Decoder) else dtype
-
-
-def cotangent_of(value: Tensor, leaf: Tensor, pixels: int) -> Tensor:
-    """d value / d leaf, in float32 or float64.
-
-    In float16 the gradient of a mean over pixels lies among the subnormal numbers or vanishes. So for float16 leaves
-    the loss is multiplied by a power of two, which is exact, and the gradient divided by it in float32, as loss scaling
-    does in mixed-precision training. The first power follows from the number of pixels alone, and not from earlier
-    steps, so that a resumed run computes the same bits.
-
-    Args:
-        value: The loss, a 0-dim tensor.
-        leaf: The latents of the decoder.
-        pixels: Number of elements of the image.
-    """
-    if leaf.dtype != torch.float16:
-        (cotangent,) = torch.autograd.grad(value, leaf)
-        return wide(cotangent)
-    highest = 15 if value.dtype == torch.float16 else 100  # the scale itself has to fit into the dtype of the loss
-    exponent = min(pixels.bit_length(), highest)
-    for _ in range(6):
-        (cotangent,) = torch.autograd.grad(value, leaf, torch.full_like(value, 2.0**exponent), retain_graph=True)
-        largest = float(cotangent.abs().amax())
-        better = max(-highest, min(highest, exponent + _exponent_change(largest)))
-        if better == exponent:
-            break
-        exponent = better
-    return cotangent.float() * 2.0**-exponent
-
-
-def _exponent_change(largest: float) -> int:
-    """By how much to raise the exponent of the loss scale, for the largest magnitude of a float16 gradient."""
-    if largest == 0:
-        return 20
-    if not math.isfinite(largest):
-        return -20
-    exponent = math.frexp(largest)[1]
-    return 0 if 3 <= exponent <= 14 else 10 - exponent
-
-
-def _finite_losses(values: list[Tensor]) -> tuple[float, ...]:
-    """The losses as numbers, in one transfer from the device. Raises FloatingPointError if one is not finite."""
-    losses = tuple(torch.stack([value.detach() for value in values]).tolist())
-    for loss in losses:
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"loss: expected a finite value, got {loss}")
-    return losses
+    is_ours = isinstance(decode, Decoder) or decode is undecoded
+    return torch.promote_types(dtype, chain_dtype) if is_ours else dtype

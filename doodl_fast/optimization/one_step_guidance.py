@@ -124,6 +124,8 @@ class OneStepGuidance(Evaluator):
             picked = sample.detach().to(decoder_dtype(self.decode, sample.dtype, wide(sample).dtype)).requires_grad_()
             image = self.decode(picked)
             cotangent = cotangent_of(self.loss(image), picked, image.numel())
+            if cotangent is None:
+                raise ValueError("loss: expected a loss that depends on the images, got one that does not")
             # The network may run in fp16, where the gradient of a mean would vanish.
             power = power_of_two(cotangent)
             (pulled,) = torch.autograd.grad(sample, leaf, (cotangent / power).to(sample.dtype))

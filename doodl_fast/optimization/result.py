@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ class StepInfo:
         step: Number of the optimisation step, counted from 0.
         loss: Mean of the losses of the decoded images.
         latents: The noise latents (x, y) that were decoded, each (B, C, ...).
+        terms: The value of each loss by name, without its weight.
+        sample_losses: With ``per_sample=True`` the loss of each sample of the batch.
+        variables: The values of the other variables, by name.
         images: The decoded images, detached: those of x and of y, or those of x alone with ``first_image_only``.
             Pictures (B, 3, H, W) are `ImageTensor`s and videos (B, F, 3, H, W) `VideoTensor`s, which have a method
             `save`.
@@ -30,6 +33,9 @@ class StepInfo:
     loss: float
     latents: Pair
     images: tuple[Tensor, ...]
+    terms: dict[str, float] = field(default_factory=dict)
+    sample_losses: tuple[float, ...] = ()
+    variables: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,12 @@ class Result:
         best_loss: The lowest loss.
         best_latents: The latents (x, y) with the lowest loss.
         best_images: The images that they decode to.
+        history: For each loss by name its values, without its weight, as in `losses`.
+        variables: The final values of the variables besides the starting latents, by name: lists of tensors.
+        best_variables: Those with the lowest loss.
+        samples: With ``per_sample=True`` the result of each sample, as a run of its own would have returned it. Then
+            `best_latents`, `best_images` and `best_variables` are each sample's own best ones, `best_loss` is the mean
+            of theirs, and `best_step` is the last of theirs.
 
     Example:
         >>> optimize(chain, noise, decoder, loss).images[0].save("dog.png")
@@ -66,6 +78,10 @@ class Result:
     best_loss: float
     best_latents: Pair
     best_images: tuple[Tensor, ...]
+    history: dict[str, list[float]] = field(default_factory=dict)
+    variables: dict[str, list[Tensor]] = field(default_factory=dict)
+    best_variables: dict[str, list[Tensor]] = field(default_factory=dict)
+    samples: list[Result] = field(default_factory=list)
 
 
 def as_images(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -5,7 +5,6 @@ Wallace et al., arXiv 2303.13703, section 4. The arithmetic is that of `ops.late
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from .. import ops
 from .arguments import renamed_arguments
+from .optimizers import OptimizerFactory, SchedulerFactory, Stepper
 
-OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+Evaluate = Callable[[list[Tensor]], tuple[float, list[Tensor]]]
+"""Latents [x, y] -> the mean loss of their images, and its gradients."""
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_DEVIATION = 1e37
 """The largest standard deviation whose noise is finite in float32: normal numbers beyond 30 deviations do not occur."""
-
-IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
-"""Options of ``torch.optim`` that choose how an update is computed and not what it is."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,16 @@ class LatentUpdate:
         settings: How a gradient changes them.
         generator: Draws the perturbation, on its own device: a CPU generator's seed means the same noise everywhere.
         optimizer: Replaces momentum SGD. A factory that takes a list of tensors (one if the latents are tied, or else
-            two) and returns a ``torch.optim.Optimizer``. Clipping, tying, perturbation and renormalisation stay.
+            two) and returns a ``torch.optim.Optimizer``, or an optimizer whose class and options are taken. Clipping,
+            tying, perturbation and renormalisation stay.
+        scheduler: Makes a learning-rate schedule of the optimizer, which is ``torch.optim.SGD`` if there is none.
+        options: Options of the optimizer's group of parameters.
+        per_sample: Whether each sample is an optimisation of its own, so that it gets the perturbation that it would
+            get alone.
 
     Raises:
-        TypeError: `optimizer` is no factory of an optimizer.
-        ValueError: The optimizer needs a closure, or a sample's norm is zero or not finite, so that the latents cannot
-            be renormalised.
+        TypeError: `optimizer` or `scheduler` is no such factory.
+        ValueError: A sample's norm is zero or not finite, so that the latents cannot be renormalised.
     """
 
     def __init__(
@@ -118,7 +120,10 @@ class LatentUpdate:
         y: Tensor,
         settings: UpdateSettings,
         generator: torch.Generator,
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | torch.optim.Optimizer | None = None,
+        scheduler: SchedulerFactory | None = None,
+        options: dict[str, Any] | None = None,
+        per_sample: bool = False,
     ) -> None:
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.settings = settings
@@ -131,9 +136,21 @@ class LatentUpdate:
             _check_norms(self.start_norms, settings.tied_latents)
         self.momenta = [torch.zeros_like(z) for z in self.latents]
         self.parameters = [z.clone().requires_grad_() for z in self.latents[: 1 if settings.tied_latents else 2]]
-        self.optimizer = None if optimizer is None else _made_by(optimizer, self.parameters)
-        # As the optimizer was made, for a schedule may change the learning rate later.
-        self.optimizer_options = None if self.optimizer is None else _options(self.optimizer)
+        self.per_sample = per_sample
+        if optimizer is None and (scheduler is not None or options):
+            optimizer = self._momentum_sgd
+        self.stepper = None if optimizer is None else Stepper(optimizer, self.parameters, scheduler, options)
+        if self.stepper is not None and self.stepper.needs_closure:
+            _warn_of_unused(settings, type(self.stepper.optimizer).__name__)
+
+    def _momentum_sgd(self, parameters: Any) -> torch.optim.Optimizer:
+        """The built-in update as an optimizer, whose learning rate a schedule can change."""
+        return torch.optim.SGD(parameters, lr=1.0, momentum=self.settings.momentum, nesterov=self.settings.nesterov)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer that replaces momentum SGD."""
+        return None if self.stepper is None else self.stepper.optimizer
 
     def _tie(self) -> None:
         """Replaces both latents by their mean."""
@@ -141,7 +158,14 @@ class LatentUpdate:
         self.latents = [mean, mean.clone()]
 
     @torch.no_grad()
-    def step(self, grad_x: Tensor, grad_y: Tensor) -> None:
+    def step(
+        self,
+        grad_x: Tensor,
+        grad_y: Tensor,
+        loss: float = 0.0,
+        first: list[Tensor] | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> None:
         """Updates the latents once.
 
         The two images are copies of one another, so the mean of their losses is what is minimised, although the
@@ -150,6 +174,9 @@ class LatentUpdate:
         Args:
             grad_x: d(loss_x + loss_y) / dx, of the latents' shape.
             grad_y: d(loss_x + loss_y) / dy.
+            loss: The mean loss of the current latents, for optimizers and schedules that want it.
+            first: The gradients of that mean loss, for optimizers that evaluate the loss several times.
+            evaluate: Evaluates it again for them.
 
         Raises:
             FloatingPointError: The updated latents are not finite.
@@ -159,12 +186,13 @@ class LatentUpdate:
         noise = None
         if self.settings.perturbation_scale:
             shape, where = self.latents[0].shape, self.generator.device
+            shape = torch.Size((1, *shape[1:])) if self.per_sample else shape
             noise = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=where)
-            noise = noise.to(self.latents[0])
+            noise = noise.to(self.latents[0]).expand_as(self.latents[0]).contiguous()
         if self.optimizer is None:
             self._descend(gradients, noise)
         else:
-            self._delegate(gradients, noise)
+            self._delegate(gradients, noise, loss, first, evaluate)
         if not bool(torch.stack([torch.isfinite(z).all() for z in self.latents]).all()):
             self._blame(noise)
 
@@ -201,16 +229,29 @@ class LatentUpdate:
         )
         self.latents, self.momenta = list(latents), list(momenta)
 
-    def _delegate(self, gradients: list[Tensor], noise: Tensor | None) -> None:
+    def _delegate(
+        self,
+        gradients: list[Tensor],
+        noise: Tensor | None,
+        loss: float,
+        first: list[Tensor] | None,
+        evaluate: Evaluate | None,
+    ) -> None:
         """The same update with the caller's optimizer in place of momentum SGD."""
         settings = self.settings
-        gradients = [0.5 * settings.grad_scale * gradient for gradient in gradients]
-        if settings.tied_latents:
-            mean = 0.5 * (gradients[0] + gradients[1])
-            gradients = [mean, mean]
-        if settings.clip_grad_value is not None:
-            gradients = [g.clamp(-settings.clip_grad_value, settings.clip_grad_value) for g in gradients]
-        self._step_optimizer(gradients)
+        assert self.stepper is not None
+        if self.stepper.needs_closure:
+            self._step_with_closure(loss, first, evaluate)
+        else:
+            gradients = [0.5 * settings.grad_scale * gradient for gradient in gradients]
+            if settings.tied_latents:
+                mean = 0.5 * (gradients[0] + gradients[1])
+                gradients = [mean, mean]
+            if settings.clip_grad_value is not None:
+                gradients = [g.clamp(-settings.clip_grad_value, settings.clip_grad_value) for g in gradients]
+            self._set(self.latents, gradients)
+            self.stepper.step(loss)
+            self.latents = self._moved()
         if noise is not None:
             self.latents = [z + settings.perturbation_scale * noise for z in self.latents]
         if settings.tied_latents:
@@ -219,15 +260,41 @@ class LatentUpdate:
             factors = [start / norms(z) for z, start in zip(self.latents, self.start_norms, strict=True)]
             self.latents = [z * factor.to(z.dtype) for z, factor in zip(self.latents, factors, strict=True)]
 
-    def _step_optimizer(self, gradients: list[Tensor]) -> None:
-        """Hands latents and gradients to the caller's optimizer and takes the latents back."""
-        assert self.optimizer is not None
-        for parameter, latent, gradient in zip(self.parameters, self.latents, gradients, strict=False):
+    def _set(self, latents: list[Tensor], gradients: list[Tensor]) -> None:
+        """Hands latents and gradients to the optimizer."""
+        for parameter, latent, gradient in zip(self.parameters, latents, gradients, strict=False):
             parameter.copy_(latent)
             parameter.grad = gradient.clone()
-        self.optimizer.step()
+
+    def _moved(self) -> list[Tensor]:
+        """The latents as the optimizer holds them."""
         moved = [p.detach().clone() for p in self.parameters]
-        self.latents = moved if len(moved) == 2 else [moved[0], moved[0].clone()]
+        return moved if len(moved) == 2 else [moved[0], moved[0].clone()]
+
+    def _step_with_closure(self, loss: float, first: list[Tensor] | None, evaluate: Evaluate | None) -> None:
+        """A step of an optimizer that evaluates the loss several times. It gets the mean loss and its own gradient."""
+        assert self.stepper is not None
+        if first is None or evaluate is None:
+            raise ValueError(
+                f"optimizer: expected one that takes a step from one gradient, got "
+                f"{type(self.stepper.optimizer).__name__}, which evaluates the loss several times; use torch.optim.Adam"
+            )
+        known = [(loss, first)]  # what the loop has computed already
+
+        @torch.no_grad()
+        def closure() -> Tensor:
+            latents = self._moved()
+            value, gradients = known.pop() if known else evaluate(latents)
+            gradients = [gradient.to(latents[0]) for gradient in gradients]
+            if self.settings.tied_latents:
+                gradients = [gradients[0] + gradients[1]]
+            self._set(latents, gradients)
+            return torch.tensor(value, dtype=torch.float64, device=latents[0].device).to(latents[0].dtype)
+
+        for parameter, latent in zip(self.parameters, self.latents, strict=False):
+            parameter.copy_(latent)
+        self.stepper.step(loss, closure)
+        self.latents = self._moved()
 
     def state(self) -> dict[str, Any]:
         """All that `load` needs, as a tree of tensors and plain values."""
@@ -236,8 +303,7 @@ class LatentUpdate:
             "momenta": self.momenta,
             "start_norms": self.start_norms,
             "generator": self.generator.get_state(),
-            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
-            "optimizer_options": self.optimizer_options,
+            **(self.stepper.state() if self.stepper else {"optimizer": None, "optimizer_options": None}),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -249,52 +315,21 @@ class LatentUpdate:
         if (self.optimizer is None) != (state["optimizer"] is None):
             expected = "no optimizer" if state["optimizer"] is None else "an optimizer"
             raise ValueError(f"resume: the saved run used {expected}; pass the same optimizer= as it did")
-        if self.optimizer is not None and self.optimizer_options is not None:
-            stored = state["optimizer_options"]
-            for name, ours in self.optimizer_options.items():
-                # Versions of PyTorch have different options.
-                if name in stored and ours != stored[name]:
-                    raise ValueError(
-                        f"resume: the saved run's optimizer had {name}={stored[name]!r}, got {ours!r}; pass the same "
-                        "optimizer= as it did"
-                    )
-            self.optimizer.load_state_dict(state["optimizer"])
+        if self.stepper is not None:
+            self.stepper.load(state)
 
 
-def _made_by(factory: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer that a caller's factory makes; a factory that cannot work is refused with the remedy."""
-    if isinstance(factory, torch.optim.Optimizer):
-        name = type(factory).__name__
-        raise TypeError(
-            f"optimizer: expected a factory such as `lambda p: torch.optim.{name}(p, lr=1e-2)`, got an instance of "
-            f"{name}; optimize makes the tensors that it optimises itself"
+def _warn_of_unused(settings: UpdateSettings, optimizer: str) -> None:
+    """Says which settings an optimizer with a line search does not get, as it needs the loss's own gradient."""
+    unused = {"grad_scale": settings.grad_scale != 1, "clip_grad_value": settings.clip_grad_value is not None}
+    names = [name for name, is_set in unused.items() if is_set]
+    if names:
+        warnings.warn(
+            f"optimizer: {optimizer} evaluates the loss several times in a step and gets the mean loss and its own "
+            f"gradient, so {' and '.join(names)} has no effect; pass clip_grad_value=None to say that you know",
+            RuntimeWarning,
+            stacklevel=6,
         )
-    if not callable(factory):
-        raise TypeError(
-            "optimizer: expected a factory such as `lambda p: torch.optim.Adam(p, lr=1e-2)`, or None, got "
-            f"{type(factory).__name__}"
-        )
-    optimizer = factory(parameters)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        got = type(optimizer).__name__
-        raise TypeError(f"optimizer: expected a factory that returns a torch.optim.Optimizer, got one returning {got}")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer: expected one that takes a step from one gradient, got {type(optimizer).__name__}, which needs "
-            "a closure to evaluate the loss several times; use torch.optim.Adam or SGD, for instance"
-        )
-    return optimizer
-
-
-def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's class and the plain options of its first group of parameters, tuples as lists."""
-    options: dict[str, Any] = {"class": type(optimizer).__qualname__}
-    for name, value in optimizer.param_groups[0].items():
-        value = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
-        if isinstance(value, (bool, int, float, str, tuple)) and name not in IMPLEMENTATIONS:
-            options[name] = list(value) if isinstance(value, tuple) else value
-    return options
 
 
 def _check_norms(start_norms: list[Tensor], tied: bool) -> None:

@@ -75,6 +75,8 @@ class DiffusionChain(Chain):
         self._last_steps: Truncation | None = None
         self._space: LatentSpace | None = None
         self._decoder: Decoder | None = None
+        self.prompts: list[str] | None = None
+        """The texts that `from_pipeline` was given, which `optimize` passes to losses that name them."""
 
     @classmethod
     def from_pipeline(
@@ -145,6 +147,7 @@ class DiffusionChain(Chain):
         if "lean" in options and isinstance(parts.decoder, Decoder):
             parts.decoder.lean = level_of(options["lean"])
         chain._space, chain._decoder = parts.space, parts.decoder
+        chain.prompts = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
         return chain
 
     @classmethod

@@ -20,18 +20,17 @@ ZERO = torch.cat([torch.ones(1, 4, 5, 5), torch.zeros(1, 4, 5, 5)])
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"decode": None}, TypeError, r"decode: expected a function .*, got NoneType; pass doodl_fast.Decoder\(pipe"),
-        ({"loss": 3}, TypeError, "loss: expected a function from images to a scalar tensor, got int"),
+        ({"decode": 1}, TypeError, r"decode: expected a function .*, got int; pass doodl_fast.Decoder\(pipe"),
+        ({"loss": 3}, TypeError, "loss: expected a function from images to a scalar tensor, or a list .*, got int"),
         ({"chain": "EDICT"}, TypeError, r"chain: expected a function \(x, y\) -> \(x0, y0\), got str"),
         ({"callback_on_step_end": 1}, TypeError, "callback_on_step_end: expected a function of one StepInfo"),
         ({"latents": None}, TypeError, "latents: expected a floating tensor or a pair of them, got NoneType"),
-        (
-            {"optimizer": torch.optim.Adam([torch.ones(1, requires_grad=True)])},
-            TypeError,
-            r"optimizer: expected a factory such as `lambda p: torch.optim.Adam\(p, lr=1e-2\)`, got an instance",
-        ),
         ({"optimizer": "adam"}, TypeError, "optimizer: expected a factory .*, got str"),
-        ({"optimizer": torch.optim.LBFGS}, ValueError, "optimizer: .* got LBFGS, which needs a closure"),
+        ({"scheduler": 3}, TypeError, "scheduler: expected a factory such as .*, got int"),
+        ({"scheduler": lambda o: o}, TypeError, "scheduler: expected a factory that returns an LRScheduler"),
+        ({"patience": 0}, ValueError, "patience: expected an int of at least 1, got 0"),
+        ({"min_delta": -1}, ValueError, "min_delta: expected a finite number of at least 0, got -1"),
+        ({"best_of": 0}, ValueError, "best_of: expected an int of at least 1, got 0"),
         (
             {"grad_scale": 1e308},
             ValueError,
