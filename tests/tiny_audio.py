@@ -27,6 +27,11 @@ def cosine_scheduler() -> Any:
     return module.CosineDPMSolverMultistepScheduler
 
 
+def euler_scheduler() -> Any:
+    """The noise levels of Stable Audio's scheduler, and the steps without noise of diffusers' EDMEulerScheduler."""
+    return type("Euler", (cosine_scheduler(),), {"step": diffusers.EDMEulerScheduler.step})()
+
+
 def tokenizers() -> tuple[Any, Any]:
     """The two tokenizers of AudioLDM 2, of the classes by which its pipeline knows them."""
     from tokenizers import pre_tokenizers
@@ -86,7 +91,7 @@ def vocoder() -> Any:
 
 
 def audioldm2(scheduler: Any = None) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import ClapFeatureExtractor, GPT2Config, GPT2LMHeadModel
 
     words, t5_words = tokenizers()
     torch.manual_seed(0)
@@ -124,7 +129,7 @@ def audioldm2(scheduler: Any = None) -> Any:
         language_model=GPT2LMHeadModel(language).eval(),
         tokenizer=words,
         tokenizer_2=t5_words,
-        feature_extractor=None,
+        feature_extractor=ClapFeatureExtractor(),
         unet=awake(unet),
         scheduler=diffusers.DDIMScheduler(clip_sample=False) if scheduler is None else scheduler,
         vocoder=vocoder(),

@@ -125,7 +125,7 @@ def flux(work: Path, guidance_embeds: bool = True) -> Any:
     return pipe
 
 
-def pixart(kind: str = "PixArtSigmaPipeline", is_told: bool = False) -> Any:
+def pixart(kind: str = "PixArtSigmaPipeline", is_told: bool = False, sample_size: int = 8) -> Any:
     words = t5_tokenizer()
     torch.manual_seed(0)
     transformer = diffusers.PixArtTransformer2DModel(
@@ -135,7 +135,7 @@ def pixart(kind: str = "PixArtSigmaPipeline", is_told: bool = False) -> Any:
         out_channels=8,
         num_layers=2,
         cross_attention_dim=24,
-        sample_size=8,
+        sample_size=sample_size,
         patch_size=2,
         caption_channels=32,
         use_additional_conditions=is_told,

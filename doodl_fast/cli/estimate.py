@@ -40,7 +40,7 @@ class Estimate:
 
     Attributes:
         network_weights: Bytes of the weights of the network that predicts noise or velocity.
-        vae_weights: Bytes of the VAE's weights.
+        vae_weights: Bytes of the VAE's weights and, where there is one, of the vocoder's.
         plain: The sizes of one evaluation of the network.
         blocks: The same with checkpointed blocks; None if it has none.
         decoders: Bytes that decoding takes at most, plainly and with checkpointed blocks.
@@ -181,7 +181,8 @@ def _measure(chain: EDICT, space: LatentSpace, decode: Decoder, steps: int) -> E
     naive = 2 * steps * (plain.graph + load.source) + plain.pull - plain.graph
     per_step = 2 * steps * load.source + plain.graph + plain.pull
     decoders = tuple(_decoding(decoder, x) for decoder in _leaner(decode))
-    weights = _weights(module_of(chain.denoiser.unet)), _weights(getattr(decode, "vae", None))
+    coders = (getattr(decode, name, None) for name in ("vae", "vocoder"))
+    weights = _weights(module_of(chain.denoiser.unet)), sum(map(_weights, coders))
     size = f"{space.height} x {space.width} pixels{', with guidance' if chain.denoiser.guided else ''}"
     subject = f"{space.num_frames} frames of {size}" if isinstance(space, VideoSpace) else f"one picture of {size}"
     return Estimate(*weights, plain, blocks, decoders, load, naive, max(per_step, decoders[0]), subject)

@@ -151,8 +151,15 @@ def timestep_options(args: argparse.Namespace, pipeline: Any) -> Callable[[int],
     return options
 
 
-def check_one_frame(chain: DiffusionChain) -> None:
-    """Raises ValueError for a chain of videos of several frames, of which a picture is no example."""
+def check_picture(chain: DiffusionChain) -> None:
+    """Raises ValueError for a chain of waveforms, or of videos of several frames, of which a picture is no example."""
+    from ..diffusion.audio import AudioDecoder
+
+    if isinstance(chain.decode, AudioDecoder):
+        raise ValueError(
+            "IMAGE: this model makes waveforms, of which a picture is no example; they are inverted in Python, with "
+            "chain.decode.encode and chain.inverse_state"
+        )
     frames = getattr(chain.space, "num_frames", 1)
     if frames != 1:
         raise ValueError(
@@ -162,10 +169,20 @@ def check_one_frame(chain: DiffusionChain) -> None:
 
 
 def frames_decoder(chain: DiffusionChain) -> tuple[Any, int | None]:
-    """The chain's decoder, which gives the frames of videos as pictures, and their number; None for pictures."""
+    """The chain's decoder, which gives the frames of videos as pictures, and their number; None for pictures.
+
+    Raises:
+        ValueError: The chain makes waveforms.
+    """
+    from ..diffusion.audio import AudioDecoder
     from ..diffusion.video import VideoDecoder, VideoSpace
 
     decode, space = chain.decode, chain.space
+    if isinstance(decode, AudioDecoder):
+        raise ValueError(
+            "model: it makes waveforms, which the guides of the command line cannot score; pass doodl_fast.optimize a "
+            "loss of yours"
+        )
     if isinstance(decode, VideoDecoder) and isinstance(space, VideoSpace):
         return decode.pictures(), space.num_frames
     return decode, None

@@ -29,7 +29,7 @@ from .edit import (
     picture_error,
     picture_of,
 )
-from .families import add_guidance_scale, add_own_options, add_prompt, check_one_frame, check_prompt, own_options
+from .families import add_guidance_scale, add_own_options, add_prompt, check_picture, check_prompt, own_options
 from .files import new_folder, write_json, write_picture
 from .solvers import EDICT, INVERTIBLE, add_solver, check_solver
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model != options.EMBEDDED and Path(args.model).expanduser().is_dir():
         settings["model"] = os.path.abspath(Path(args.model).expanduser())
     chain, whole = make_chain(pipeline, settings)
-    check_one_frame(whole)
+    check_picture(whole)
     settings |= {"height": whole.space.height, "width": whole.space.width}
     pixels = as_tensor(fit(picture, whole.space.height, whole.space.width)).to(whole.space.device)
     with in_range(advice(settings, chain)):

@@ -6,21 +6,21 @@ only what differs. Text encoders are left out: they can be moved off the device 
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..diffusion.conditions import map_tensors
 from ..diffusion.families import Family, family_of_class
 from ..diffusion.families.saved import family_of_index, pipeline_class, saved_components
+from .embeddings import longest_embeddings
 
 Parts = dict[str, tuple[str, Mapping[str, Any]]]
-TOKENS = 77
-"""Tokens of CLIP's text encoders."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Published:
         call: The usual arguments of the pipeline, the size among them.
         source: Where the configuration is from.
         scheduler: The class and the configuration of the scheduler.
+        settings: Arguments of the pipeline's class that are no components.
     """
 
     pipeline: str
@@ -40,6 +41,7 @@ class Published:
     call: Mapping[str, Any]
     source: str
     scheduler: tuple[str, Mapping[str, Any]] = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 DDIM = (
@@ -195,6 +197,37 @@ PUBLISHED: dict[str, Published] = {
         {"height": 480, "width": 832, "num_frames": 81},
         "defaults of WanTransformer3DModel; Wan-AI/Wan2.1-T2V-14B-Diffusers",
     ),
+    "wan22-a14b": Published(
+        "WanPipeline",
+        {**_wan(40, 40, 13824), "transformer_2": _wan(40, 40, 13824)["transformer"]},
+        {"height": 480, "width": 832, "num_frames": 81},
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        settings={"boundary_ratio": 0.875},
+    ),
+    "wan22-5b": Published(
+        "WanPipeline",
+        {
+            "transformer": ("WanTransformer3DModel", {
+                "num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48,
+            }),
+            "vae": ("AutoencoderKLWan", {
+                "base_dim": 160,
+                "decoder_base_dim": 256,
+                "z_dim": 48,
+                "is_residual": True,
+                "in_channels": 12,
+                "out_channels": 12,
+                "patch_size": 2,
+                "scale_factor_spatial": 16,
+                "latents_mean": (0.0,) * 48,  # The values matter to no estimate.
+                "latents_std": (1.0,) * 48,
+            }),
+        },
+        {"height": 704, "width": 1280, "num_frames": 121},
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 5.0}),
+        {"expand_timesteps": True},
+    ),
     "cogvideox-2b": Published(
         "CogVideoXPipeline",
         {"transformer": ("CogVideoXTransformer3DModel", {}), "vae": ("AutoencoderKLCogVideoX", COGVIDEOX_VAE := {
@@ -221,60 +254,6 @@ PUBLISHED: dict[str, Published] = {
     ),
 }  # fmt: skip
 """By the model's name on the command line."""
-
-
-def _pair(name: str, *shape: int) -> dict[str, Tensor]:
-    """A prompt's embedding and the negative prompt's, of one shape."""
-    return {prefix + name: torch.ones(shape) for prefix in ("", "negative_")}
-
-
-def _stable_diffusion(pipe: Any) -> dict[str, Tensor]:
-    config = pipe.unet.config
-    found = _pair("prompt_embeds", 1, TOKENS, config.cross_attention_dim)
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        found |= _pair("pooled_prompt_embeds", 1, pooled)
-    return found
-
-
-def _stable_diffusion_3(pipe: Any) -> dict[str, Tensor]:
-    config = pipe.transformer.config
-    pooled = _pair("pooled_prompt_embeds", 1, config.pooled_projection_dim)
-    return _pair("prompt_embeds", 1, TOKENS + 256, config.joint_attention_dim) | pooled
-
-
-def _flux(pipe: Any) -> dict[str, Tensor]:
-    config = pipe.transformer.config
-    return {
-        "prompt_embeds": torch.ones(1, 512, config.joint_attention_dim),
-        "pooled_prompt_embeds": torch.ones(1, config.pooled_projection_dim),
-    }
-
-
-def _pixart(pipe: Any) -> dict[str, Tensor]:
-    tokens = 120 if type(pipe).__name__ == "PixArtAlphaPipeline" else 300
-    masks = _pair("prompt_attention_mask", 1, tokens)
-    return _pair("prompt_embeds", 1, tokens, pipe.transformer.config.caption_channels) | masks
-
-
-def _wan_texts(pipe: Any) -> dict[str, Tensor]:
-    return _pair("prompt_embeds", 1, 512, pipe.transformer.config.text_dim)
-
-
-def _cogvideox(pipe: Any) -> dict[str, Tensor]:
-    config = pipe.transformer.config
-    return _pair("prompt_embeds", 1, config.max_text_seq_length, config.text_embed_dim)
-
-
-EMBEDDINGS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
-    "StableDiffusion": _stable_diffusion,
-    "StableDiffusion3": _stable_diffusion_3,
-    "Flux": _flux,
-    "PixArt": _pixart,
-    "Wan": _wan_texts,
-    "CogVideoX": _cogvideox,
-}
-"""The embeddings of one prompt of the greatest length, by the name of the family."""
 
 
 @dataclass
@@ -307,37 +286,52 @@ def meta_model(model: str | Path, dtype: torch.dtype) -> MetaModel:
     if str(model) in PUBLISHED:
         found = PUBLISHED[str(model)]
         kind, parts, scheduler, call = getattr(diffusers, found.pipeline), found.parts, found.scheduler, found.call
+        settings = found.settings
         family = family_of_class(found.pipeline)
         assert family is not None
     else:
-        kind, parts, scheduler, family = _of_folder(Path(model))
+        kind, parts, scheduler, family, settings = _of_folder(Path(model))
         call = {}
     made: dict[str, Any] = {"scheduler": getattr(diffusers, scheduler[0]).from_config(dict(scheduler[1]))}
     with torch.device("meta"):
         for name, (component, config) in parts.items():
-            network = getattr(diffusers, component).from_config(dict(config))
+            network = _network(component, config)
             upcast = name == "vae" and dtype == torch.float16 and hasattr(kind, "upcast_vae")
             is_wide = upcast and network.config.get("force_upcast")
             # diffusers' own method warns of what it is told to keep in float32, which is next to nothing.
             made[name] = torch.nn.Module.to(network, torch.float32 if is_wide else dtype).eval()
-    pipe = _assembled(kind, made)
+    pipe = _assembled(kind, {**settings, **made})
     with torch.device("meta"):
-        embeddings = EMBEDDINGS[type(family).__name__](pipe) if family.takes_text else {}
-    return MetaModel(pipe, family, {**call, **{name: value.to(dtype) for name, value in embeddings.items()}})
+        embeddings = longest_embeddings(pipe, family)
+    return MetaModel(
+        pipe,
+        family,
+        {**call, **map_tensors(embeddings, lambda value, _: value.to(dtype) if value.is_floating_point() else value)},
+    )
+
+
+def _network(component: str, config: Mapping[str, Any]) -> Any:
+    """A network of a class of diffusers or, a vocoder for instance, of transformers."""
+    import diffusers
+
+    if hasattr(diffusers, component):
+        return getattr(diffusers, component).from_config(dict(config))
+    import transformers
+
+    kind = getattr(transformers, component)
+    return kind(kind.config_class(**config))
 
 
 def _assembled(kind: Any, made: dict[str, Any]) -> Any:
     """A pipeline of the class `kind`, with None for all components that were not made."""
-    import inspect
-
     names = inspect.signature(kind.__init__).parameters
     optional = {"requires_safety_checker": False} if "requires_safety_checker" in names else {}
     needed = [n for n, p in names.items() if n != "self" and p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     return kind(**{**dict.fromkeys(needed), **made, **optional})
 
 
-def _of_folder(folder: Path) -> tuple[Any, Parts, tuple[str, Mapping[str, Any]], Family]:
-    """The pipeline's class, its networks' configs, its scheduler's and its family, of a diffusers folder.
+def _of_folder(folder: Path) -> tuple[Any, Parts, tuple[str, Mapping[str, Any]], Family, dict[str, Any]]:
+    """The pipeline's class, its networks' configs, its scheduler's, its family and its settings, of a diffusers folder.
 
     Raises:
         ValueError: It is no such folder, or its family is not known.
@@ -349,18 +343,17 @@ def _of_folder(folder: Path) -> tuple[Any, Parts, tuple[str, Mapping[str, Any]],
         )
     index = _read(folder / "model_index.json")
     family = family_of_index(index, str(folder))
-    if family.takes_text and type(family).__name__ not in EMBEDDINGS:
-        raise ValueError(
-            f"model: expected a family of which the size of the prompts' embeddings is known "
-            f"({', '.join(EMBEDDINGS)}), got {type(family).__name__}"
-        )
     kind, components = pipeline_class(index), saved_components(index)
     networks = [name for name in components if name in NETWORKS]
     parts: Parts = {name: (components[name], _read(folder / name / "config.json")) for name in networks}
-    return kind, parts, (components["scheduler"], _read(folder / "scheduler" / "scheduler_config.json")), family
+    # Settings such as the boundary between Wan 2.2's two networks; components are lists of a library and a class.
+    accepted = inspect.signature(kind.__init__).parameters.keys() & index.keys()
+    settings = {name: index[name] for name in accepted if not isinstance(index[name], list)}
+    scheduler = components["scheduler"], _read(folder / "scheduler" / "scheduler_config.json")
+    return kind, parts, scheduler, family, settings
 
 
-NETWORKS = ("unet", "transformer", "transformer_2", "vae")
+NETWORKS = ("unet", "transformer", "transformer_2", "vae", "projection_model", "vocoder")
 """The components that a gradient needs."""
 
 

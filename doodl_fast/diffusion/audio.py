@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..frozen import level_of
 from .decoder import Decoder
 from .images import check_target, write_whole
 from .latent_space import LatentSpace
@@ -81,7 +82,7 @@ class AudioDecoder(Decoder):
     def __init__(
         self, vae: Any, rest: tuple[int, ...], scaling_factor: float, sampling_rate: int, start: int, end: int
     ) -> None:
-        self.vae, self.sampling_rate = vae, sampling_rate
+        self.vae, self.sampling_rate, self.lean = vae, sampling_rate, level_of(True)
         self._rest, self._factor, self._start = rest, scaling_factor, start
         self._end: int | None = end
         self._checkpoints = self._singly = False

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ..frozen import Level, substitute
 from .calling import NetworkAdapter
 from .hooks import CASTING, cast_for_calls, hooks_of
-from .networks import FLOAT_DTYPES, blocks_checkpointed, frozen, module_tree
+from .networks import FLOAT_DTYPES, blocks_checkpointed, can_checkpoint, frozen, module_tree
 
 DEPTH = 3
 """How deep in lists, tuples and dicts of a module's attributes references to modules and weights are looked for."""
@@ -80,7 +80,7 @@ class ModuleCopies:
             object.__setattr__(copied, "__dict__", self._attributes(module))
             if evaluation:
                 copied.training = False
-            if checkpoints and hasattr(copied, "gradient_checkpointing"):
+            if checkpoints and can_checkpoint(copied):
                 # Some versions of diffusers checkpoint in training mode alone. What is inside the block stays as it is.
                 copied.__dict__.update(
                     training=True, gradient_checkpointing=True, _gradient_checkpointing_func=_checkpoint

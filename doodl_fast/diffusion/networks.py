@@ -215,7 +215,7 @@ def refuse_stochastic(network: nn.Module) -> None:
 
 def has_blocks(network: Any) -> bool:
     """Whether a network can checkpoint its blocks, as those of diffusers can."""
-    return isinstance(network, nn.Module) and any(hasattr(m, "gradient_checkpointing") for m in network.modules())
+    return isinstance(network, nn.Module) and any(map(can_checkpoint, network.modules()))
 
 
 def scalable_layers(network: Any) -> list[Any]:
@@ -237,6 +237,25 @@ def scales_adapters(network: Any, kwargs: Mapping[str, Any]) -> bool:
     return any(scale not in (None, 1) for scale in scales) and bool(scalable_layers(network))
 
 
+WRONG_WHEN_CHECKPOINTED = (
+    *(
+        f"diffusers.pipelines.audioldm2.modeling_audioldm2.{kind}"
+        for kind in ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn")
+    ),
+    "diffusers.models.transformers.transformer_chroma.ChromaTransformer2DModel",
+)
+"""Classes of diffusers 0.42 that compute something else when they checkpoint what is in them: the blocks of AudioLDM 2
+take the prompt's mask for that of the latents, and half of Chroma's blocks get no mask. What is in the former can be
+checkpointed all the same."""
+
+
+def can_checkpoint(module: nn.Module) -> bool:
+    """Whether a module checkpoints what is in it, as diffusers' do, and computes the same then."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return hasattr(module, "gradient_checkpointing") and name not in WRONG_WHEN_CHECKPOINTED
+
+
 @contextlib.contextmanager
 def blocks_checkpointed(network: nn.Module) -> Iterator[None]:
     """Turns on diffusers' checkpointing of a network's blocks for the length of the context; else as `frozen`.
@@ -246,7 +265,7 @@ def blocks_checkpointed(network: nn.Module) -> Iterator[None]:
     set up in the same way for that call.
     """
     attributes = {"training": True, "gradient_checkpointing": True, "_gradient_checkpointing_func": _checkpoint}
-    blocks = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
+    blocks = [module for module in network.modules() if can_checkpoint(module)]
     with _overridden((block, attributes) for block in blocks):
         yield
 

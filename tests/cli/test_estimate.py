@@ -49,7 +49,7 @@ def test_sdxl_fits_24_gb(capsys):
 @pytest.mark.parametrize(
     ("name", "billions"),
     [("sd35-medium", 2.243), ("sd35-large", 8.057), ("flux1-dev", 11.90), ("pixart-sigma", 0.611),
-     ("wan21-1.3b", 1.419), ("wan21-14b", 14.29), ("cogvideox-2b", 1.694), ("cogvideox-5b", 5.571)],
+     ("wan21-1.3b", 1.419), ("wan21-14b", 14.29), ("wan22-5b", 5.0), ("cogvideox-2b", 1.694), ("cogvideox-5b", 5.571)],
 )  # fmt: skip
 def test_published_models_have_the_published_number_of_parameters(name, billions):
     pipe = meta_model(name, torch.bfloat16).pipe

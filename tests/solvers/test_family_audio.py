@@ -36,12 +36,6 @@ def stable() -> Any:
     return tiny_audio.stable_audio()
 
 
-def with_euler() -> Any:
-    """A pipeline of Stable Audio with its own noise levels, and the steps of diffusers' EDMEulerScheduler."""
-    kind = type("Euler", (tiny_audio.cosine_scheduler(),), {"step": diffusers.EDMEulerScheduler.step})
-    return tiny_audio.stable_audio(kind())
-
-
 def compare(pipe: Any, oracle: Any, solver: Any, **options: Any) -> None:
     """Compares latents and waveforms with the oracle's, and checks that network and prompt matter."""
     chain = solver.from_pipeline(pipe, "a dog", memory="checkpoint", **OPTIONS, **options)
@@ -130,7 +124,7 @@ def test_audioldm2_gradient_is_that_of_plain_autograd(music: Any, solver: Any, m
     ],
 )
 def test_stable_audio_by_ddim(stable: Any, options: dict[str, Any]) -> None:
-    compare(stable, with_euler(), DDIM, **options)
+    compare(stable, tiny_audio.stable_audio(tiny_audio.euler_scheduler()), DDIM, **options)
 
 
 def test_stable_audio_with_its_own_scheduler_and_given_noise(stable: Any) -> None:
@@ -158,7 +152,9 @@ def test_stable_audio_with_a_batch_of_prompts(stable: Any) -> None:
     chain = DDIM.from_pipeline(stable, prompts, negatives, memory="checkpoint", **OPTIONS)
     x = chain.noise(seed=5)
     options = {"generator": torch.Generator().manual_seed(5), "output_type": "latent"}
-    expected = with_euler()(prompts, negative_prompt=negatives, **options, **OPTIONS).audios
+    expected = tiny_audio.stable_audio(tiny_audio.euler_scheduler())(
+        prompts, negative_prompt=negatives, **options, **OPTIONS
+    ).audios
     assert x.shape == (2, 3, 16) and chain.decode.sampling_rate == 4
     with torch.no_grad():
         assert relative(chain(x)[0], expected) < 1e-5, "the default guidance scale is the pipeline's"

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..audio import AudioDecoder, audio_space
@@ -146,11 +147,17 @@ class AudioLDM2(Family):
         """Returns the embeddings of the prompts and their masks by name, and those of the negative prompts."""
         encoders = ("text_encoder", "text_encoder_2", "projection_model", "language_model", "tokenizer", "tokenizer_2")
         prompts, negatives = check_prompts(pipe, request, encoding, guided, "generated_prompt_embeds", encoders)
+        by_name: dict[str, Tensor | None] = {}
+        if prompts is None and (negatives is None or not guided):
+            for prefix in ("", "negative_") if guided else ("",):
+                by_name |= dict.fromkeys(f"{prefix}{name}" for name in EMBEDDINGS)
+                states = encoding[f"{prefix}prompt_embeds"]
+                by_name[f"{prefix}attention_mask"] = torch.ones(states.shape[:2], dtype=torch.long)
+            return keep_given(by_name, encoding, device_of(pipe.unet))
         made = no_grad_encode(
             pipe, prompt=prompts, negative_prompt=negatives, do_classifier_free_guidance=guided, **encoding
         )
         states, mask, generated = made
-        by_name: dict[str, Tensor | None] = {}
         for name, value in zip(EMBEDDINGS, (generated, states, mask), strict=True):
             if guided:
                 by_name[f"negative_{name}"], by_name[name] = value.chunk(2)

@@ -31,6 +31,7 @@ class DiT(Family):
     pipelines = ("DiTPipeline",)
     components = ("transformer", "vae", "scheduler")
     guidance_scale = 4.0
+    takes_text = False
 
     def check(self, pipe: Any) -> None:
         """See `Family.check`."""

@@ -31,6 +31,9 @@ class Lumina2Call(TransformerCall):
 
     def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None, **kwargs: Any) -> Tensor:
         """Returns the velocity from picture to noise, (B, C, h, w) like x."""
+        mask = kwargs["encoder_attention_mask"]
+        if mask.is_meta:  # The network reads the prompts' lengths, which nobody knows there: they are the longest.
+            kwargs["encoder_attention_mask"] = torch.ones(mask.shape, dtype=torch.long, device="cpu")
         return -super().__call__(x, 1 - t / self.training_steps, cond, **kwargs)
 
 

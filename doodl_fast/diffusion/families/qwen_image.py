@@ -140,14 +140,19 @@ class QwenImage(Family):
             raise ValueError(f"max_sequence_length: expected at most {MOST_TOKENS}, got {tokens}")
         cond, mask = _states(pipe, "", prompts, encoding, tokens)
         if not guided:
-            return cond, None, None if mask.all() else mask
+            return cond, None, None if _is_full(mask) else mask
         uncond, negative_mask = _states(pipe, "negative_", negatives, negative, tokens)
         # The pipeline calls the network twice. In one batch the shorter prompt is padded, and the mask hides that.
         longest = max(cond.shape[1], uncond.shape[1])
         cond, mask = padded(cond, mask, longest)
         uncond, negative_mask = padded(uncond, negative_mask, longest)
-        masks = None if mask.all() and negative_mask.all() else Guided(negative_mask, mask)
+        masks = None if _is_full(mask) and _is_full(negative_mask) else Guided(negative_mask, mask)
         return cond, uncond, masks
+
+
+def _is_full(mask: Tensor) -> bool:
+    """Whether a mask hides no token. On the meta device, where its values are not known, it hides none."""
+    return mask.is_meta or bool(mask.all())
 
 
 def _states(

@@ -82,4 +82,5 @@ def upcasts_vae(index: Mapping[str, Any]) -> bool:
 
     diffusers' pipelines that do so have a method `upcast_vae`. Without a class, it is known of Stable Diffusion XL.
     """
-    return hasattr(pipeline_class(index), "upcast_vae") or {"unet", "text_encoder_2"} <= saved_components(index).keys()
+    kind = pipeline_class(index)
+    return {"unet", "text_encoder_2"} <= saved_components(index).keys() if kind is None else hasattr(kind, "upcast_vae")

@@ -53,7 +53,9 @@ class TwoExperts(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
         """Returns the prediction of the transformer that the timestep belongs to, in a tuple."""
-        network = self.high_noise if bool(timestep.flatten()[0] >= self.boundary) else self.low_noise
+        # On the meta device timesteps have no values; the two networks are of one size.
+        is_high = timestep.is_meta or bool(timestep.flatten()[0] >= self.boundary)
+        network = self.high_noise if is_high else self.low_noise
         return (network(x, timestep=timestep, **kwargs)[0],)
 
 

@@ -35,8 +35,10 @@ class ZImageCall(NetworkAdapter):
             cond: The prompts' embeddings (B, tokens, features).
             **kwargs: `lengths`, how many tokens each prompt has, (B,); the rest are arguments of the transformer.
         """
-        lengths = kwargs.pop("lengths").tolist()
-        prompts = [states[:length] for states, length in zip(cond, lengths, strict=True)]
+        lengths = kwargs.pop("lengths")
+        # Numbers on the meta device are not known; estimates are for the longest prompt.
+        counts = [cond.shape[1]] * len(x) if lengths.is_meta else lengths.tolist()
+        prompts = [states[:count] for states, count in zip(cond, counts, strict=True)]
         time = ((TRAINING_STEPS - t) / TRAINING_STEPS).expand(len(x))
         output = self.module(list(x[:, :, None]), time, prompts, return_dict=False, **kwargs)[0]
         return -torch.stack(list(output))[:, :, 0]
