@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..chain.program import Program
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.hooks import device_of
 from ..diffusion.images import read_upright, to_pil
 from ..diffusion.pipeline import Decoder, encode_prompt, vae_scale_factor
 from ..diffusion.schedule import Schedule
@@ -286,7 +287,7 @@ class _Run:
         for name in ("width", "height"):
             if getattr(self, name) < SIDE:
                 raise ValueError(f"{name}: expected at least {SIDE} pixels, got {getattr(self, name)}")
-        self._generator = torch.Generator(self.pipeline.unet.device)
+        self._generator = torch.Generator(device_of(self.pipeline.unet))
         if self.seed is None:
             self._generator.seed()
         else:
@@ -311,7 +312,7 @@ class _Run:
 
     def _latents(self, entry: Any) -> Tensor:
         """Returns latents as they are, or those that the VAE draws for a picture, in float64."""
-        device = self.pipeline.unet.device
+        device = device_of(self.pipeline.unet)
         if isinstance(entry, Tensor):
             return entry.to(device, torch.float64, copy=True)
         import numpy as np

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..chain.chain import Chain
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.hooks import device_of
 from ..diffusion.pipeline import Decoder, vae_scale_factor
 from .edict import coupled_program
 from .edict_scheduler import stepping_schedule
@@ -119,7 +120,7 @@ class EDICTPipeline(DiffusionPipeline):  # type: ignore[misc]
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encodes and inverts a picture. Returns the two latents (B, C, h, w). Arguments are as in `__call__`."""
-        pixels = self.image_processor.preprocess(image).to(self.unet.device)
+        pixels = self.image_processor.preprocess(image).to(device_of(self.vae))
         start = Decoder(self.vae).encode(pixels.to(self.vae.dtype), sample=True, generator=generator)
         chain = self.chain(prompt, negative_prompt, guidance_scale, num_inference_steps, strength)
         return (start, start) if chain is None else chain.inverse(start, start)
@@ -152,5 +153,5 @@ class EDICTPipeline(DiffusionPipeline):  # type: ignore[misc]
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            embedding: Tensor = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
+            embedding: Tensor = self.text_encoder(tokens.input_ids.to(device_of(self.text_encoder))).last_hidden_state
         return embedding

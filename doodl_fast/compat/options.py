@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..chain.chain import Memory
+from ..diffusion.hooks import device_of
 from ..diffusion.pipeline import to_pil, vae_scale_factor
 from .quirks import Quirks
 
@@ -101,9 +102,8 @@ class Options:
 
     @property
     def device(self) -> torch.device:
-        """The device of the UNet, on which everything is computed."""
-        device: torch.device = self.pipeline.unet.device
-        return device
+        """The device on which the UNet and everything else is computed."""
+        return device_of(self.pipeline.unet)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diffusion.hooks import device_of
 from ..diffusion.images import eight_bits, read_upright
 from ..diffusion.pipeline import Decoder
 from .quirks import Quirks
@@ -36,7 +37,7 @@ def encode_source(source: Any, size: int, decoder: Decoder, dtype: torch.dtype, 
         dtype: The dtype of the pixels and the latents.
         quirks: Which peculiarities of the reference are reproduced.
     """
-    pixels = source_pixels(source, size, quirks).to(decoder.vae.device, dtype)
+    pixels = source_pixels(source, size, quirks).to(device_of(decoder.vae), dtype)
     return decoder.encode(pixels, sample=True)
 
 
