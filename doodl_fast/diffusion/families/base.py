@@ -179,7 +179,10 @@ class Family(ABC):
 
 def components_of(pipe: Any) -> dict[str, Any]:
     """Returns a pipeline's components by name, without its plain settings."""
-    components = getattr(pipe, "components", None)
+    try:
+        components = getattr(pipe, "components", None)
+    except ValueError:  # diffusers' own refuses a pipeline with components that its class does not name.
+        components = {name: getattr(pipe, name) for name, value in pipe.config.items() if isinstance(value, tuple)}
     parts = components if isinstance(components, Mapping) else getattr(pipe, "__dict__", {})
     return {name: value for name, value in parts.items() if not isinstance(value, (bool, int, float, str, list, tuple))}
 

@@ -103,7 +103,8 @@ class ZImage(MaskedFamily):
 
     def size(self, pipe: Any, request: Request) -> tuple[int, int]:
         """See `MaskedFamily.size`."""
-        return request.height or OWN_SIZE, request.width or OWN_SIZE
+        height, width = (OWN_SIZE if given is None else given for given in (request.height, request.width))
+        return height, width
 
     def fixed_by(self, pipe: Any) -> str | None:
         """See `MaskedFamily.fixed_by`."""
