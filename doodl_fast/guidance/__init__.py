@@ -16,6 +16,7 @@ from .clip import spherical_distance
 from .clip_image import ClipImage
 from .clip_text import ClipText
 from .cutouts import random_cutouts
+from .noise import NoiseNorm, NoiseProbability, StartDistance, Whiteness, white_projection
 from .picture import Picture
 from .symmetry import Symmetry
 
@@ -24,10 +25,15 @@ __all__ = [
     "Classifier",
     "ClipImage",
     "ClipText",
+    "NoiseNorm",
+    "NoiseProbability",
     "Picture",
+    "StartDistance",
     "Symmetry",
+    "Whiteness",
     "random_cutouts",
     "spherical_distance",
+    "white_projection",
 ]
 
 _MOVED = ("OneStepGuidance", "one_step")
