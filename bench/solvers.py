@@ -2,14 +2,15 @@
 
     python bench/solvers.py [--out solvers.json] [--prompts 40] [--seeds 4] [--steps 4 8 20 50] [--rounds 3] [--quick]
     python bench/solvers.py --pictures     # right pictures alone, which does not depend on what else the machine does
+    python bench/solvers.py --cost         # seconds and memory alone
     python bench/solvers.py --stability    # the growth of perturbations alone
     python bench/solvers.py --truncated    # errors of truncated gradients, DDIM with 20 steps
 
 A row is one solver with one number of steps: the seconds of a gradient (CPU time, beside EDICT's measured in turn, as
 other programs may be busy), its peak memory, how many pictures are wholly right by the measure without networks
-(`doodl_fast.shapes.judge`), and how perturbations grow. The results are written to a JSON file after every row, and a
-run that was stopped goes on where it was, also with other parts of the rows. The tables of docs/solvers.md, of all rows
-in the file, are printed at the end.
+(`doodl_fast.shapes.judge`), and how perturbations grow. The results are written to a JSON file after every row, and
+every seed of a row, and a run that was stopped goes on where it was, also with more seeds or other parts of the rows.
+The tables of docs/solvers.md, of all rows in the file, are printed at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +95,15 @@ def cost(pipe: Any, name: str, steps: int, rounds: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def right_pictures(pipe: Any, name: str, steps: int, prompts: list[str], seeds: int) -> int:
-    """How many pictures of prompts x seeds are wholly right. Latents that are not finite are wrong."""
-    chain, right = make(pipe, name, steps, prompts), 0
-    for seed in range(seeds):
-        try:
-            latents = chain(start(chain, seed))[0]
-        except FloatingPointError:
-            continue
-        images = chain.decode(latents.nan_to_num(0).clamp(-100, 100))
-        right += sum(shapes.judge(image, prompt).correct for image, prompt in zip(images, prompts, strict=True))
-    return right
+def right_pictures(pipe: Any, name: str, steps: int, prompts: list[str], seed: int) -> int:
+    """How many pictures of the prompts, all from one seed, are wholly right. Latents that are not finite are wrong."""
+    chain = make(pipe, name, steps, prompts)
+    try:
+        latents = chain(start(chain, seed))[0]
+    except FloatingPointError:
+        return 0
+    images = chain.decode(latents.nan_to_num(0).clamp(-100, 100))
+    return sum(shapes.judge(image, prompt).correct for image, prompt in zip(images, prompts, strict=True))
 
 
 @torch.no_grad()
@@ -144,9 +144,9 @@ def chosen_prompts(count: int) -> list[str]:
 
 def tables(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    setting, rows = results["setting"], results["rows"]
+    rows, prompts = results["rows"], results["setting"]["prompts"]
     steps = sorted({row["steps"] for row in rows})
-    total = setting["prompts"] * setting["seeds"]
+    seeds = max((len(row.get("right", [])) for row in rows), default=0)
     by = {(row["solver"], row["steps"]): row for row in rows}
 
     def table(title: str, key: str, show: Any) -> list[str]:
@@ -166,10 +166,13 @@ def tables(results: dict[str, Any]) -> str:
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.2g}"
 
+    def right(row: dict[str, Any]) -> str:
+        counts = row["right"]
+        return str(sum(counts)) if len(counts) == seeds else f"{sum(counts)} of {prompts * len(counts)}"
+
     return "\n".join(
         [
-            *table(f"Right pictures, of {total} ({setting['prompts']} prompts x {setting['seeds']} seeds)", "right",
-                   lambda row: str(row["right"])),
+            *table(f"Right pictures, of {prompts * seeds} ({prompts} prompts x {seeds} seeds)", "right", right),
             *table("CPU seconds of a gradient, and their ratio to EDICT's in the same run", "seconds",
                    lambda row: f"{row['seconds']:.2f} ({row['ratio to EDICT']:.2f})"),
             *table("Network calls of a forward run, and the peak memory of a gradient in MiB", "peak",
@@ -217,16 +220,20 @@ def truncated(pipe: Any, steps: int = 20, seeds: int = 8) -> str:
     return "\n".join(lines)
 
 
-def measure(pipe: Any, row: dict[str, Any], parts: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """A row with those parts measured that it lacks."""
+def measure(pipe: Any, row: dict[str, Any], parts: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row with those parts measured that it lacks, after each of them and after each seed of the pictures."""
     name, steps = row["solver"], row["steps"]
     if "cost" in parts and "seconds" not in row:
         row = row | cost(pipe, name, steps, args.rounds)
+        yield row
     if "stability" in parts and "first" not in row:
         row = row | stability(pipe, name, steps)
-    if "pictures" in parts and "right" not in row:
-        row = row | {"right": right_pictures(pipe, name, steps, chosen_prompts(args.prompts), args.seeds)}
-    return row
+        yield row
+    if "pictures" in parts:
+        prompts = chosen_prompts(args.prompts)
+        for seed in range(len(row.get("right", [])), args.seeds):
+            row = row | {"right": [*row.get("right", []), right_pictures(pipe, name, steps, prompts, seed)]}
+            yield row
 
 
 def main() -> None:
@@ -238,6 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
     parser.add_argument("--pictures", action="store_true", help="only count the right pictures")
+    parser.add_argument("--cost", action="store_true", help="only measure seconds and memory")
     parser.add_argument("--stability", action="store_true", help="only measure the growth of perturbations")
     parser.add_argument("--truncated", action="store_true", help="print the errors of truncated gradients instead")
     parser.add_argument("--quick", action="store_true", help="2 prompts, 1 seed, 1 round, 4 steps")
@@ -248,26 +256,26 @@ def main() -> None:
     if args.truncated:
         print(truncated(shapes.load_pipeline()))
         return
-    setting = {"prompts": args.prompts, "seeds": args.seeds, "rounds": args.rounds}
+    setting = {"prompts": args.prompts}
     results: dict[str, Any] = {"setting": setting, "rows": []}
     if args.out.exists():
         results = json.loads(args.out.read_text())
         if results["setting"] != setting:
             parser.error(f"{args.out} has rows of another setting, {results['setting']}; name another file by --out")
-    parts = [name for name in ("pictures", "stability") if getattr(args, name)] or ["cost", "stability", "pictures"]
+    every = ["cost", "stability", "pictures"]
+    parts = [name for name in every if getattr(args, name)] or every
     pipe = shapes.load_pipeline()
     rows = {(row["solver"], row["steps"]): row for row in results["rows"]}
     for steps in args.steps:
         for name in args.solvers:
             before = rows.get((name, steps), {"solver": name, "steps": steps})
-            rows[name, steps] = row = measure(pipe, before, parts, args)
-            if row is before:
-                continue
-            results["rows"] = list(rows.values())
-            partial = args.out.with_suffix(".part")
-            partial.write_text(json.dumps(results, indent=1))
-            partial.replace(args.out)
-            print(row, flush=True)
+            for row in measure(pipe, before, parts, args):
+                rows[name, steps] = row
+                results["rows"] = list(rows.values())
+                partial = args.out.with_suffix(".part")
+                partial.write_text(json.dumps(results, indent=1))
+                partial.replace(args.out)
+                print(row, flush=True)
     print(tables(results))
 
 

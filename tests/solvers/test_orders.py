@@ -100,14 +100,15 @@ def test_order_on_flows(name):
     check_slope(found, exact_solution(START, (0.05, 0.95), (0.95, 0.05)), low, high)
 
 
-def test_order_of_dpm_solver():
-    """Diffusers' DPM-Solver++ 2M, of a scheduler whose first and last timesteps are FIRST and LAST."""
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_order_of_multistep_solvers(kind):
+    """Diffusers' DPM-Solver++ 2M and UniPC, of a scheduler whose first and last timesteps are FIRST and LAST."""
     import diffusers
 
     kept = np.array([1.0, *ALPHAS[LAST : FIRST + 1]])
     found = []
     for steps in COUNTS:
-        scheduler = diffusers.DPMSolverMultistepScheduler(
+        scheduler = getattr(diffusers, kind)(
             num_train_timesteps=FIRST - LAST + 1,
             trained_betas=1 - kept[1:] / kept[:-1],
             final_sigmas_type="sigma_min",

@@ -58,5 +58,5 @@ def test_names_that_a_solver_needs_are_public() -> None:
 
 def test_the_table_of_solvers_names_every_solver() -> None:
     table = PAGE.read_text().split("## Which solver")[1].split("## ")[0]
-    for name in ("DDIM", "DPMSolver", "UniPC", "LCM", "Sampler", "EDICT", "BDIA", "OBELM", "Rex"):
+    for name in ("DDIM", "DPMSolver", "UniPC", "LCM", "Sampler", "EDICT", "BDIA", "OBELM", "Rex", "RexSDE"):
         assert f"`{name}`" in table and name in doodl_fast.__all__
