@@ -28,8 +28,8 @@ BELOW_1 = Schedule.flow([950, 700, 400, 150], [0.95, 0.7, 0.4, 0.15, 0.02])
 """Rex for the SDE does not start at sigma 1, where the latents are nothing but noise."""
 
 CLOSE = {"exact": 1e-2, "exact64": 1e-6}
-"""How near the lattice's latents are to those of floating point, which may differ here: O-BELM's flow from sigma 1 is the
-worst (1.5e-3, 9.5e-8), then Rex for the SDE (2e-4, 1e-8), then the others (at most 1e-5, 5e-10)."""
+"""How near the lattice's latents are to those of floating point, which may differ here: O-BELM's flow from sigma 1 is
+the worst (1.5e-3, 9.5e-8), then Rex for the SDE (2e-4, 1e-8), then the others (at most 1e-5, 5e-10)."""
 
 
 class Points(TinyNet):
