@@ -103,3 +103,9 @@ def test_noise_of_every_step_reaches_more_than_the_start_alone(tmp_path):
     rewards = example("noise_of_every_step").main(few)
     assert rewards["start"][0] == rewards["every step"][0]
     assert rewards["every step"][-1] > rewards["start"][-1] > rewards["start"][0]
+
+
+def test_all_noise_of_few_steps_reaches_more_than_the_start_alone(tmp_path):
+    few = ["--pictures", "1", "--optimization-steps", "3", "--learning-rate", "0.01", "--out", str(tmp_path)]
+    found = example("noise_of_few_steps").main(few)
+    assert found["all noise"][0] < found["start alone"][0] < found["nothing"][0]
