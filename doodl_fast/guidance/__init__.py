@@ -19,6 +19,7 @@ from .cutouts import random_cutouts
 from .noise import NoiseNorm, NoiseProbability, StartDistance, Whiteness, white_projection
 from .picture import Picture
 from .symmetry import Symmetry
+from .text_score import PickScore, TextScore
 
 __all__ = [
     "Aesthetic",
@@ -27,9 +28,11 @@ __all__ = [
     "ClipText",
     "NoiseNorm",
     "NoiseProbability",
+    "PickScore",
     "Picture",
     "StartDistance",
     "Symmetry",
+    "TextScore",
     "Whiteness",
     "random_cutouts",
     "spherical_distance",

@@ -1,0 +1,138 @@
+"""`TextScore` and `PickScore`: how well pictures fit texts, by a CLIP or a SigLIP of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..diffusion.module_copies import frozen_copy
+from ..diffusion.networks import loading
+from .clip import ClipGuide, projected
+from .cutouts import check_images, unit_range
+from .model_loading import load_model
+
+
+class TextScore(ClipGuide):
+    """Minus the score that a CLIP or SigLIP model gives to pictures for texts, as a mean over pictures.
+
+    The score is the model's logit: the cosine of both embeddings times its learned scale, plus its bias if it has one.
+
+    Args:
+        model: A transformers CLIPModel or SiglipModel (which SigLIP 2 of a fixed resolution is too), in any dtype.
+        processor: Its processor, whose tokenizer, mean, deviation and way of resizing are taken.
+        prompt: One text for all pictures, or one for each.
+        lean: See `ClipGuide`.
+
+    Raises:
+        TypeError: `model` is no such model, or `processor` has no tokenizer.
+        ValueError: `prompt` is empty, or the model has no fixed resolution, as SigLIP 2 NaFlex.
+
+    Example:
+        >>> loss = TextScore.from_pretrained("google/siglip-base-patch16-224", "a dog with a hat")
+        >>> loss(images).backward()
+    """
+
+    def __init__(self, model: Any, processor: Any, prompt: str | Sequence[str], lean: bool | str = True) -> None:
+        vision = getattr(getattr(model, "config", None), "vision_config", None)
+        if vision is not None and getattr(vision, "image_size", None) is None:
+            raise ValueError(
+                f"model: expected one with a fixed image_size, got {type(model).__name__} without it; take a CLIP, a "
+                "SigLIP, or a SigLIP 2 that is not NaFlex"
+            )
+        super().__init__(model, processor, lean=lean)
+        if not callable(getattr(model, "get_text_features", None)):
+            raise TypeError(f"model: expected a transformers CLIPModel or SiglipModel, got {type(model).__name__}")
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"prompt: expected a text, or a text for each picture, got {prompt!r}")
+        tokenizer: Callable[..., Any] | None = getattr(processor, "tokenizer", processor)
+        if not callable(tokenizer) or not hasattr(tokenizer, "model_max_length"):
+            raise TypeError(f"processor: expected one with a tokenizer, got {type(processor).__name__}")
+        # SigLIP's processors resize to the square and crop nothing.
+        size = getattr(getattr(processor, "image_processor", processor), "size", None) or {}
+        self.squeezed = "height" in size
+        longest = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
+        with frozen_copy(model) as frozen, torch.no_grad():
+            embedded = projected(frozen.get_text_features(input_ids=tokens.input_ids.to(model.device)))
+            wide = torch.promote_types(embedded.dtype, torch.float32)
+            self.target = F.normalize(embedded.to(wide), dim=-1)
+            self.scale = float(model.logit_scale.detach().to(wide).exp())
+            bias = getattr(model, "logit_bias", None)
+            self.bias = 0.0 if bias is None else float(bias)
+        self.prompt = prompt if isinstance(prompt, str) else tuple(texts)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Computes the loss, a 0-dim tensor, of images (B, 3, H, W) in [-1, 1]."""
+        return -self.scores(images).mean()
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Computes the scores (B,) of images (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: There are several texts, and not as many as pictures.
+        """
+        count = len(check_images(images))
+        if len(self.target) not in (1, count):
+            raise ValueError(f"prompt: expected 1 text or {count}, one for each picture, got {len(self.target)}")
+        features = F.normalize(self.look(images), dim=-1)
+        return self.scale * (features * self.target.to(features)).sum(-1) + self.bias
+
+    def look(self, images: Tensor) -> Tensor:
+        """Embeds images (B, 3, H, W) in [-1, 1], to (B, D)."""
+        if not self.squeezed:
+            return super().look(images)
+        pixels = unit_range(check_images(images))
+        side = (self.size, self.size)
+        if pixels.shape[-2:] != side:
+            pixels = F.interpolate(pixels, side, mode=self.mode, antialias=True, align_corners=False)
+        return self.embed(pixels)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        prompt: str | Sequence[str],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        processor: str | Path | None = None,
+        **options: Any,
+    ) -> TextScore:
+        """Loads the model from safetensors files.
+
+        Args:
+            source: The folder or the hub id of a CLIP or a SigLIP.
+            prompt: One text for all pictures, or one for each.
+            device: Where the model is put.
+            dtype: The dtype of its weights.
+            processor: The folder or the hub id of the processor, if it is not that of the model.
+            **options: `lean`.
+
+        Raises:
+            ValueError: There is no such model, it lacks weights, or an argument is out of range.
+        """
+        from transformers import AutoModel, AutoProcessor
+
+        model, name = load_model(AutoModel, source, dtype)
+        words = name if processor is None else str(processor)
+        with loading(words, "guidance model"):
+            loaded = AutoProcessor.from_pretrained(words)
+        return cls(model.to(device), loaded, prompt, **options)
+
+
+class PickScore(TextScore):
+    """Minus the PickScore of pictures for texts (Kirstain et al., arXiv 2305.01569), a CLIP trained on preferences.
+
+    It has the arguments of `TextScore`. The published model is "yuvalkirstain/PickScore_v1", and its processor is that
+    of "laion/CLIP-ViT-H-14-laion2B-s32B-b79K".
+
+    Example:
+        >>> loss = PickScore.from_pretrained(
+        ...     "yuvalkirstain/PickScore_v1", "a dog", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        ... )
+    """
