@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .attention import Recording
 from .convolution import Geometry, convolution
 from .functions import activation, recomputed
+from .group_norm import activated, fused
 from .level import Level
 from .recipes import active, recipe_of, remember
 
@@ -85,6 +86,9 @@ def _group_norm(cls: Any) -> Forward:
     """A group norm whose output need not be saved by what follows."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
+        both = fused(self, x)
+        if both is not None:
+            return both
         output: Tensor = cls.forward(self, x)
         return (
             remember(output, F.group_norm, x, self.num_groups, self.weight, self.bias, self.eps)
@@ -155,6 +159,17 @@ def _elementwise(function: Callable[[Any], Callable[[Tensor], Tensor]], backward
 
 def _silu_backward(layer: Any, grad: Tensor, x: Tensor) -> Any:
     return _aten.silu_backward(grad, x)
+
+
+def _silu(cls: Any) -> Forward:
+    """SiLU, which a norm before it may have computed already."""
+    alone = _elementwise(lambda layer: F.silu, _silu_backward)(cls)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        result: Tensor = x if activated(x) else alone(self, x)
+        return result
+
+    return forward
 
 
 def _gelu_backward(layer: Any, grad: Tensor, x: Tensor) -> Any:
@@ -233,7 +248,7 @@ def _recording(cls: Any) -> Forward:
 
 _CONVOLUTION = Pattern(_convolution, refuse=_padding_by_name)
 _TRANSPOSED = Pattern(_transposed_convolution)
-_SILU = Pattern(_elementwise(lambda layer: F.silu, _silu_backward), refuse=_in_place)
+_SILU = Pattern(_silu, refuse=_in_place)
 _ATTENTION = Pattern(_recording, gains=True)
 _MODULATION = Pattern(_recording, Level.RECOMPUTE)
 

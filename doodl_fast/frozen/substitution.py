@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .group_norm import note_pairs
 from .layers import FREE, PATTERNS, name_of
 from .level import Level, level_of
 
@@ -67,10 +68,14 @@ def substitute(pairs: Iterable[tuple[nn.Module, nn.Module]], level: Level) -> No
     """
     if level is Level.OFF:
         return
+    blocks = []
     for original, copied in pairs:
-        if name_of(type(original)) in PATTERNS and why_not_replaced(original, level) is None:
+        name = name_of(type(original))
+        if name in PATTERNS and why_not_replaced(original, level) is None:
             kind: Any = lean_class(type(original), level)
             copied.__class__ = kind
+        blocks.append((name, copied))
+    note_pairs(blocks, lean_class(nn.GroupNorm, level), lean_class(nn.SiLU, level))
 
 
 def has_lean_layers(network: nn.Module, level: Level) -> bool:

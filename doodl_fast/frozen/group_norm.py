@@ -1,0 +1,134 @@
+"""GroupNorm and the SiLU after it as one op, where that changes no bit.
+
+PyTorch reads and writes the tensor once for each of the two, and a lean gradient computes the norm once more. The op
+`ops.group_norm_silu` does both in one pass, forward and backward. The norm's layer calls it, and marks its result, so
+that the layer of SiLU, which is called with that result, returns it as it is. This is done in blocks alone whose code
+is known to call the one with the result of the other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import ops
+from ..ops.transforms import is_plain
+from .recipes import load, recipe_of, save
+
+_SILU_FOLLOWS = "_doodl_fast_silu_follows"
+"""The attribute of a norm's layer whose result is always given to a layer of SiLU."""
+_ACTIVATED = "_doodl_fast_activated"
+"""The attribute of a tensor that a norm's layer has applied SiLU to."""
+
+
+def _always(block: Any) -> bool:
+    return True
+
+
+def _norm_alone(block: Any) -> bool:
+    """Whether SiLU comes directly after the second norm of a residual block, not after a scale and a shift."""
+    return bool(block.time_embedding_norm != "scale_shift")
+
+
+_DIFFUSERS_AUTOENCODER = "diffusers.models.autoencoders.vae"
+_END = (("conv_norm_out", "conv_act", _always),)
+PAIRS: dict[str, tuple[tuple[str, str, Callable[[Any], bool]], ...]] = {
+    "diffusers.models.resnet.ResnetBlock2D": (
+        ("norm1", "nonlinearity", _always),
+        ("norm2", "nonlinearity", _norm_alone),
+    ),
+    "diffusers.models.unets.unet_2d.UNet2DModel": _END,
+    "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel": _END,
+    f"{_DIFFUSERS_AUTOENCODER}.Encoder": _END,
+    f"{_DIFFUSERS_AUTOENCODER}.Decoder": _END,
+}
+"""Blocks by the full name of their class: the attributes of a norm and of the SiLU after it, and when that holds."""
+
+
+def note_pairs(blocks: Iterable[tuple[str, nn.Module]], norm_class: type, silu_class: type) -> None:
+    """Notes in norms that SiLU follows.
+
+    Args:
+        blocks: The copied modules of a network, and the full names of their originals' classes.
+        norm_class: The class of lean norms. Others are left alone.
+        silu_class: The class of lean layers of SiLU. Others are left alone.
+    """
+    blocks = list(blocks)
+    uses = Counter(id(layer) for _, block in blocks for layer in block._modules.values())
+    for name, block in blocks:
+        forward = type(block).forward
+        if "forward" in block.__dict__ or getattr(forward, "__module__", "") != type(block).__module__:
+            continue  # Somebody has replaced it, perhaps by code that does something else between the two.
+        for norm, silu, holds in PAIRS.get(name, ()):
+            layer, following = block._modules.get(norm), block._modules.get(silu)
+            if type(layer) is norm_class and type(following) is silu_class and uses[id(layer)] == 1 and holds(block):
+                layer.__dict__[_SILU_FOLLOWS] = True
+
+
+def fused(layer: Any, x: Tensor) -> Tensor | None:
+    """Returns SiLU of a norm's result if SiLU follows and the op gives the same bits, else None."""
+    if torch.compiler.is_compiling() or _SILU_FOLLOWS not in layer.__dict__ or not _same_bits(layer, x):
+        return None
+    if x.requires_grad and torch.is_grad_enabled():
+        y: Tensor = _GroupNormSilu.apply(  # type: ignore[no-untyped-call]
+            x, recipe_of(x) or x, layer.weight, layer.bias, layer.num_groups, layer.eps
+        )
+    else:
+        weights = layer.weight.detach(), layer.bias.detach()
+        y = ops.group_norm_silu(x.detach(), *weights, layer.num_groups, layer.eps)[0]
+    setattr(y, _ACTIVATED, True)
+    return y
+
+
+def activated(x: Tensor) -> bool:
+    """Whether SiLU has been applied to a tensor already. It is not any more afterwards: a second SiLU is computed."""
+    return not torch.compiler.is_compiling() and bool(vars(x).pop(_ACTIVATED, False))
+
+
+def _same_bits(layer: Any, x: Tensor) -> bool:
+    """Whether the op can be called for a norm's input, and gives the bits of PyTorch."""
+    weight, bias = layer.weight, layer.bias
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.ndim == 4
+        and x.is_contiguous()
+        and x.numel() > 0
+        and weight is not None
+        and bias is not None
+        and weight.dtype == bias.dtype == torch.float32
+        and not (weight.requires_grad or bias.requires_grad)
+        and not _has_any_global_hook()  # A hook could see that the norm's result is not the norm's.
+        and not torch._C._is_any_autocast_enabled()
+        and is_plain()
+        and ops.matches_torch()
+    )
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """`silu(group_norm(x))`, which keeps x, or what x follows from, and the statistics of the groups."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Any, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+        y, mean, rstd = ops.group_norm_silu(x.detach(), weight.detach(), bias.detach(), num_groups, eps)
+        save(ctx, kept, mean, rstd, weight, bias)
+        ctx.num_groups, ctx.eps, ctx.backend = num_groups, eps, ops.choice()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = load(ctx)
+        if torch.is_grad_enabled():  # A second derivative needs the way back to x.
+            y = F.silu(F.group_norm(x, ctx.num_groups, weight, bias, ctx.eps))
+            return *torch.autograd.grad(y, x, grad_outputs, create_graph=True), None, None, None, None, None
+        weights = weight.detach(), bias.detach()
+        with ops.backend(ctx.backend):
+            grad = ops.group_norm_silu_backward(grad_outputs[0], x, mean, rstd, *weights, ctx.num_groups)
+        return grad, None, None, None, None, None

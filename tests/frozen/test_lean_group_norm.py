@@ -1,0 +1,185 @@
+"""GroupNorm and SiLU in one op, in the blocks of networks, against the same networks without it, to the bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import tiny_pipeline
+import torch
+from conftest import DEVICE, golden_unet
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from doodl_fast import ops
+from doodl_fast.diffusion.module_copies import ModuleCopies
+from doodl_fast.frozen import Level
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of the op and of its gradient."""
+    if DEVICE.type != "cpu" or not ops.matches_torch():
+        pytest.skip("the op has other bits than PyTorch here, so it is not used")
+    counts = Counter()
+    for name in ("group_norm_silu", "group_norm_silu_backward"):
+        monkeypatch.setattr(ops, name, counted(counts, name.removeprefix("group_norm_silu"), getattr(ops, name)))
+    return counts
+
+
+def counted(counts, name, function):
+    def call(*args):
+        counts[name] += 1
+        return function(*args)
+
+    return call
+
+
+def block(**options):
+    """A residual block with weights that matter."""
+    torch.manual_seed(0)
+    made = ResnetBlock2D(**{"in_channels": 8, "out_channels": 12, "groups": 4, "temb_channels": 6, **options}).eval()
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.copy_(torch.randn_like(weight) / max(1, weight[0].numel()) ** 0.5)
+    return made
+
+
+def operands(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x, temb = (torch.randn(shape, generator=generator) for shape in ((2, 8, 6, 7), (2, 6)))
+    return x.to(dtype).requires_grad_(), temb.to(dtype)
+
+
+def gradient(network, x, *args):
+    output = network(x, *args)
+    output = getattr(output, "sample", output)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
+    return output.detach(), torch.autograd.grad(output, x, weights)[0]
+
+
+def check(network, x, *args, level=Level.ON):
+    """Asserts that a lean copy gives the bits of a plain one, with and without a graph."""
+    want = gradient(ModuleCopies(network).of(network), x, *args)
+    lean = ModuleCopies(network, lean=level).of(network)
+    for got, expected in zip(gradient(lean, x, *args), want, strict=True):
+        assert torch.equal(got, expected)
+    with torch.no_grad():
+        alone = lean(x, *args)
+    assert torch.equal(getattr(alone, "sample", alone), want[0])
+    assert want[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("level", [Level.ON, Level.RECOMPUTE])
+@pytest.mark.parametrize("options", [{}, {"up": True}, {"down": True}, {"temb_channels": None}], ids=str)
+def test_a_residual_block(calls, options, level):
+    made = block(**options)
+    x, temb = operands()
+    check(made, x, None if "temb_channels" in options else temb, level=level)
+    assert calls == {"": 4, "_backward": 2}  # Two norms, with and without a graph.
+
+
+def test_a_scale_and_a_shift_come_between_the_second_norm_and_silu(calls):
+    check(block(time_embedding_norm="scale_shift"), *operands())
+    assert calls == {"": 2, "_backward": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_are_left_to_torch(calls, dtype):
+    check(block().to(dtype), *operands(dtype))
+    assert not calls
+
+
+def test_channels_last_is_left_to_torch(calls):
+    x, temb = operands()
+    check(block(), x.detach().to(memory_format=torch.channels_last).requires_grad_(), temb)
+    assert calls["_backward"] < 2
+
+
+def test_a_backend_with_other_bits_is_not_used(calls):
+    with ops.backend("eager"):
+        check(block(), *operands())
+    assert not calls
+
+
+def hooked(made, name):
+    getattr(made, name).register_forward_hook(lambda layer, args, output: output * 1.5)
+
+
+CHANGES = {
+    "a hook of a norm": (lambda made: hooked(made, "norm1"), 1),
+    "a hook of SiLU": (lambda made: hooked(made, "nonlinearity"), 0),
+    "another activation": (lambda made: setattr(made, "nonlinearity", nn.GELU()), 0),
+    "one norm in two places": (lambda made: setattr(made, "other", nn.ModuleList([made.norm2])), 1),
+    "a forward of its own": (lambda made: setattr(made, "forward", lambda x, temb: made.norm1(x).cos()), 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_is_left_alone(calls, change):
+    made = block()
+    apply, expected = CHANGES[change]
+    apply(made)
+    check(made, *operands())
+    assert calls["_backward"] == expected
+
+
+def test_a_global_hook_sees_the_norms_own_result(calls):
+    seen = []
+
+    def hook(layer, args, output):
+        if isinstance(layer, nn.GroupNorm):
+            seen.append(output.detach())
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        check(block(), *operands())
+    finally:
+        handle.remove()
+    plain, lean = seen[:2], seen[2:4]
+    assert not calls and all(torch.equal(*both) for both in zip(plain, lean, strict=True))
+
+
+def test_second_derivatives(calls):
+    made, (x, temb) = block(), operands()
+    found = []
+    for level in (Level.OFF, Level.ON):
+        network = ModuleCopies(made, lean=level).of(made)
+        (grad,) = torch.autograd.grad(network(x, temb).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    assert calls[""] == 2
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4 * float(found[0].abs().max()))
+
+
+def test_a_graph_is_used_again_with_the_backend_of_its_forward_run(calls):
+    made, (x, temb) = block(), operands()
+    vectors = torch.randn(2, 2, 12, 6, 7, generator=torch.Generator().manual_seed(3))
+    found = []
+    for level in (Level.OFF, Level.ON):
+        output = ModuleCopies(made, lean=level).of(made)(x, temb)
+        with ops.backend("eager"):
+            found.append(torch.stack([torch.autograd.grad(output, x, v, retain_graph=True)[0] for v in vectors]))
+    assert torch.equal(*found)
+    assert calls == {"": 2, "_backward": 4}
+
+
+def test_autocast_and_compile_run_as_before(calls):
+    made, (x, temb) = block(), operands()
+    plain, lean = (ModuleCopies(made, lean=level).of(made) for level in (Level.OFF, Level.ON))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain(x, temb), lean(x, temb))
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(lean, backend="eager", fullgraph=True)(x, temb), plain(x, temb))
+    assert not calls
+
+
+def test_a_unet_and_a_decoder(calls):
+    unet, vae = golden_unet(), tiny_pipeline.golden_vae()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 4, 8, 8, generator=generator).requires_grad_()
+    cond = torch.randn(1, 6, unet.config.cross_attention_dim, generator=generator)
+    for network, args in ((unet, (torch.tensor(500), cond)), (vae.decoder, ())):
+        calls.clear()
+        blocks = sum(type(layer) is ResnetBlock2D for layer in network.modules())
+        check(network, x, *args)
+        assert calls == {"": 2 * (2 * blocks + 1), "_backward": 2 * blocks + 1}  # Each block has two, the end one.
