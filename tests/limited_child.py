@@ -39,14 +39,11 @@ def parts() -> tuple[Denoiser, Schedule, torch.Tensor]:
 def main(memory: str, factor: float) -> None:
     denoiser, schedule, x = parts()
     small = latents(1, 4, 8, 8, dtype=torch.float32)[0]
-    for mode in (
-        "naive",
-        "checkpoint",
-    ):  # Libraries and threads allocate memory at their first call.
+    for mode in ("naive", "checkpoint", "auto"):  # Libraries and threads allocate memory at their first call.
         gradient(EDICT(denoiser, schedule, memory=mode), small)
-    before = data_bytes()
     auto = EDICT(denoiser, schedule, memory="auto")
     budget = auto.smallest_plan(x).peak
+    before = data_bytes()
     chain = EDICT(denoiser, schedule, memory="auto", memory_budget=budget) if memory == "smallest" else None
     chain = chain or EDICT(denoiser, schedule, memory=memory)
     limit = before + int(factor * budget)

@@ -160,7 +160,10 @@ def estimate(
             if not isinstance(decode, VideoDecoder):
                 raise ValueError(f"frames: expected None, because {model} makes pictures, got {frames}")
             decode = decode.pictures(frames)
-        return _measure(EDICT(parts.denoiser, schedule, memory="auto"), parts.space, decode, steps)
+        lean, usual = (
+            EDICT(denoiser, schedule, memory="auto") for denoiser in (parts.denoiser, parts.denoiser.plain())
+        )
+        return _measure(lean, usual, parts.space, decode)
 
 
 def _request(steps: int, call: dict[str, Any]) -> Request:
@@ -169,17 +172,17 @@ def _request(steps: int, call: dict[str, Any]) -> Request:
     return Request(num_inference_steps=steps, options=call, **own)
 
 
-def _measure(chain: EDICT, space: LatentSpace, decode: Decoder, steps: int) -> Estimate:
-    """The estimate for a chain on the meta device."""
+def _measure(chain: EDICT, other: EDICT, space: LatentSpace, decode: Decoder) -> Estimate:
+    """The estimate for a chain on the meta device, beside the same chain with PyTorch's own layers."""
     x = space.noise(batch=1, device="meta")
-    assert chain.planner is not None
-    case = chain.planner.case(x)
+    assert chain.planner is not None and other.planner is not None
+    case, steps = chain.planner.case(x), len(chain.schedule.timesteps)
     load = replace(case.workload, sizes=case.unlimited)
-    plain, blocks = load.sizes(False), load.sizes(True)
-    assert plain is not None
-    # Plain code evaluates in every step, and keeps at least the sources beside the graphs.
-    naive = 2 * steps * (plain.graph + load.source) + plain.pull - plain.graph
-    per_step = 2 * steps * load.source + plain.graph + plain.pull
+    plain, blocks, usual = load.sizes(False), load.sizes(True), other.planner.case(x).unlimited(False)
+    assert plain is not None and usual is not None
+    # Other code evaluates in every step, and keeps at least the sources beside the graphs.
+    naive = 2 * steps * (usual.graph + load.source) + usual.pull - usual.graph
+    per_step = 2 * steps * load.source + usual.graph + usual.pull
     decoders = tuple(_decoding(decoder, x) for decoder in _leaner(decode))
     coders = (getattr(decode, name, None) for name in ("vae", "vocoder"))
     weights = _weights(module_of(chain.denoiser.unet)), sum(map(_weights, coders))

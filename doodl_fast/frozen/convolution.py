@@ -55,9 +55,10 @@ class _Saved:
             )
         if packed is not None:
             return packed
-        if self.strides is None:
-            return self.weight.new_empty(()).expand(self.shape)
-        return self.weight.new_empty_strided(self.shape, self.strides)
+        if self.strides is not None:
+            return self.weight.new_empty_strided(self.shape, self.strides)
+        # The kernels for a CPU would make a contiguous tensor of it, unseen by whoever counts memory; others need none.
+        return self.weight.new_empty(self.shape if self.weight.is_cpu else ()).expand(self.shape)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -230,7 +230,8 @@ def test_requires_grad_is_restored_after_an_error(memory, where):
         broken = False
 
         def forward(self, *args):
-            assert not any(p.requires_grad for p in self.parameters())
+            if torch.is_grad_enabled():  # Without a graph the weights' flags change nothing.
+                assert not any(p.requires_grad for p in self.parameters())
             if self.broken:
                 raise ArithmeticError("the network broke")
             return super().forward(*args)

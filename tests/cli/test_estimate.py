@@ -26,7 +26,8 @@ def test_stable_diffusion_15(sd15):
     assert sd15.weights + sd15.naive > 140 * GIB
     assert sd15.per_step < 5 * GIB
     assert sd15.growth == 2 * 4 * 64 * 64 * 8
-    assert sd15.blocks.graph < sd15.plain.graph / 4 and sd15.decoders[1] < 0.6 * sd15.decoders[0]
+    assert sd15.blocks.graph < sd15.plain.graph / 4 and sd15.decoders[1] < 0.75 * sd15.decoders[0]
+    assert sd15.decoders[0] < 0.4 * 2.84 * GIB  # 2.84 GiB with PyTorch's own layers
 
 
 def test_what_fits_on_which_card(sd15):
@@ -40,10 +41,10 @@ def test_what_fits_on_which_card(sd15):
     assert sd15.plan(200 * GIB).recomputed == 0
 
 
-def test_sdxl_fits_24_gb(capsys):
+def test_sdxl_fits_16_gb(capsys):
     assert cli.main(["profile", "--estimate", "sdxl", "--resolution", "1024", "--dtype", "fp16"]) == 0
     cards = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " GB  " in line}
-    assert "does not fit" in cards["12"] and "of all evaluations" in cards["24"]
+    assert "does not fit" in cards["12"] and "sources of all evaluations" in cards["16"]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +66,12 @@ def test_a_folder_and_a_measured_run(tmp_path):
     pipe.save_pretrained(tmp_path / "sd")
     found = estimate(tmp_path / "sd", None, torch.float32, steps=4)
     cond = torch.zeros(1, 77, 16)
-    chain = EDICT(Denoiser(pipe.unet, cond, cond), Schedule.from_scheduler(pipe.scheduler, 4), memory="auto")
-    plan = chain.make_plan(torch.zeros(1, 4, 16, 16))
-    assert found.workload.fastest(GIB).peak == pytest.approx(plan.peak, rel=0.15)
-    assert found.naive == pytest.approx(plan.peak, rel=0.15)
+    schedule, plans = Schedule.from_scheduler(pipe.scheduler, 4), {}
+    for lean in (True, False):
+        chain = EDICT(Denoiser(pipe.unet, cond, cond, lean=lean), schedule, memory="auto")
+        plans[lean] = chain.make_plan(torch.zeros(1, 4, 16, 16))
+    assert found.workload.fastest(GIB).peak == pytest.approx(plans[True].peak, rel=0.15)
+    assert found.naive == pytest.approx(plans[False].peak, rel=0.15)  # naive backpropagation has PyTorch's own layers
     with pytest.raises(ValueError, match=r"frames: expected None, because .* makes pictures, got \[0\]"):
         estimate(tmp_path / "sd", frames=[0])
 
