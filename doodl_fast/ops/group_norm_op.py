@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends.registry import eager, resolve, select
 from .layout import check_floating, check_same, compute_dtype, dense_format, store
@@ -121,7 +122,9 @@ def matches_torch() -> bool:
     Example:
         >>> fused = ops.matches_torch()  # Use the fused op where it changes no bit.
     """
-    return _matches_torch(resolve("cpu"), torch.get_num_threads() > 1)
+    # What counts the memory or the calls of a network in a dispatch mode must not see the comparison.
+    with _disable_current_modes():
+        return _matches_torch(resolve("cpu"), torch.get_num_threads() > 1)
 
 
 @functools.cache

@@ -12,8 +12,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from doodl_fast import ops
+from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.diffusion.module_copies import ModuleCopies
 from doodl_fast.frozen import Level
+from doodl_fast.ops import group_norm_op
 
 
 @pytest.fixture
@@ -183,3 +185,10 @@ def test_a_unet_and_a_decoder(calls):
         blocks = sum(type(layer) is ResnetBlock2D for layer in network.modules())
         check(network, x, *args)
         assert calls == {"": 2 * (2 * blocks + 1), "_backward": 2 * blocks + 1}  # Each block has two, the end one.
+
+
+def test_the_comparison_with_pytorch_is_not_counted():
+    group_norm_op._matches_torch.cache_clear()
+    with Tracker("cpu", limit=0) as seen:
+        ops.matches_torch()
+    assert seen.peak == 0
