@@ -36,9 +36,11 @@ class ChainFunction(torch.autograd.Function):
         latents, tensors = inputs[: run.num_latents], inputs[run.num_latents :]
         work = run.new_arithmetic()
         state = work.enter(*latents)
-        # The caller may change the latents and conditions before the backward pass, so they are copied.
+        # The caller may change the latents and conditions before the backward pass, so they are copied. Weights are
+        # not: `Snapshot` refuses a backward pass whose weights have changed.
+        weights = {id(weight) for _, weight in run.evaluator.weights()}
         start = () if run.anchors is None else tuple(latent.clone() for latent in latents)
-        tensors = tuple(t.clone() for t in tensors)
+        tensors = tuple(t if id(t) in weights else t.clone() for t in tensors)
         graphs: Graphs = {}
         with run.evaluator.running():
             kept = run.forward(work, state, tensors, ctx.needs_input_grad[2 + run.num_latents :], graphs)

@@ -255,7 +255,8 @@ class Chain:
                 "before it; use a solver that can be, such as doodl_fast.EDICT"
             )
         weights = self.evaluator.weights()
-        self._runs.trust.note_weights(weights)
+        trained = set(map(id, tensors))
+        self._runs.trust.note_weights([(name, weight) for name, weight in weights if id(weight) not in trained])
         inputs = (*latents, *tensors, *(weight for _, weight in weights))
         if not self._strategy.supports_transforms:
             refuse_transforms("latents, conditions and weights", *inputs)

@@ -107,7 +107,8 @@ class Trust:
             self._warn(
                 "weights",
                 f"weights: {len(names)} of the network's require grad ({listed(names)}), but a chain computes gradients"
-                " of its latents and conditions only, so these weights get none. Call requires_grad_(False) on them. "
+                " of its latents and conditions only, so these weights get none. Ask for them by trainable=True of "
+                "Denoiser or from_pipeline (docs/weights.md), or call requires_grad_(False) on them. "
                 "Said once per chain",
             )
 

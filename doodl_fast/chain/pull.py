@@ -119,17 +119,22 @@ class NetworkPull:
         pulled, *others = torch.autograd.grad(eps.value, inputs, cotangent, allow_unused=True)
         for index, gradient in enumerate(others):
             if gradient is not None:
-                gradient = _unscale(gradient.to(run.state_dtype), power)
-                total = self.sums[index]
                 self.watch.note(gradient, coupling)
-                self.sums[index] = gradient if total is None else total + gradient
+                self._add(index, gradient, power)
         if pulled is not None:
             own = cotangents[coupling.source]
             cotangents[coupling.source] = own + pulled if power is None else torch.addcmul(own, pulled, power)
             self.watch.note(cotangents[coupling.source], coupling)
         return eps.detach()
 
-
-def _unscale(gradient: Tensor, power: Tensor | None) -> Tensor:
-    """A gradient times the power of two that the cotangent was divided by, if it was."""
-    return gradient if power is None else gradient * power
+    def _add(self, index: int, gradient: Tensor, power: Tensor | None) -> None:
+        """Adds a gradient, times the power of two that the cotangent was divided by, to the sum of its tensor."""
+        total = self.sums[index]
+        if total is None:
+            wide = gradient.to(self.run.state_dtype)
+            # Autograd may return one tensor for two inputs, so the sum has memory of its own.
+            self.sums[index] = wide * power if power is not None else wide.clone() if wide is gradient else wide
+        elif power is None:
+            total.add_(gradient)
+        else:
+            total.addcmul_(gradient.to(total.dtype), power)

@@ -205,14 +205,15 @@ class ProgramRun:
         kept = Kept()
         watch = Watch(self.program, "forward", self.network_dtype)
         fingerprints = Fingerprints(self.state_dtype)
+        pull = NetworkPull(self, tensors, wanted) if graphs is not None and self.graph_ends else None
 
         def evaluate(group: Group, source: Tensor) -> Eps:
             assert group.coupling is not None
             if self.anchors is None and self.stores:
                 kept.tensors.append(source)
             with explain_first_evaluation(self.evaluator, source, watch.started):
-                if graphs is not None and group.end in self.graph_ends:
-                    graph = graphs[group.end] = NetworkPull(self, tensors, wanted).evaluate(source, group.coupling)
+                if graphs is not None and pull is not None and group.end in self.graph_ends:
+                    graph = graphs[group.end] = pull.evaluate(source, group.coupling)
                     return graph.eps.detach()
                 eps = self.evaluate(source, group.coupling, tensors)
             if self.anchors is None and self.stores:

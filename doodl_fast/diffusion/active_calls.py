@@ -6,12 +6,13 @@ They are kept by thread. So the runs of several threads do not meet, although th
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..frozen import Level, has_lean_layers
 from .calling import NetworkCall
@@ -19,6 +20,11 @@ from .hooks import computes_in
 from .module_copies import ModuleCopies, why_not_copied
 from .networks import blocks_checkpointed, module_tree, without_weight_grad
 from .run_conditions import RunConditions
+from .trainable import refuse_uncopied
+
+Given = dict[int, Tensor]
+"""The tensors that stand for trained weights, by the `id` of the weight."""
+_DTYPES = re.compile(r"\b(dtype|scalar type|[Ii]nput type)\b")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class ActiveCall:
         ending: What is done at the end of the run.
         call: How the run calls the network for a graph, once that is known.
         casts: Copies with cast weights, which are made at the first VJP of the run and freed at its end.
+        given: The tensors that stood for the trained weights when the latest copies were made.
+        given_to_casts: The same for each of the copies with cast weights.
+        copies: The latest copies whose assignments the network is given at the end of the run.
         conditions: The conditions in the form that the network takes.
     """
 
@@ -57,36 +66,58 @@ class ActiveCall:
     call: NetworkCall | None = None
     casts: dict[Variant, ModuleCopies] = field(default_factory=dict)
     conditions: RunConditions = field(default_factory=RunConditions)
+    given: Given = field(default_factory=dict)
+    given_to_casts: dict[Variant, Given] = field(default_factory=dict)
+    copies: ModuleCopies | None = None
 
     def calls(self, call: NetworkCall) -> bool:
         """Whether this run calls the same network in the same way."""
         return self.original.network is call.network and self.original.compiles == call.compiles
 
-    def current(self) -> NetworkCall:
+    def current(self, given: Given) -> NetworkCall:
         """Returns how the network is called now.
 
         Without grad mode nothing is kept for a gradient, so the caller's own network serves as well as a copy. But
         torch.compile would compile the two one after the other.
+
+        Args:
+            given: The tensors that stand for the trained weights, by the `id` of the weight. They have its values.
         """
-        if self.call is None:
-            if not torch.is_grad_enabled() and not self.original.compiles:
+        if self.call is None or not _same_tensors(given, self.given):
+            if not torch.is_grad_enabled() and not self.original.compiles and self.variant.cast_to is None:
                 return self.original
-            self.call = self._call_for_graphs()
+            self.call, self.given = self._call_for_graphs(given), dict(given)
         return self.call
 
-    def _call_for_graphs(self) -> NetworkCall:
+    def _call_for_graphs(self, given: Given) -> NetworkCall:
         """Makes copies of the network, unless it can be called itself."""
-        as_it_is = not self.variant.checkpoints and not has_lean_layers(self.module, self.variant.lean)
+        if self.variant.cast_to is not None:
+            return self.original.of(_cast_copies(self, given).of(self.original.network))
+        as_it_is = not self.variant.checkpoints and not has_lean_layers(self.module, self.variant.lean) and not given
         if as_it_is and not _requires_grad(self.module) and computes_in(self.module) is None:
             return self.original
+        if given:
+            refuse_uncopied(self.module, self.original.network)
         if why_not_copied(self.module, self.original.network) is None:
-            copies = _copies(self.module, self.variant)
-            self.ending.callback(copies.write_back)
+            if self.copies is None:
+                self.ending.callback(self._write_back)
+            self._write_back()
+            self.copies = copies = _copies(self.module, self.variant, given)
             return self.original.of(copies.of(self.original.network))
         self.ending.enter_context(without_weight_grad(self.module))
         if self.variant.checkpoints:
             self.ending.enter_context(blocks_checkpointed(self.module))
         return self.original
+
+    def _write_back(self) -> None:
+        """Gives the network what its own calls have assigned to attributes of the latest copies."""
+        if self.copies is not None:
+            self.copies.write_back()
+
+
+def _same_tensors(given: Given, before: Given) -> bool:
+    """Whether the same tensors stand for the trained weights as before."""
+    return len(given) == len(before) and all(before.get(key) is tensor for key, tensor in given.items())
 
 
 def _requires_grad(module: nn.Module) -> bool:
@@ -108,10 +139,16 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
-def active_call(call: NetworkCall, variant: Variant) -> NetworkCall:
-    """Returns how this thread calls a network: by the copies of the innermost run, or as it is outside of runs."""
+def active_call(call: NetworkCall, variant: Variant, given: Given) -> NetworkCall:
+    """Returns how this thread calls a network: by the copies of the innermost run, or as it is outside of runs.
+
+    Args:
+        call: How the network is called.
+        variant: How the run calls it.
+        given: The tensors that stand for the trained weights, by the `id` of the weight.
+    """
     active = _innermost(call, variant)
-    return call if active is None else active.current()
+    return call if active is None else active.current(given)
 
 
 def active_conditions(call: NetworkCall, variant: Variant) -> RunConditions:
@@ -141,9 +178,6 @@ def calling_copies(call: NetworkCall, module: nn.Module, variant: Variant) -> It
     """
     with contextlib.ExitStack() as ending:
         active = ActiveCall(call, module, variant, ending)
-        if variant.cast_to is not None:
-            copies = ending.enter_context(_cast_copies(call, module, variant))
-            active.call = call.of(copies.of(call.network))
         _THREAD.active.append(active)
         try:
             yield
@@ -154,25 +188,35 @@ def calling_copies(call: NetworkCall, module: nn.Module, variant: Variant) -> It
                 cast.release()
 
 
-@contextlib.contextmanager
-def _cast_copies(call: NetworkCall, module: nn.Module, variant: Variant) -> Iterator[ModuleCopies]:
-    """Yields copies with cast weights: those of the run that is under way, or else copies for this context alone."""
-    outer = next((a for a in reversed(_THREAD.active) if a.calls(call) and a.variant.cast_to is None), None)
-    if outer is not None:
-        if variant not in outer.casts:
-            outer.casts[variant] = ModuleCopies(
-                module, variant.cast_to, checkpoints=variant.checkpoints, lean=variant.lean
-            )
-        yield outer.casts[variant]
-        return
-    copies = _copies(module, variant)
-    try:
-        yield copies
-    finally:
-        copies.write_back()
-        copies.release()
+def _cast_copies(active: ActiveCall, given: Given) -> ModuleCopies:
+    """Returns copies with cast weights, which are kept by the run that is under way, or else by this call of it."""
+    runs = (a for a in reversed(_THREAD.active) if a.calls(active.original) and a.variant.cast_to is None)
+    owner = next(runs, active)
+    found = owner.casts.get(active.variant)
+    if found is None or not _same_tensors(given, owner.given_to_casts.get(active.variant, {})):
+        if found is not None:
+            found.write_back()
+            found.release()
+        found = owner.casts[active.variant] = _copies(active.module, active.variant, given)
+        owner.given_to_casts[active.variant] = dict(given)
+    return found
 
 
-def _copies(module: nn.Module, variant: Variant) -> ModuleCopies:
+def _copies(module: nn.Module, variant: Variant, given: Given) -> ModuleCopies:
     """Makes copies that differ from a network as a variant says."""
-    return ModuleCopies(module, variant.cast_to, checkpoints=variant.checkpoints, lean=variant.lean)
+    return ModuleCopies(module, variant.cast_to, checkpoints=variant.checkpoints, lean=variant.lean, trained=given)
+
+
+@contextlib.contextmanager
+def explain_cast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Says in an error about dtypes that it comes from a copy of the network whose weights are cast to `dtype`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if dtype is None or not _DTYPES.search(str(error)):
+            raise
+        raise RuntimeError(
+            f"vjp_dtype: the copy of the network with weights in {dtype}, of which VJPs are taken, failed: {error}. "
+            "The network reaches some of its weights by a closure or another object, where they cannot be cast; use "
+            "vjp_dtype=None"
+        ) from error

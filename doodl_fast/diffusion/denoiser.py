@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,17 +14,17 @@ from torch import Tensor, nn
 
 from ..chain.evaluator import Evaluator
 from ..frozen import Level, gains_by_recompute, level_of
-from .active_calls import Variant, active_call, active_conditions, calling_copies
+from .active_calls import Variant, active_call, active_conditions, calling_copies, explain_cast
 from .calling import NetworkCall, module_of
 from .conditions import Fit, check_conditions, map_tensors, tensors_of
 from .hooks import first_weight, refuse_caches
 from .module_copies import why_not_cast
 from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic, scales_adapters
 from .timesteps import Timesteps
+from .trainable import Trainable, trained_weights
 
 AUTO = "auto"
 Combine = Callable[[Tensor, Tensor, float, Tensor], Tensor]
-_DTYPES = re.compile(r"\b(dtype|scalar type|[Ii]nput type)\b")
 
 
 class Denoiser(Evaluator):
@@ -67,6 +66,8 @@ class Denoiser(Evaluator):
             must return the same value whenever it is given the same arguments. It is not called without guidance.
         lean: Whether the graph of an evaluation keeps no more than the gradient needs, see docs/lean.md. With
             "recompute" it keeps still less, and computes some matrix products again. The bits are the same.
+        trainable: The weights that chains give gradients, see docs/weights.md: True for all that require grad now, a
+            predicate on the names of `named_parameters`, or a list of parameters. All others are frozen in every run.
         **unet_kwargs: Further arguments of the network. Tensors may be nested in dicts, lists and tuples. A tensor has
             1 or B rows. If `uncond` is given these are used for both halves, and a tensor may also have 2 or 2B rows,
             [uncond; cond], whose second half is used where the prediction for `cond` is used alone. Two rows for a
@@ -75,8 +76,8 @@ class Denoiser(Evaluator):
 
     Raises:
         TypeError: An argument is of a wrong kind.
-        ValueError: `guidance_scale` is not finite, the conditions do not fit each other, or `vjp_dtype` or `lean` is
-            not one of the above.
+        ValueError: `guidance_scale` is not finite, the conditions do not fit each other, `vjp_dtype` or `lean` is
+            not one of the above, or `trainable` asks for weights that can have no gradient.
 
     Example:
         >>> denoiser = Denoiser(pipe.unet, cond, uncond, guidance_scale=7.5)
@@ -95,6 +96,7 @@ class Denoiser(Evaluator):
         guide_below_one: bool = False,
         combine: Combine | None = None,
         lean: bool | str = True,
+        trainable: Trainable = False,
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
@@ -121,6 +123,7 @@ class Denoiser(Evaluator):
         self._unet_kwargs: dict[str, Any] = unet_kwargs
         self._module: nn.Module | None = module_of(unet)
         self._call: NetworkCall = NetworkCall(unet, compile)
+        self._trainable: tuple[nn.Parameter, ...] = trained_weights(self._module, unet, trainable, compile)
         if vjp_dtype not in (AUTO, None, torch.float32, torch.float64):
             raise ValueError(f'vjp_dtype: expected "auto", torch.float32, torch.float64 or None, got {vjp_dtype!r}')
         if isinstance(vjp_dtype, torch.dtype) and self._module is None:
@@ -163,6 +166,11 @@ class Denoiser(Evaluator):
         return self._variant.lean
 
     @property
+    def trainable(self) -> tuple[nn.Parameter, ...]:
+        """The weights of the network that chains give gradients."""
+        return self._trainable
+
+    @property
     def vjp_dtype(self) -> torch.dtype | str | None:
         return self._vjp_dtype
 
@@ -178,8 +186,8 @@ class Denoiser(Evaluator):
     # What the chain's engine asks for
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor besides x and the weights that eps depends on. Those that require grad are given gradients."""
-        return tuple(tensors_of(self._conditions()))
+        """The conditions and the trained weights. Those that require grad are given gradients."""
+        return (*tensors_of(self._conditions()), *self._trainable)
 
     def compute_dtype(self, latents_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the network gets x: that of its weights, or the latents' if it has none."""
@@ -330,9 +338,10 @@ class Denoiser(Evaluator):
             RuntimeError: The network changed its timestep in place.
         """
         conditions = self._conditions()
+        left = iter(self._trainable if tensors is None else tensors)
         if tensors is not None:
-            left = iter(tensors)
             conditions = map_tensors(conditions, lambda _leaf, _name: next(left))
+        given = dict(zip(map(id, self._trainable), left, strict=True))
         fit = Fit(x.shape[0], self.compute_dtype(latents_dtype or x.dtype), self._guided, self._uncond is not None)
         network_x = x.to(fit.dtype, copy=True)
         if self._guided:
@@ -341,8 +350,8 @@ class Denoiser(Evaluator):
         cond, kwargs = active_conditions(self._call, self._variant).fitted(fit, conditions)
         timestep = self._timestep(t, x.device)
         version = None if timestep.is_inference() else timestep._version
-        with _explain_cast(self._variant.cast_to):
-            output = active_call(self._call, self._variant)(network_x, timestep, cond, kwargs)
+        with explain_cast(self._variant.cast_to):
+            output = active_call(self._call, self._variant, given)(network_x, timestep, cond, kwargs)
         if version is not None and timestep._version != version:
             self._timestep = Timesteps()  # The timestep is a view of a table, which is wrong now.
             raise RuntimeError("unet: expected it to leave its timestep as it is, got one that it changed in place")
@@ -370,18 +379,3 @@ class Denoiser(Evaluator):
         if self._guided:
             tree["uncond"] = self._uncond
         return tree
-
-
-@contextlib.contextmanager
-def _explain_cast(dtype: torch.dtype | None) -> Iterator[None]:
-    """Says in an error about dtypes that it comes from a copy of the network whose weights are cast to `dtype`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if dtype is None or not _DTYPES.search(str(error)):
-            raise
-        raise RuntimeError(
-            f"vjp_dtype: the copy of the network with weights in {dtype}, of which VJPs are taken, failed: {error}. "
-            "The network reaches some of its weights by a closure or another object, where they cannot be cast; use "
-            "vjp_dtype=None"
-        ) from error

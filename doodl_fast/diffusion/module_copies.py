@@ -14,7 +14,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ class ModuleCopies:
         evaluation: Whether the copies are in eval mode.
         checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
         lean: How little of what happens in the copies' layers their graphs keep.
+        trained: Tensors that stand in the copies for some of the weights, which want gradients, by the `id` of the
+            weight. The layers that have them are those of plain PyTorch.
+
+    Raises:
+        RuntimeError: One of the weights for which another tensor is given is not in the tree any more.
     """
 
     def __init__(
@@ -66,8 +71,9 @@ class ModuleCopies:
         evaluation: bool = False,
         checkpoints: bool = False,
         lean: Level = Level.OFF,
+        trained: Mapping[int, Tensor] | None = None,
     ) -> None:
-        self._dtype = dtype
+        self._dtype, self._trained = dtype, dict(trained or {})
         self._pairs = [(module, object.__new__(type(module))) for module in module_tree(root)]
         self._copies: dict[int, Any] = {id(module): copied for module, copied in self._pairs}
         self._weights: list[tuple[Tensor, Tensor]] = []
@@ -85,7 +91,14 @@ class ModuleCopies:
                 copied.__dict__.update(
                     training=True, gradient_checkpointing=True, _gradient_checkpointing_func=_checkpoint
                 )
-        substitute(self._pairs, lean)
+        if not self._trained.keys() <= self._copies.keys():
+            raise RuntimeError(
+                "trainable: a weight that is trained was replaced by another parameter since the Denoiser was made; "
+                "make the Denoiser after the network has its last parameters"
+            )
+        own = (module._parameters.values() for module, _ in self._pairs)
+        plain = [any(id(weight) in self._trained for weight in weights) for weights in own]
+        substitute([pair for pair, keeps in zip(self._pairs, plain, strict=True) if not keeps], lean)
         self._before = [(copied.__dict__.copy(), copied._buffers.copy()) for _, copied in self._pairs]
 
     def of(self, network: Any) -> Any:
@@ -108,7 +121,7 @@ class ModuleCopies:
         for _, copied in self._pairs:
             for name in TABLES:
                 copied.__dict__[name].clear()
-        for table in (self._copies, self._weights, self._before, self._pairs):
+        for table in (self._copies, self._weights, self._before, self._pairs, self._trained):
             table.clear()
 
     def _write_table(self, table: dict[str, Any], changed: dict[str, Any], before: dict[str, Any]) -> None:
@@ -137,6 +150,9 @@ class ModuleCopies:
 
     def _weight(self, tensor: Tensor, cast: torch.dtype | None) -> Tensor:
         """Returns what the copies have in place of a weight or a buffer, which is cast for each call, or not."""
+        trained = self._trained.get(id(tensor))
+        if trained is not None:
+            return trained.to(self._dtype or cast or trained.dtype)
         if cast is not None and tensor.is_floating_point():
             return tensor.detach().to(self._dtype or cast)
         if self._dtype is not None and tensor.dtype in FLOAT_DTYPES:
