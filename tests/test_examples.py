@@ -109,3 +109,14 @@ def test_all_noise_of_few_steps_reaches_more_than_the_start_alone(tmp_path):
     few = ["--pictures", "1", "--optimization-steps", "3", "--learning-rate", "0.01", "--out", str(tmp_path)]
     found = example("noise_of_few_steps").main(few)
     assert found["all noise"][0] < found["start alone"][0] < found["nothing"][0]
+
+
+def test_a_lora_learns_from_a_reward_and_goes_on_where_it_was(tmp_path):
+    few = ["--steps", "2", "--batch", "2", "--held-out", "2", "--save-every", "1", "--last", "2", "--random-last"]
+    whole = example("lora_from_reward").main([*few, "--training-steps", "3", "--out", str(tmp_path / "whole")])
+    assert any(weight.detach().abs().amax() > 0 for name, weight in whole["lora"].items() if name.endswith("up"))
+    example("lora_from_reward").main([*few, "--training-steps", "2", "--out", str(tmp_path / "parts")])
+    parts = example("lora_from_reward").main([*few, "--training-steps", "3", "--out", str(tmp_path / "parts")])
+    assert len(parts["rewards"]) == 1 and parts["rewards"][0] == pytest.approx(whole["rewards"][2], rel=1e-4)
+    for name, weight in whole["lora"].items():
+        assert torch.allclose(parts["lora"][name], weight, atol=1e-5), name
