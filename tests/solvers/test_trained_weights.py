@@ -1,4 +1,4 @@
-"""Pipelines whose weights get gradients: attention and norms of a UNet, rows of a token embedding."""
+"""Pipelines whose weights get gradients: attention and norms of a UNet, a ControlNet, rows of a token embedding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative
+from tiny_extras import controlnet, picture, pipelines, unet_like, with_parts
 from torch import Tensor
 
 from doodl_fast import EDICT, shapes
@@ -72,3 +73,41 @@ def test_rows_of_the_token_embedding(pipe: Any) -> None:
 def test_names_without_requires_grad_are_refused(pipe: Any) -> None:
     with pytest.raises(ValueError, match=r"trainable: expected weights that require grad.*requires_grad_\(True\)"):
         EDICT.from_pipeline(pipe, "a red circle", num_inference_steps=2, trainable=lambda name: "to_k" in name)
+
+
+def test_a_controlnet(tmp_path: Any) -> None:
+    base = pipelines(tmp_path)["sd"]
+    net = controlnet(base.unet).double().requires_grad_()
+    pipe = with_parts("StableDiffusionControlNetPipeline", base, controlnet=net, unet=unet_like(base).double())
+    pipe.unet.requires_grad_(False)
+    pipe.text_encoder.double()
+    image = picture().double()
+    chain = EDICT.from_pipeline(
+        pipe,
+        "a dog",
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        image=image,
+        memory="reversible",
+        height=64,
+        width=64,
+        trainable=lambda name: name.startswith("controlnet"),
+    )
+    weights = list(chain.denoiser.trainable)
+    assert {id(weight) for weight in weights} == {id(weight) for weight in net.parameters()}
+    got = torch.autograd.grad(chain(chain.noise(seed=0, dtype=torch.float64))[0].sum(), weights, allow_unused=True)
+    x = chain.noise(seed=0, dtype=torch.float64)
+    state, both = [x, x], torch.cat([chain.denoiser.uncond, chain.denoiser.cond]).double()
+    for k in chain.program:
+        value = k.a * state[k.target] + k.c * state[k.source]
+        if k.b:
+            source = torch.cat([state[k.source]] * 2)
+            down, middle = net(source, k.tag, both, torch.cat([image] * 2), return_dict=False)
+            added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+            u, v = pipe.unet(source, k.tag, both, **added).sample.chunk(2)
+            value = value + k.b * (u + 3.0 * (v - u))
+        state[k.target] = value
+    expected = torch.autograd.grad(state[0].sum(), weights, allow_unused=True)
+    assert sum(float(b.abs().max()) > 1e-8 for b in expected if b is not None) > len(weights) // 2
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None or not a.any()) if b is None else (a - b).norm() <= 1e-10 * max(1.0, float(b.norm()))
