@@ -96,9 +96,7 @@ class ModuleCopies:
                 "trainable: a weight that is trained was replaced by another parameter since the Denoiser was made; "
                 "make the Denoiser after the network has its last parameters"
             )
-        own = (module._parameters.values() for module, _ in self._pairs)
-        plain = [any(id(weight) in self._trained for weight in weights) for weights in own]
-        substitute([pair for pair, keeps in zip(self._pairs, plain, strict=True) if not keeps], lean)
+        substitute(self._pairs, lean)
         self._before = [(copied.__dict__.copy(), copied._buffers.copy()) for _, copied in self._pairs]
 
     def of(self, network: Any) -> Any:

@@ -60,7 +60,9 @@ def lean_class(cls: type, level: Level) -> type:
 
 
 def substitute(pairs: Iterable[tuple[nn.Module, nn.Module]], level: Level) -> None:
-    """Makes copied layers lean, by a subclass of their class. The originals are only read.
+    """Makes copied layers lean, by a subclass of their class, unless their weights are trained.
+
+    The originals are only read.
 
     Args:
         pairs: Each module of a network, and its copy.
@@ -71,7 +73,8 @@ def substitute(pairs: Iterable[tuple[nn.Module, nn.Module]], level: Level) -> No
     blocks = []
     for original, copied in pairs:
         name = name_of(type(original))
-        if name in PATTERNS and why_not_replaced(original, level) is None:
+        trained = any(w is not None and w.is_leaf and w.requires_grad for w in copied._parameters.values())
+        if name in PATTERNS and not trained and why_not_replaced(original, level) is None:
             kind: Any = lean_class(type(original), level)
             copied.__class__ = kind
         blocks.append((name, copied))
