@@ -33,7 +33,7 @@ def gradient(chain: EDICT, x: torch.Tensor) -> float:
 
 def parts() -> tuple[Denoiser, Schedule, torch.Tensor]:
     schedule = Schedule.from_scheduler(sd_scheduler(), 3)
-    return golden_denoiser(torch.float32), schedule, latents(1, 4, 96, 96, dtype=torch.float32)[0]
+    return golden_denoiser(torch.float32), schedule, latents(1, 4, 112, 112, dtype=torch.float32)[0]
 
 
 def main(memory: str, factor: float) -> None:

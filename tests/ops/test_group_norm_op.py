@@ -12,6 +12,8 @@ from ops_cases import require
 from torch.nn import functional as F
 
 from doodl_fast import ops
+from doodl_fast.chain.memory.tracker import Tracker
+from doodl_fast.ops import group_norm_op
 from doodl_fast.ops.backends import native, registry
 
 # The shapes, with their numbers of groups. Odd sizes end in the middle of a vector, a block, or a part of a group.
@@ -145,6 +147,17 @@ def test_matches_torch_says_no_for_a_backend_with_other_bits():
     require("triton")
     with ops.backend("triton"):
         assert not ops.matches_torch()
+
+
+def test_the_comparison_is_no_part_of_the_callers_memory():
+    """A plan of memory is made by counting what a first call allocates."""
+    expected = ops.matches_torch()
+    group_norm_op._matches_torch.cache_clear()
+    with torch.device("meta"), Tracker("cpu") as tracker:
+        assert ops.matches_torch() == expected
+        assert tracker.peak == 0
+        torch.ones(256, device="cpu")
+    assert tracker.peak == 1024
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
