@@ -10,6 +10,7 @@ import torch
 from conftest import TinyNet, conditions, latents, tiny_chain
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from doodl_fast import ops
 from doodl_fast.chain.arithmetic import Group, network_power
 from doodl_fast.chain.program import Coupling
 from doodl_fast.diffusion.denoiser import Denoiser
@@ -49,6 +50,8 @@ def for_each_evaluation(dtype: torch.dtype) -> Counter[str]:
 
 def test_scaling_the_cotangents_of_fp16_networks_takes_few_operations() -> None:
     """A norm of both cotangents, their weighted sum, the mask of its exponent, two limits and the reciprocal."""
+    if ops.resolve("cpu") == "eager":
+        pytest.skip("eager couplings are made of more operations for fp16 than for fp32")
     half, single = for_each_evaluation(torch.float16), for_each_evaluation(torch.float32)
     assert single.total() > 20
     assert (half - single).total() - (single - half).total() <= 2 * 7
