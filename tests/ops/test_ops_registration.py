@@ -278,6 +278,14 @@ def test_environment_variable(value, expected):
     assert done.stdout.startswith(expected), done.stderr
 
 
+def test_a_library_without_a_newer_op_is_reported(monkeypatch):
+    """As after a pull without a new build: the eager kernels compute then."""
+    if native.load("cpu") is not None:
+        pytest.skip("there is no library")
+    monkeypatch.setattr(native, "OPS", (*native.OPS, "newer_op"))
+    assert "is of another version and lacks newer_op" in native.load.__wrapped__("cpu")
+
+
 def test_a_library_that_does_not_load_is_reported(monkeypatch, tmp_path):
     (tmp_path / "_native.abi3.so").write_bytes(b"not a library")
     monkeypatch.setattr(native, "PACKAGE", tmp_path)

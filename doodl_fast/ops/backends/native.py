@@ -55,6 +55,10 @@ def load(device_type: str) -> str | None:
         except Exception as error:  # A foreign binary may fail in any way, and must not break the package.
             attempts.append(f"{path.name}: {type(error).__name__}: {error}")
             continue
+        missing = [name for name in OPS if not hasattr(torch.ops.doodl_fast_native, name)]
+        if missing:  # The sources are newer than the build.
+            attempts.append(f"{path.name} is of another version and lacks {missing[0]}; install from source again")
+            continue
         if device_type == "cpu":
             _register_fakes()
         return None
