@@ -117,6 +117,21 @@ def raw_output(
     return evaluator(x, t, tensors, latents_dtype), None
 
 
+def guided_output(raw: tuple[Tensor, float | None], dtype: torch.dtype) -> Tensor:
+    """Combines what `Evaluator.raw` returns to f, in float32 at least, and casts it.
+
+    Args:
+        raw: (f, None), or ([u; v], g) for `u + g (v - u)`.
+        dtype: The dtype of the result.
+    """
+    output, scale = raw
+    output = output.to(torch.promote_types(dtype, torch.float32))
+    if scale is not None:
+        uncond, cond = output.chunk(2)
+        output = uncond + scale * (cond - uncond)
+    return output.to(dtype)
+
+
 def _raw_is_current(cls: type) -> bool:
     """Whether `raw` is defined by the same class as `__call__`, or by one nearer to `cls`."""
     for base in cls.__mro__:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chain.evaluator import Evaluator
+from ..chain.evaluator import Evaluator, guided_output
 from ..frozen import Level, gains_by_recompute, level_of
 from .active_calls import Variant, active_call, active_conditions, calling_copies, explain_cast
 from .calling import NetworkCall, module_of
@@ -311,12 +311,7 @@ class Denoiser(Evaluator):
         Returns:
             eps, of x's shape and dtype. It raises what `raw` raises.
         """
-        eps, scale = self.raw(x, t, tensors, latents_dtype)
-        eps = eps.to(torch.promote_types(x.dtype, torch.float32))
-        if scale is not None:
-            eps_uncond, eps_cond = eps.chunk(2)
-            eps = eps_uncond + scale * (eps_cond - eps_uncond)
-        return eps.to(x.dtype)
+        return guided_output(self.raw(x, t, tensors, latents_dtype), x.dtype)
 
     def raw(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain.evaluator import Evaluator, as_evaluator
+from ..chain.evaluator import Evaluator, as_evaluator, guided_output
 from .conditions import map_tensors
 from .denoiser import Denoiser
 
@@ -72,12 +72,7 @@ class ReplacedConditions(Evaluator):
         latents_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Predicts the noise; see `Denoiser`."""
-        eps, scale = self.raw(x, t, tensors, latents_dtype)
-        eps = eps.to(torch.promote_types(x.dtype, torch.float32))
-        if scale is not None:
-            uncond, cond = eps.chunk(2)
-            eps = uncond + scale * (cond - uncond)
-        return eps.to(x.dtype)
+        return guided_output(self.raw(x, t, tensors, latents_dtype), x.dtype)
 
     def raw(
         self,
