@@ -78,10 +78,12 @@ end_to_end() { part "$1" "$2" "$PYTHON" bench/end_to_end.py "$1" --device "$DEVI
 # The first tests are those whose failure would make the figures below worthless.
 TESTS=(tests/ops tests/frozen tests/chain/test_chain_*.py tests/optimization/test_optimize*.py)
 SIZES=(--sizes=SD,2^24)
+LAYERS=(--device "$DEVICE" --dtype fp16)
 COMPARED=(--sizes=sd15 --dtype=fp16 --steps=10 --rounds=2)
 if [ "$DEVICE" != cuda ]; then
   TESTS=(tests/ops/test_ops_cuda.py tests/chain/test_chain_golden.py -k "native or latent_update or unaligned or golden")
   SIZES=(--sizes=SD --quick --no-compile)
+  LAYERS=(--rounds 1)
   COMPARED=(--sizes=tiny --steps=3 --rounds=1)
   export DOODL_FAST_REHEARSE=1
 fi
@@ -96,6 +98,8 @@ part build 240 env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}" "$PYTHON"
 part doctor 30 "$PYTHON" -c 'from doodl_fast.cli.doctor import run; run()'
 part tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider "${WORKERS[@]}" "${TESTS[@]}"
 end_to_end evaluation 90
+part layers-NCHW 40 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout contiguous
+part layers-NHWC 40 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout channels_last
 end_to_end chains 150
 [ -n "$REFERENCE" ] && part reference 180 "$PYTHON" bench/against_reference.py --reference "$REFERENCE" --device "$DEVICE" "${COMPARED[@]}"
 end_to_end lean 150
