@@ -16,6 +16,7 @@ from .clip import spherical_distance
 from .clip_image import ClipImage
 from .clip_text import ClipText
 from .cutouts import random_cutouts
+from .hps import HPSv2
 from .noise import NoiseNorm, NoiseProbability, StartDistance, Whiteness, white_projection
 from .picture import Picture
 from .symmetry import Symmetry
@@ -26,6 +27,7 @@ __all__ = [
     "Classifier",
     "ClipImage",
     "ClipText",
+    "HPSv2",
     "NoiseNorm",
     "NoiseProbability",
     "PickScore",

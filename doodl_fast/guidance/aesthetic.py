@@ -5,7 +5,6 @@ This is LAION's aesthetic predictor (Schuhmann et al., LAION-5B, arXiv 2210.0840
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,11 @@ from torch import Tensor, nn
 
 from .arguments import is_finite
 from .clip import ClipGuide, load_clip
+from .model_loading import read_tensors
 
 LOWEST, HIGHEST = 1.0, 10.0
+HEAD = "a weight of shape (1, D) and a bias of shape (1,)"
+"""What the file of a head holds, in errors."""
 
 
 def load_aesthetic_head(source: str | Path) -> nn.Linear:
@@ -32,34 +34,15 @@ def load_aesthetic_head(source: str | Path) -> nn.Linear:
         ValueError: The file is missing or cannot be read, or its entries are not a "weight" of shape (1, D) and a
             "bias" of shape (1,).
     """
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise ValueError(
-            f"head: the file {str(source)!r} does not exist; expected the weights of an aesthetic predictor"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Each of pickle, torch and safetensors has errors of its own.
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"head: {str(source)!r} cannot be read as safetensors or a plain state dict: {reason}"
-        ) from error
-    entries = state.items() if isinstance(state, Mapping) else ()
-    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in entries}
+    state = read_tensors(source, "head", HEAD)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
     weight = shapes.get("weight", ())
     missing, others = sorted({"weight", "bias"} - set(shapes)), sorted(map(str, set(shapes) - {"weight", "bias"}))
     if missing or others or len(weight) != 2 or weight[0] != 1 or shapes["bias"] != (1,):
-        got = shapes or type(state).__name__
         notes = [f"{', '.join(missing)} missing"] if missing else []
         notes += [f"{', '.join(others[:5])} not known"] if others else []
         raise ValueError(
-            f"head: expected a weight of shape (1, D) and a bias of shape (1,) in {str(source)!r}, got {got}"
-            + (f" ({'; '.join(notes)})" if notes else "")
+            f"head: expected {HEAD} in {str(source)!r}, got {shapes}" + (f" ({'; '.join(notes)})" if notes else "")
         )
     head = nn.Linear(weight[1], 1)
     head.load_state_dict({name: value.float() for name, value in state.items()})

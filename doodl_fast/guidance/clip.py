@@ -15,7 +15,7 @@ from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import loading, run_in_dtype
 from ..frozen import level_of
 from .arguments import check_channels, check_count, check_positive
-from .cutouts import check_images, random_cutouts, resize_and_crop, unit_range
+from .cutouts import FITS, check_images, random_cutouts, unit_range
 from .model_loading import load_model
 
 if TYPE_CHECKING:
@@ -79,13 +79,18 @@ class ClipGuide:
         processor: Its processor or image processor, of which the mean, the deviation and the interpolation are taken.
             Those that it lacks are CLIP's own.
         num_cutouts: How many random squares of each picture the guide looks at. With 0 it looks at the whole picture,
-            whose shorter side is resized and whose center is cropped.
+            whose shorter side is resized and whose center is cropped, or which is resized to the square if that is
+            what the processor does.
         cut_power: How the sizes of cutouts are distributed, see `random_cutouts`.
         lean: Whether graphs keep no more than the gradient needs, to the same bits (docs/lean.md).
 
     Raises:
         TypeError: `model` is no CLIPModel.
         ValueError: Another argument is out of range.
+
+    Attributes:
+        fit: How a whole picture becomes a square, a key of `cutouts.FITS`: "squeeze" if the processor names a height
+            and a width to resize to, as that of SigLIP, else "crop".
     """
 
     def __init__(
@@ -104,6 +109,8 @@ class ClipGuide:
             getattr(pictures, "image_std", None) or CLIP_STD, "processor.image_std", positive=True
         )
         self.mode = PIL_RESAMPLING.get(int(getattr(pictures, "resample", None) or 3), "bicubic")
+        # SigLIP's processors resize to the square and crop nothing.
+        self.fit = "squeeze" if "height" in (getattr(pictures, "size", None) or {}) else "crop"
         self.target: Tensor  # (1, D), normalised, float32
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -123,7 +130,11 @@ class ClipGuide:
         pixels = unit_range(check_images(images))
         if self.num_cutouts:
             return self.embed(random_cutouts(pixels, self.num_cutouts, self.size, self.cut_power))
-        return self.embed(resize_and_crop(pixels, self.size, self.mode))
+        return self.embed(self.view(pixels))
+
+    def view(self, pixels: Tensor) -> Tensor:
+        """Makes squares (B, 3, size, size) of whole pictures (B, 3, H, W)."""
+        return FITS[self.fit](pixels, self.size, self.mode)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Embeds square pictures (B, 3, size, size) in [0, 1], to (B, D) in float32 at least."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..diffusion.images import open_picture
 from .clip import ClipGuide, load_clip
-from .cutouts import check_images, resize_and_crop, unit_range
+from .cutouts import check_images, unit_range
 
 
 class ClipImage(ClipGuide):
@@ -46,7 +46,7 @@ class ClipImage(ClipGuide):
         pictures = list(images.split(1)) if isinstance(images, Tensor) else [open_picture(image) for image in images]
         if not pictures:
             raise ValueError("images: expected at least one picture, got none")
-        squares = [resize_and_crop(unit_range(check_images(p)), self.size, self.mode) for p in pictures]
+        squares = [self.view(unit_range(check_images(p))) for p in pictures]
         with torch.no_grad():
             embedded = F.normalize(self.embed(torch.cat(squares).to(model.device)), dim=-1)
         self.target = F.normalize(embedded.mean(0, keepdim=True), dim=-1)

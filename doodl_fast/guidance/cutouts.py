@@ -54,6 +54,29 @@ def resize_and_crop(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     return resized[..., top : top + size, left : left + size]
 
 
+def resize_to_square(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Resizes images (B, C, H, W) to (B, C, size, size) with antialiasing, whatever their shape."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode=mode, antialias=True, align_corners=False)
+
+
+def resize_and_pad(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Resizes the longer side of images (B, C, H, W) to `size` with antialiasing, and adds zeros to the shorter one."""
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    scale = size / max(height, width)
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    resized = F.interpolate(images, (rows, columns), mode=mode, antialias=True, align_corners=False)
+    top, left = (size - rows) // 2, (size - columns) // 2
+    return F.pad(resized, (left, size - columns - left, top, size - rows - top))
+
+
+FITS = {"crop": resize_and_crop, "squeeze": resize_to_square, "pad": resize_and_pad}
+"""The ways in which pictures of any shape become squares, by name."""
+
+
 def random_cutouts(images: Tensor, num: int, size: int, power: float = 1.0) -> Tensor:
     """Cuts random squares out of images, and averages each of them down to `size`.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import loading
 from .clip import ClipGuide, projected
-from .cutouts import check_images, unit_range
+from .cutouts import check_images
 from .model_loading import load_model
 
 
@@ -53,9 +53,6 @@ class TextScore(ClipGuide):
         tokenizer: Callable[..., Any] | None = getattr(processor, "tokenizer", processor)
         if not callable(tokenizer) or not hasattr(tokenizer, "model_max_length"):
             raise TypeError(f"processor: expected one with a tokenizer, got {type(processor).__name__}")
-        # SigLIP's processors resize to the square and crop nothing.
-        size = getattr(getattr(processor, "image_processor", processor), "size", None) or {}
-        self.squeezed = "height" in size
         longest = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
         with frozen_copy(model) as frozen, torch.no_grad():
@@ -82,16 +79,6 @@ class TextScore(ClipGuide):
             raise ValueError(f"prompt: expected 1 text or {count}, one for each picture, got {len(self.target)}")
         features = F.normalize(self.look(images), dim=-1)
         return self.scale * (features * self.target.to(features)).sum(-1) + self.bias
-
-    def look(self, images: Tensor) -> Tensor:
-        """Embeds images (B, 3, H, W) in [-1, 1], to (B, D)."""
-        if not self.squeezed:
-            return super().look(images)
-        pixels = unit_range(check_images(images))
-        side = (self.size, self.size)
-        if pixels.shape[-2:] != side:
-            pixels = F.interpolate(pixels, side, mode=self.mode, antialias=True, align_corners=False)
-        return self.embed(pixels)
 
     @classmethod
     def from_pretrained(
