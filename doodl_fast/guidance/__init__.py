@@ -18,6 +18,7 @@ from .clip_text import ClipText
 from .cutouts import random_cutouts
 from .hps import HPSv2
 from .noise import NoiseNorm, NoiseProbability, StartDistance, Whiteness, white_projection
+from .open_clip import load_open_clip
 from .picture import Picture
 from .symmetry import Symmetry
 from .text_score import PickScore, TextScore
@@ -36,6 +37,7 @@ __all__ = [
     "Symmetry",
     "TextScore",
     "Whiteness",
+    "load_open_clip",
     "random_cutouts",
     "spherical_distance",
     "white_projection",

@@ -90,7 +90,7 @@ class ClipGuide:
 
     Attributes:
         fit: How a whole picture becomes a square, a key of `cutouts.FITS`: "squeeze" if the processor names a height
-            and a width to resize to, as that of SigLIP, else "crop".
+            and a width to resize to, as that of SigLIP, else "crop"; or what the processor has as its own `fit`.
     """
 
     def __init__(
@@ -110,7 +110,8 @@ class ClipGuide:
         )
         self.mode = PIL_RESAMPLING.get(int(getattr(pictures, "resample", None) or 3), "bicubic")
         # SigLIP's processors resize to the square and crop nothing.
-        self.fit = "squeeze" if "height" in (getattr(pictures, "size", None) or {}) else "crop"
+        squeezed = "height" in (getattr(pictures, "size", None) or {})
+        self.fit: str = getattr(pictures, "fit", None) or ("squeeze" if squeezed else "crop")
         self.target: Tensor  # (1, D), normalised, float32
 
     def __call__(self, images: Tensor) -> Tensor:
