@@ -1,6 +1,6 @@
-"""`Aesthetic`: guidance to pictures that people like, by a linear score of CLIP's embedding.
+"""`Aesthetic`: guidance to pictures that people like, by a linear score of the embedding of CLIP or SigLIP.
 
-This is LAION's aesthetic predictor (Schuhmann et al., LAION-5B, arXiv 2210.08402).
+These are LAION's aesthetic predictors (Schuhmann et al., LAION-5B, arXiv 2210.08402) and aesthetic-predictor-v2-5.
 """
 
 from __future__ import annotations
@@ -19,22 +19,30 @@ from .model_loading import read_tensors
 LOWEST, HIGHEST = 1.0, 10.0
 HEAD = "a weight of shape (1, D) and a bias of shape (1,)"
 """What the file of a head holds, in errors."""
+STACKS = {"layers": (0, 2, 4, 6, 7), "scoring_head": (0, 2, 4, 6, 8)}
+"""The linear layers in heads that have several: LAION's "linearMSE", and aesthetic-predictor-v2-5."""
 
 
 def load_aesthetic_head(source: str | Path) -> nn.Linear:
-    """Loads the linear layer of a predictor. Code in a pickle is never run.
+    """Loads the head of a predictor as one linear layer. Code in a pickle is never run.
+
+    The heads of LAION's "improved" predictor and of its successor for SigLIP, aesthetic-predictor-v2-5, are five linear
+    layers with dropout between them and no activation, which together are one linear layer: the product of their
+    matrices, which is computed in float64.
 
     Args:
-        source: A .safetensors file, or one that `torch.save` made of the layer's state dict.
+        source: A .safetensors file, or one that `torch.save` made of a head's state dict: LAION's linear layers
+            ("sa_0_4_vit_l_14_linear.pth"), "sac+logos+ava1-l14-linearMSE.pth", or "aesthetic_predictor_v2_5.pth".
 
     Returns:
         The layer, from D features to one score, in float32 and eval mode.
 
     Raises:
         ValueError: The file is missing or cannot be read, or its entries are not a "weight" of shape (1, D) and a
-            "bias" of shape (1,).
+            "bias" of shape (1,), nor the layers of one of those heads.
     """
     state = read_tensors(source, "head", HEAD)
+    state = _product(state, source) if _layers(state) else state
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     weight = shapes.get("weight", ())
     missing, others = sorted({"weight", "bias"} - set(shapes)), sorted(map(str, set(shapes) - {"weight", "bias"}))
@@ -47,6 +55,40 @@ def load_aesthetic_head(source: str | Path) -> nn.Linear:
     head = nn.Linear(weight[1], 1)
     head.load_state_dict({name: value.float() for name, value in state.items()})
     return head.eval().requires_grad_(False)
+
+
+def _layers(state: dict[str, Tensor]) -> list[str]:
+    """The names of the linear layers of a head that has several, in their order, or nothing."""
+    for prefix, places in STACKS.items():
+        if f"{prefix}.0.weight" in state and "weight" not in state:
+            return [f"{prefix}.{place}" for place in places]
+    return []
+
+
+def _product(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The weight and the bias of the one linear layer that several of them are together.
+
+    Raises:
+        ValueError: Layers are missing, there are other ones, or one does not fit to the next.
+    """
+    layers = _layers(state)
+    expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    if set(state) != expected:
+        raise ValueError(
+            f"head: expected the entries {', '.join(sorted(expected))} in {str(source)!r}, got "
+            f"{', '.join(sorted(state))}; heads with activations between their layers are others"
+        )
+    weight, bias = state[f"{layers[0]}.weight"].double(), state[f"{layers[0]}.bias"].double()
+    try:
+        for layer in layers[1:]:
+            matrix = state[f"{layer}.weight"].double()
+            weight, bias = matrix @ weight, matrix @ bias + state[f"{layer}.bias"].double()
+    except RuntimeError as error:
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        raise ValueError(
+            f"head: expected layers of which each fits to the next in {str(source)!r}, got {shapes}"
+        ) from error
+    return {"weight": weight, "bias": bias}
 
 
 def aesthetic_score(features: Tensor, head: nn.Linear) -> Tensor:
@@ -69,7 +111,7 @@ class Aesthetic(ClipGuide):
     Scores below 1 and above 10 count as 1 and 10, and have no gradient.
 
     Args:
-        model: The transformers CLIPModel that the head was trained on.
+        model: The transformers CLIPModel or SiglipModel that the head was trained on.
         processor: Its processor or image processor; see `ClipGuide`.
         head: The predictor's linear layer, from the features of the model to one score; see `load_aesthetic_head`.
         target: The score to aim at, from 1 to 10; None for as high a score as possible.
@@ -129,8 +171,9 @@ class Aesthetic(ClipGuide):
         """Loads the model and the head.
 
         Args:
-            source: The folder or the hub id of the CLIP.
-            head: The file of the head.
+            source: The folder or the hub id of the CLIP or SigLIP: that of "openai/clip-vit-large-patch14" for
+                LAION's heads for ViT-L/14, "google/siglip-so400m-patch14-384" for aesthetic-predictor-v2-5.
+            head: The file of the head, see `load_aesthetic_head`.
             device: Where the model is put.
             dtype: The dtype of the model's weights.
             **options: `target`, `num_cutouts` and `cut_power`.

@@ -47,7 +47,7 @@ def spherical_distance(x: Tensor, y: Tensor) -> Tensor:
 def load_clip(
     source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """Loads a CLIP from safetensors files.
+    """Loads a CLIP or a SigLIP from safetensors files.
 
     Args:
         source: A folder or a hub id.
@@ -55,14 +55,14 @@ def load_clip(
         dtype: The dtype of its weights.
 
     Returns:
-        The transformers CLIPModel in eval mode, and its processor.
+        The transformers CLIPModel or SiglipModel in eval mode, and its processor.
 
     Raises:
         ValueError: There is none, or some of its weights are missing or have another shape.
     """
-    from transformers import AutoProcessor, CLIPModel
+    from transformers import AutoModel, AutoProcessor
 
-    model, name = load_model(CLIPModel, source, dtype)
+    model, name = load_model(AutoModel, source, dtype)
     with loading(name, "guidance model"):
         processor = AutoProcessor.from_pretrained(name)
     return model.to(device), processor

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import smooth_pictures
+from gradients import check_gradient
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -97,6 +99,83 @@ def test_files_that_hold_no_head(tmp_path: Path, head: nn.Linear, clip: tuple[An
         Aesthetic(*clip, nn.Linear(9, 2))
     with pytest.raises(ValueError, match="target: expected a score or None, got nan"):
         Aesthetic(*clip, head, target=float("nan"))
+
+
+SIZES = (1024, 128, 64, 16, 1)
+
+
+class Stack(nn.Module):
+    """The layers of the published heads, in their order and with their names."""
+
+    def __init__(self, name: str, features: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for size_in, size_out in zip((features, *SIZES), SIZES, strict=False):
+            layers += [nn.Linear(size_in, size_out), nn.Dropout(0.2)]
+        del layers[-1]
+        if name == "layers":
+            del layers[7]  # LAION's last two layers have no dropout between them
+        setattr(self, name, nn.Sequential(*layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layers,) = self.children()
+        return layers(x)
+
+
+def stack(name: str, features: int) -> Stack:
+    torch.manual_seed(0)
+    found = Stack(name, features).double().eval()
+    nn.init.constant_(getattr(found, name)[-1].bias, 5.0)
+    return found
+
+
+@pytest.mark.parametrize("name", ["layers", "scoring_head"])
+def test_heads_of_several_layers(tmp_path: Path, name: str) -> None:
+    whole = stack(name, 48)
+    state = {key: value.float() for key, value in whole.state_dict().items()}
+    torch.save(state, tmp_path / "head.pth")
+    save_file(state, tmp_path / "head.safetensors")
+    features = F.normalize(torch.randn(5, 48, dtype=torch.float64), dim=-1)
+    expected = whole(features).detach()
+    for file in ("head.pth", "head.safetensors"):
+        got = load_aesthetic_head(tmp_path / file).double()(features)
+        assert float((got - expected).abs().max()) < 1e-6
+    assert float(expected.std()) > 1e-3
+
+
+def test_a_siglip_with_its_head(tmp_path: Path) -> None:
+    """The score of aesthetic-predictor-v2-5: the head on the normalised pooled output of the vision tower."""
+    from transformers import SiglipConfig, SiglipModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(3)
+    config = SiglipConfig(text_config=sizes, vision_config={**sizes, "image_size": 32, "patch_size": 8})
+    model, whole = SiglipModel(config).double().eval(), stack("scoring_head", 16)
+    torch.save({key: value.float() for key, value in whole.state_dict().items()}, tmp_path / "head.pth")
+    processor = SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3, size={"height": 32, "width": 32})
+    loss = Aesthetic(model, processor, load_aesthetic_head(tmp_path / "head.pth"))
+    images = smooth_pictures(2, 32, 32).clamp(-0.95, 0.95).double()
+    pooled = model.vision_model(pixel_values=images).pooler_output
+    expected = whole(pooled / pooled.norm(dim=-1, keepdim=True)).mean()
+    assert float(loss.score(images)) == pytest.approx(float(expected.detach()), abs=1e-6)
+    check_gradient(loss, smooth_pictures(2, 40, 24).clamp(-0.95, 0.95))
+    assert loss.fit == "squeeze"
+
+
+def test_other_stacks_of_layers(tmp_path: Path) -> None:
+    whole = stack("layers", 8).state_dict()
+    relu = {name.replace(".2.", ".3."): value for name, value in whole.items()}
+    for state, match in (
+        (relu, "heads with activations between their layers are others"),
+        ({**whole, "layers.2.weight": torch.zeros(128, 7)}, "expected layers of which each fits to the next in"),
+        (
+            {**whole, "layers.7.weight": torch.zeros(2, 16), "layers.7.bias": torch.zeros(2)},
+            "expected a weight of shape",
+        ),
+    ):
+        torch.save(state, tmp_path / "head.pth")
+        with pytest.raises(ValueError, match=f"head: {match}" if match.startswith("expected") else match):
+            load_aesthetic_head(tmp_path / "head.pth")
 
 
 def test_from_pretrained(tmp_path: Path, clip: tuple[Any, Any], head: nn.Linear) -> None:
