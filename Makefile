@@ -72,7 +72,7 @@ audit: $(READY) $(TOOLS)/.ready
 	$(BIN)/python -m pip freeze --exclude-editable | sed '/^torch==/s/+cpu//; / @ /d' > build/frozen.txt
 	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r build/frozen.txt
 
-# One after the other, each under a minute on an idle core; pictures are in examples/out.
+# One after the other, most of them under a minute on an idle core; pictures are in examples/out.
 examples: $(READY)
 	set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 

@@ -120,3 +120,10 @@ def test_a_lora_learns_from_a_reward_and_goes_on_where_it_was(tmp_path):
     assert len(parts["rewards"]) == 1 and parts["rewards"][0] == pytest.approx(whole["rewards"][2], rel=1e-4)
     for name, weight in whole["lora"].items():
         assert torch.allclose(parts["lora"][name], weight, atol=1e-5), name
+
+
+def test_a_lora_makes_more_pictures_of_held_out_captions_right(tmp_path):
+    few = ["--batch", "8", "--training-steps", "10", "--learning-rate", "3e-3", "--held-out", "40"]
+    found = example("lora_from_reward").main([*few, "--out", str(tmp_path)])
+    assert len(found["before"]) == 40 and 8 <= found["before"].sum() <= 24
+    assert found["after"].sum() > found["before"].sum()
