@@ -57,6 +57,7 @@ class ActiveCall:
         given_to_casts: The same for each of the copies with cast weights.
         copies: The latest copies whose assignments the network is given at the end of the run.
         conditions: The conditions in the form that the network takes.
+        own: The network's weights by `id`, once they are needed.
     """
 
     original: NetworkCall
@@ -69,6 +70,7 @@ class ActiveCall:
     given: Given = field(default_factory=dict)
     given_to_casts: dict[Variant, Given] = field(default_factory=dict)
     copies: ModuleCopies | None = None
+    own: dict[int, Tensor] = field(default_factory=dict)
 
     def calls(self, call: NetworkCall) -> bool:
         """Whether this run calls the same network in the same way."""
@@ -77,17 +79,30 @@ class ActiveCall:
     def current(self, given: Given) -> NetworkCall:
         """Returns how the network is called now.
 
-        Without grad mode nothing is kept for a gradient, so the caller's own network serves as well as a copy. But
-        torch.compile would compile the two one after the other.
+        Without grad mode nothing is kept for a gradient, so the caller's own network serves as well as a copy, unless
+        it has other weights. But torch.compile would compile the two one after the other.
 
         Args:
-            given: The tensors that stand for the trained weights, by the `id` of the weight. They have its values.
+            given: The tensors that stand for the trained weights, by the `id` of the weight.
         """
         if self.call is None or not _same_tensors(given, self.given):
-            if not torch.is_grad_enabled() and not self.original.compiles and self.variant.cast_to is None:
+            plain = not torch.is_grad_enabled() and not self.original.compiles and self.variant.cast_to is None
+            if plain and self._has_values_of(given):
                 return self.original
             self.call, self.given = self._call_for_graphs(given), dict(given)
         return self.call
+
+    def _has_values_of(self, given: Given) -> bool:
+        """Whether the network's trained weights are in the memory of the tensors that stand for them."""
+        if not given:
+            return True
+        if not self.own:
+            self.own = {id(weight): weight for weight in self.module.parameters()}
+        pairs = [(self.own.get(key), tensor) for key, tensor in given.items()]
+        return all(
+            weight is not None and weight.data_ptr() == tensor.data_ptr() and weight.dtype == tensor.dtype
+            for weight, tensor in pairs
+        )
 
     def _call_for_graphs(self, given: Given) -> NetworkCall:
         """Makes copies of the network, unless it can be called itself."""

@@ -58,7 +58,7 @@ class ModuleCopies:
         checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
         lean: How little of what happens in the copies' layers their graphs keep.
         trained: Tensors that stand in the copies for some of the weights, which want gradients, by the `id` of the
-            weight. The layers that have them are those of plain PyTorch.
+            weight. They are cast to the weight's dtype. The layers that have them are those of plain PyTorch.
 
     Raises:
         RuntimeError: One of the weights for which another tensor is given is not in the tree any more.
@@ -150,7 +150,9 @@ class ModuleCopies:
         """Returns what the copies have in place of a weight or a buffer, which is cast for each call, or not."""
         trained = self._trained.get(id(tensor))
         if trained is not None:
-            return trained.to(self._dtype or cast or trained.dtype)
+            # The copies may be made without grad mode and called with it later.
+            with torch.enable_grad():
+                return trained.to(self._dtype or cast or tensor.dtype)
         if cast is not None and tensor.is_floating_point():
             return tensor.detach().to(self._dtype or cast)
         if self._dtype is not None and tensor.dtype in FLOAT_DTYPES:

@@ -1,4 +1,4 @@
-"""A denoiser whose conditions and guidance scale are other tensors at every run, with gradients for them."""
+"""A denoiser whose conditions, guidance scale and weights are other tensors at every run, with gradients for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..chain.evaluator import Evaluator, as_evaluator, guided_output
 from .conditions import map_tensors
 from .denoiser import Denoiser
 
-GUIDANCE_SCALE = "guidance_scale"
+GUIDANCE_SCALE, WEIGHTS = "guidance_scale", "weights"
 COMMON_NAMES = {"cond": "prompt_embeds", "uncond": "negative_prompt_embeds"}
 """What `diffusers` calls the conditions of a `Denoiser`."""
 
@@ -41,8 +41,15 @@ def named_conditions(denoiser: Denoiser) -> dict[str, list[int]]:
     return found
 
 
+def trained_places(denoiser: Denoiser) -> dict[str, int]:
+    """Where the trained weights of a denoiser are in what `tensors()` returns, by their names in the network."""
+    names = {id(weight): name for name, weight in denoiser.weights()}
+    first = len(denoiser.tensors()) - len(denoiser.trainable)
+    return {names[id(weight)]: first + index for index, weight in enumerate(denoiser.trainable)}
+
+
 class ReplacedConditions(Evaluator):
-    """A denoiser that is evaluated with other conditions, and with a guidance scale that is a tensor.
+    """A denoiser that is evaluated with other conditions and weights, and with a guidance scale that is a tensor.
 
     Args:
         inner: The denoiser.
@@ -128,8 +135,10 @@ class ReplacedConditions(Evaluator):
         return self.inner.insists_on_vjps
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
-        """See `Evaluator`."""
-        return self.inner.weights()
+        """See `Evaluator`. Weights in whose place others are used do not count."""
+        own = self.inner.tensors()
+        unused = {id(own[place]) for place in self.replaced}
+        return tuple((name, weight) for name, weight in self.inner.weights() if id(weight) not in unused)
 
 
 def denoiser_of(evaluator: Any) -> Denoiser | None:

@@ -1,18 +1,22 @@
-"""A chain whose noise, conditions and guidance scale are given at every call, as the variables of an optimisation."""
+"""A chain whose noise, conditions, guidance scale and weights are given at every call, as variables."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.replaced_conditions import (
     GUIDANCE_SCALE,
+    WEIGHTS,
     ReplacedConditions,
     denoiser_of,
     named_conditions,
+    trained_places,
     with_replaced,
 )
 from .variables import NOISE, START, VariableOptions
@@ -24,7 +28,8 @@ class BoundChain:
     """Calls a chain with the values of variables.
 
     Args:
-        chain: The caller's chain. It stays as it is: where conditions are variables, a copy of it is called.
+        chain: The caller's chain. It stays as it is, and so do the weights of its network: where conditions or weights
+            are variables, a copy of it is called.
         variables: The variables and their options.
         x: The starting latents.
         per_sample: Whether every sample of the batch gets variables of its own.
@@ -33,6 +38,7 @@ class BoundChain:
     Attributes:
         chain: The chain that is called.
         initial: Where each variable but the start begins.
+        weight_names: The names of the weights that are variables, in the order of their tensors.
 
     Raises:
         ValueError: The chain does not have one of the variables.
@@ -43,12 +49,15 @@ class BoundChain:
     ) -> None:
         self.chain = chain
         self.initial: dict[str, list[Tensor]] = {}
+        self.weight_names: tuple[str, ...] = ()
         self._places: dict[str, list[list[int]]] = {}
         others = [name for name in variables if name not in (START, NOISE)]
         if others:
-            self._bind_conditions(others, x)
+            self._bind_conditions(others, x, per_sample)
         if NOISE in variables:
             self._bind_noise(x, per_sample, seed)
+        if WEIGHTS not in variables:
+            _warn_of_trained_weights(chain)
         for name, options in variables.items():
             if options.value is not None:
                 self.initial[name] = _given(name, options.value, self.initial[name])
@@ -69,7 +78,7 @@ class BoundChain:
             noise = [z.expand_as(x).contiguous() for z in self.chain.draw_noise(like, seed=seed + 1)]
         self.initial[NOISE] = [z.detach() for z in noise]
 
-    def _bind_conditions(self, names: list[str], x: Tensor) -> None:
+    def _bind_conditions(self, names: list[str], x: Tensor, per_sample: bool) -> None:
         """Makes a copy of the chain whose denoiser gets the variables, and finds where they begin."""
         denoiser = denoiser_of(getattr(self.chain, "evaluator", None))
         if denoiser is None:
@@ -89,8 +98,11 @@ class BoundChain:
                 scale = torch.full((1,), denoiser.guidance_scale, dtype=torch.promote_types(x.dtype, torch.float32))
                 self.initial[name] = [scale.to(x.device)]
                 continue
+            if name == WEIGHTS:
+                self._bind_weights(denoiser, per_sample)
+                continue
             if name not in places:
-                known = [START, NOISE, GUIDANCE_SCALE, *places]
+                known = [START, NOISE, GUIDANCE_SCALE, *places, WEIGHTS]
                 raise ValueError(f"variables: expected names among {', '.join(known)} for this chain, got {name!r}")
             # Guidance by a pair may hold one tensor twice; it is one variable.
             groups: dict[int, list[int]] = {}
@@ -100,6 +112,23 @@ class BoundChain:
             self.initial[name] = [tensors[group[0]].detach() for group in self._places[name]]
         self._replaced = ReplacedConditions(denoiser, scale)
         self.chain = with_replaced(self.chain, self._replaced)
+
+    def _bind_weights(self, denoiser: Denoiser, per_sample: bool) -> None:
+        """Finds the trained weights of a denoiser."""
+        if per_sample:
+            raise ValueError(
+                "variables['weights']: expected per_sample=False, as the samples of a batch share the weights of their "
+                "network and are not independent; optimise each sample in a run of its own"
+            )
+        places, tensors = trained_places(denoiser), denoiser.tensors()
+        if not places:
+            raise ValueError(
+                f"variables['weights']: expected a chain with trained weights, got {denoiser!r} without any; make it "
+                "with trainable=True of from_pipeline or Denoiser (docs/weights.md)"
+            )
+        self.weight_names = tuple(places)
+        self._places[WEIGHTS] = [[place] for place in places.values()]
+        self.initial[WEIGHTS] = [tensors[place].detach() for place in places.values()]
 
     def __call__(self, start: list[Tensor], values: Values) -> tuple[Tensor, ...]:
         """Runs the chain.
@@ -118,13 +147,29 @@ class BoundChain:
         return ends
 
 
+def _warn_of_trained_weights(chain: Any) -> None:
+    """Says that the chain's trained weights stay as they are."""
+    denoiser = denoiser_of(getattr(chain, "evaluator", None))
+    if denoiser is not None and denoiser.trainable:
+        warnings.warn(
+            f"chain: {len(denoiser.trainable)} weights of its network are trained, and 'weights' is not among the "
+            "variables, so they stay as they are and their gradients are computed for nothing; add 'weights' to "
+            "variables, or make the chain without trainable=",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
 def _given(name: str, value: Any, own: list[Tensor]) -> list[Tensor]:
     """The value that the caller gave a variable, like the chain's own in everything but the rows of the batch."""
     tensors = [value] if isinstance(value, Tensor) else list(value) if isinstance(value, (list, tuple)) else []
     if not tensors and isinstance(value, (int, float)):
         tensors = [torch.full_like(own[0], float(value))]
+    rows = name != WEIGHTS  # of a batch, of which there may be more or fewer
     fits = len(tensors) == len(own) and all(
-        isinstance(t, Tensor) and t.is_floating_point() and (t.shape == o.shape or t.shape[1:] == o.shape[1:])
+        isinstance(t, Tensor)
+        and t.is_floating_point()
+        and (t.shape == o.shape or (rows and t.shape[1:] == o.shape[1:]))
         for t, o in zip(tensors, own, strict=True)
     )
     if not fits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
@@ -99,11 +100,12 @@ def optimize(
         variables: What is optimised, a list of names or a dict of names and options like torch's groups of parameters:
             ``{"start": {}, "noise": {"lr": 0.1}}``. "start" is the starting latents, which alone are optimised by
             default. Others are "noise", that of all steps (chains with `num_draws`); "prompt_embeds",
-            "negative_prompt_embeds", "guidance_scale" and any other argument of the network that holds tensors, such
-            as "controlnet_cond". Options are those of the optimizer (``lr``, ...), `optimizer`, `scheduler`,
-            `grad_scale`, `clip_grad_value`, `renormalize` (whether every sample keeps its norm) and `value` (where it
-            starts). Variables besides the start get the gradient of the mean loss, are not clipped, and are changed by
-            Adam unless an optimizer is given.
+            "negative_prompt_embeds", "guidance_scale", "weights" (those that the chain's `trainable` names; the network
+            keeps its own, and `Result.state_dict` has the new ones) and any other argument of the network that holds
+            tensors, such as "controlnet_cond". Options are those of the optimizer (``lr``, ...), `optimizer`,
+            `scheduler`, `grad_scale`, `clip_grad_value`, `renormalize` (whether every sample keeps its norm) and
+            `value` (where it starts). Variables besides the start get the gradient of the mean loss, are not clipped,
+            and are changed by Adam unless an optimizer is given.
         grad_scale: Multiplies the gradient before it is clipped. With clipping and momentum SGD it decides which
             entries of the gradient are clipped; it is no step size. The reference code calls it by this name too.
         momentum: Momentum of SGD, in [0, 1).
@@ -184,7 +186,8 @@ def optimize(
             run.load(home)
         elif best_of > 1:
             start_from_best(run, objective, best_of, seed)
-        return descend(run, objective, num_optimization_steps, callback_on_step_end, progress, home)
+        result = descend(run, objective, num_optimization_steps, callback_on_step_end, progress, home)
+    return dataclasses.replace(result, weight_names=bound.weight_names) if bound.weight_names else result
 
 
 def descend(

@@ -58,6 +58,7 @@ class Result:
         history: For each loss by name its values, without its weight, as in `losses`.
         variables: The final values of the variables besides the starting latents, by name: lists of tensors.
         best_variables: Those with the lowest loss.
+        weight_names: The names of the network's weights that were optimised, in the order of ``variables["weights"]``.
         samples: With ``per_sample=True`` the result of each sample, as a run of its own would have returned it. Then
             `best_latents`, `best_images` and `best_variables` are each sample's own best ones, `best_loss` is the mean
             of theirs, and `best_step` is the last of theirs.
@@ -82,6 +83,27 @@ class Result:
     variables: dict[str, list[Tensor]] = field(default_factory=dict)
     best_variables: dict[str, list[Tensor]] = field(default_factory=dict)
     samples: list[Result] = field(default_factory=list)
+    weight_names: tuple[str, ...] = ()
+
+    def state_dict(self, best: bool = False) -> dict[str, Tensor]:
+        """The weights that were optimised by their names in the network, which itself has been left as it was.
+
+        Args:
+            best: Whether to return those with the lowest loss, in the place of the final ones.
+
+        Raises:
+            ValueError: No weights were optimised.
+
+        Example:
+            >>> pipe.unet.load_state_dict(result.state_dict(), strict=False)
+        """
+        if not self.weight_names:
+            raise ValueError(
+                "state_dict: expected a run whose variables include 'weights', got one without; pass "
+                "variables=['weights'] to optimize"
+            )
+        tensors = (self.best_variables if best else self.variables)["weights"]
+        return dict(zip(self.weight_names, tensors, strict=True))
 
 
 def as_images(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
