@@ -10,7 +10,8 @@ order of their use:
 - `evaluation`: one call and its vector-Jacobian product (VJP), by memory layout and attention kernel.
 - `chains`: gradients of EDICT and DDIM chains by memory plan: seconds, the peak beside the planned one, the drift.
 - `lean`: the same with lean graphs and without.
-- `graphs`: what capturing a call and its VJP as CUDA graphs would save. This package captures none itself.
+- `replayed`: chains with `Denoiser(cuda_graphs="auto")` and without.
+- `graphs`: one call and its VJP, launched and replayed.
 - `compile`: chains with `Denoiser(compile=True)`; the seconds that compilation takes are apart.
 - `decode`: the VAE's decoder and its VJP.
 - `optimize`: a step of `doodl_fast.optimize` with a decoder, and how often it waits for the GPU.
@@ -27,7 +28,6 @@ import functools
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ from lean import SD15_UNET, one_way, unet, vae
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from waits import waits
 
 import doodl_fast
 from doodl_fast.chain.memory.tracker import Tracker
@@ -192,8 +193,8 @@ def make_chain(setup: Setup, net: nn.Module, kind: str = "EDICT", compile: bool 
     torch.manual_seed(1)
     width = int(net.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
     cond, uncond = torch.randn(2, 1, 77, width).to(setup.device, setup.dtype)
-    lean = options.pop("lean", True)
-    denoiser = doodl_fast.Denoiser(net, cond, uncond, 7.5, compile=compile, lean=lean)
+    lean, cuda_graphs = options.pop("lean", True), options.pop("cuda_graphs", False)
+    denoiser = doodl_fast.Denoiser(net, cond, uncond, 7.5, compile=compile, lean=lean, cuda_graphs=cuda_graphs)
     schedule = doodl_fast.Schedule.from_scheduler(DDIMScheduler(**PUBLISHED["sd15"].scheduler[1]), setup.steps)
     return getattr(doodl_fast, kind)(denoiser, schedule, **options)
 
@@ -250,6 +251,17 @@ def lean(setup: Setup) -> Iterator[Row]:
             row, found = chain_row(setup, f"EDICT, {memory}, lean={lean}", chain, expected)
             expected = found if expected is None else expected
             yield row
+
+
+def replayed(setup: Setup) -> Iterator[Row]:
+    """Gradients whose calls are launched kernel by kernel, and replayed as CUDA graphs."""
+    net, expected = setup.unet()[0], None
+    for kind, memory, arithmetic in (("EDICT", "checkpoint", "float"), ("EDICT", "reversible", "exact")):
+        for cuda_graphs in ("auto", False):
+            chain = make_chain(setup, net, kind, memory=memory, arithmetic=arithmetic, cuda_graphs=cuda_graphs)
+            row, found = chain_row(setup, f"{kind}, {memory}, cuda_graphs={cuda_graphs}", chain, expected)
+            expected = found if expected is None else expected
+            yield {**row, "why not replayed": chain.evaluator.cuda_graphs.why_not}
 
 
 def graphs(setup: Setup) -> Iterator[Row]:
@@ -338,33 +350,19 @@ def optimize(setup: Setup) -> Iterator[Row]:
         return time.perf_counter() - began
 
     run(1)
-    waits = [_waits(setup, lambda n=n: run(n)) for n in (1, 3)]
+    counts = [waits(setup.on_gpu, lambda n=n: run(n)) for n in (1, 3)]
     yield {
         "name": "EDICT, auto, with a decoder",
         "a step, s": (run(3) - run(1)) / 2,
-        "times that a step waits for the GPU": None if waits[0] is None else (waits[1] - waits[0]) / 2,
+        "times that a step waits for the GPU": None if counts[0] is None else (counts[1] - counts[0]) / 2,
     }
-
-
-def _waits(setup: Setup, function: Callable[[], Any]) -> Any:
-    """How often a function waits for the GPU; None on a CPU."""
-    if not setup.on_gpu:
-        function()
-        return None
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            function()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in said)
 
 
 PARTS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "evaluation": evaluation,
     "chains": chains,
     "lean": lean,
+    "replayed": replayed,
     "graphs": graphs,
     "compile": compiled,
     "decode": decode,

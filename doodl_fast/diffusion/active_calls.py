@@ -162,18 +162,18 @@ def active_call(call: NetworkCall, variant: Variant, given: Given) -> NetworkCal
         variant: How the run calls it.
         given: The tensors that stand for the trained weights, by the `id` of the weight.
     """
-    active = _innermost(call, variant)
+    active = active_run(call, variant)
     return call if active is None else active.current(given)
 
 
 def active_conditions(call: NetworkCall, variant: Variant) -> RunConditions:
     """Returns what this thread's innermost run keeps of a network's conditions; something new outside of runs."""
-    active = _innermost(call, variant)
+    active = active_run(call, variant)
     return RunConditions() if active is None else active.conditions
 
 
-def _innermost(call: NetworkCall, variant: Variant) -> ActiveCall | None:
-    """The innermost run of a network in this thread."""
+def active_run(call: NetworkCall, variant: Variant) -> ActiveCall | None:
+    """The innermost run of a network in this thread, or None."""
     return next((a for a in reversed(_THREAD.active) if a.calls(call) and a.variant == variant), None)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..chain.evaluator import Evaluator, guided_output
 from ..frozen import Level, gains_by_recompute, level_of
-from .active_calls import Variant, active_call, active_conditions, calling_copies, explain_cast
+from .active_calls import Variant, active_call, active_conditions, active_run, calling_copies, explain_cast
 from .calling import NetworkCall, module_of
 from .conditions import Fit, check_conditions, map_tensors, tensors_of
+from .cuda_graphs import CudaGraphs
 from .hooks import first_weight, refuse_caches
 from .module_copies import why_not_cast
 from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic, scales_adapters
@@ -68,6 +69,10 @@ class Denoiser(Evaluator):
             "recompute" it keeps still less, and computes some matrix products again. The bits are the same.
         trainable: The weights that chains give gradients, see docs/weights.md: True for all that require grad now, a
             predicate on the names of `named_parameters`, or a list of parameters. All others are frozen in every run.
+        cuda_graphs: Whether a chain's calls and their VJPs are recorded once as CUDA graphs and replayed, see
+            docs/cuda-graphs.md. "auto" does so on CUDA devices where it is faster, and where the network's modules are
+            those of known libraries without hooks. True does so with any modules, and warns where it cannot. The
+            attribute `cuda_graphs.why_not` says why calls are not replayed. The bits are the same.
         **unet_kwargs: Further arguments of the network. Tensors may be nested in dicts, lists and tuples. A tensor has
             1 or B rows. If `uncond` is given these are used for both halves, and a tensor may also have 2 or 2B rows,
             [uncond; cond], whose second half is used where the prediction for `cond` is used alone. Two rows for a
@@ -76,8 +81,8 @@ class Denoiser(Evaluator):
 
     Raises:
         TypeError: An argument is of a wrong kind.
-        ValueError: `guidance_scale` is not finite, the conditions do not fit each other, `vjp_dtype` or `lean` is
-            not one of the above, or `trainable` asks for weights that can have no gradient.
+        ValueError: `guidance_scale` is not finite, the conditions do not fit each other, `vjp_dtype`, `lean` or
+            `cuda_graphs` is not one of the above, or `trainable` asks for weights that can have no gradient.
 
     Example:
         >>> denoiser = Denoiser(pipe.unet, cond, uncond, guidance_scale=7.5)
@@ -97,6 +102,7 @@ class Denoiser(Evaluator):
         combine: Combine | None = None,
         lean: bool | str = True,
         trainable: Trainable = False,
+        cuda_graphs: bool | str = "auto",
         **unet_kwargs: Any,
     ) -> None:
         if not callable(unet):
@@ -132,6 +138,7 @@ class Denoiser(Evaluator):
             )
         self._vjp_dtype: torch.dtype | str | None = vjp_dtype
         self._variant: Variant = Variant(lean=level_of(lean))
+        self._cuda_graphs: CudaGraphs = CudaGraphs(cuda_graphs)
         self._said: list[str] = []
         self._timestep: Timesteps = Timesteps()
 
@@ -164,6 +171,11 @@ class Denoiser(Evaluator):
     def lean(self) -> Level:
         """How little the graphs of this denoiser keep."""
         return self._variant.lean
+
+    @property
+    def cuda_graphs(self) -> CudaGraphs:
+        """The recordings of the network's calls; `cuda_graphs.why_not` says why there are none."""
+        return self._cuda_graphs
 
     @property
     def trainable(self) -> tuple[nn.Parameter, ...]:
@@ -252,7 +264,9 @@ class Denoiser(Evaluator):
 
     def plain(self) -> Denoiser:
         """The same denoiser, whose graphs are those of plain PyTorch."""
-        return self if self._variant.lean is Level.OFF else self._with_level(Level.OFF)
+        other = self._with_level(Level.OFF)
+        other._cuda_graphs = CudaGraphs(False)
+        return other
 
     def _with_level(self, level: Level) -> Denoiser:
         other = copy.copy(self)
@@ -345,8 +359,11 @@ class Denoiser(Evaluator):
         cond, kwargs = active_conditions(self._call, self._variant).fitted(fit, conditions)
         timestep = self._timestep(t, x.device)
         version = None if timestep.is_inference() else timestep._version
+        run = None if given else active_run(self._call, self._variant)
         with explain_cast(self._variant.cast_to):
-            output = active_call(self._call, self._variant, given)(network_x, timestep, cond, kwargs)
+            output = self._cuda_graphs.call(
+                run, lambda: active_call(self._call, self._variant, given), network_x, timestep, cond, kwargs
+            )
         if version is not None and timestep._version != version:
             self._timestep = Timesteps()  # The timestep is a view of a table, which is wrong now.
             raise RuntimeError("unet: expected it to leave its timestep as it is, got one that it changed in place")

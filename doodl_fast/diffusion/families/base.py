@@ -19,7 +19,7 @@ from ..latent_space import LatentSpace
 ADAPTERS = "docs/adapters.md says how to write your own adapter"
 BY_HAND = f"make the chain by hand with Denoiser(network, cond, uncond, ...), which takes any network ({ADAPTERS})"
 PACKAGE = __name__.partition(".")[0]
-DENOISER_OPTIONS = frozenset({"vjp_dtype", "compile", "lean", "trainable"})
+DENOISER_OPTIONS = frozenset({"vjp_dtype", "compile", "lean", "trainable", "cuda_graphs"})
 
 
 class Parts(NamedTuple):

@@ -1,0 +1,195 @@
+"""Recorded calls of a network: that they are those of the network, and that recordings are made anew when they must be.
+
+On a CPU a stand-in for CUDA graphs runs the recorded functions again. Like a graph it writes into the tensors of the
+recording, and what a replay left for a gradient is gone after the next one.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from doodl_fast.diffusion.cuda_graphs import CudaGraphs
+from doodl_fast.diffusion.graph_recorder import Recorder
+from tests.conftest import DEVICE, TinyNet, conditions, latents, tiny_chain
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for CUDA graphs records on the CPU")
+
+
+class Again(Recorder):
+    """Runs functions again in place of replaying their kernels."""
+
+    device_type = "cpu"
+    made = 0
+    replay_seconds = 0.1
+
+    def __init__(self, device: torch.device) -> None:
+        self._saved: dict[int, torch.Tensor] = {}
+        self._timed = 0
+
+    def warm_up(self, function: Any) -> None:
+        function()
+
+    def record(self, function: Any) -> tuple[Any, Any]:
+        type(self).made += 1
+        made = self._watched(function)
+        outputs = tuple(map(_owned, made)) if isinstance(made, tuple) else made
+
+        def replay() -> None:
+            new = self._watched(function)
+            pairs = zip(outputs, new, strict=True) if isinstance(outputs, tuple) else [(outputs, new)]
+            with torch.no_grad():
+                for output, value in pairs:
+                    if output is not None:
+                        output.copy_(value)
+
+        return replay, outputs
+
+    def _watched(self, function: Any) -> Any:
+        """Calls a function. What the graphs of earlier calls have saved is gone if this one saves something."""
+        saved: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor) -> tuple[dict[int, torch.Tensor], int]:
+            if self._saved is not saved:
+                self._saved.clear()
+                self._saved = saved
+            saved[len(saved)] = tensor
+            return saved, len(saved) - 1
+
+        with saved_tensors_hooks(pack, lambda packed: packed[0][packed[1]]):
+            return function()
+
+    def seconds(self, function: Any) -> float:
+        self._timed += 1
+        return 1.0 if self._timed % 4 in (1, 2) else self.replay_seconds
+
+
+def _owned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor with memory of its own for each element, into which a replay can write."""
+    return None if tensor is None else tensor.clone(memory_format=torch.contiguous_format)
+
+
+@pytest.fixture(autouse=True)
+def recorder() -> type[Again]:
+    """The stand-in, which has recorded nothing."""
+    Again.made, Again.replay_seconds = 0, 0.1
+    return Again
+
+
+def with_recordings(chain: Any, mode: bool | str = True) -> Any:
+    """Lets a chain's denoiser record by the stand-in."""
+    chain.evaluator._cuda_graphs = CudaGraphs(mode, Again)
+    return chain
+
+
+def gradients(chain: Any, grad_cond: bool = False) -> list[torch.Tensor]:
+    x, y = latents(1, 3, 4, 4, grad=True)
+    outputs = chain(x, y)
+    inputs = [x, y, *(t for t in chain.evaluator.tensors() if t.requires_grad)]
+    return [*outputs, *torch.autograd.grad(outputs[0].sum() + outputs[1].square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", 2, "reversible", "auto"])
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+def test_values_and_gradients_have_the_bits_of_calls(memory: Any, arithmetic: str) -> None:
+    expected = gradients(tiny_chain(memory=memory, arithmetic=arithmetic))
+    chain = with_recordings(tiny_chain(memory=memory, arithmetic=arithmetic))
+    for _ in range(2):
+        assert all(map(torch.equal, gradients(chain), expected))
+    assert chain.evaluator.cuda_graphs.why_not is None
+    # A call, and a call with its VJP, whichever number of steps and runs there are. "auto" needs the second alone.
+    assert Again.made == (2 if memory == "auto" else 3)
+
+
+def test_naive_backpropagation_is_never_replayed() -> None:
+    expected = gradients(tiny_chain(memory="naive"))
+    assert all(map(torch.equal, gradients(with_recordings(tiny_chain(memory="naive"))), expected))
+    assert Again.made == 0
+
+
+def test_a_gradient_of_the_condition() -> None:
+    chains = [tiny_chain(), with_recordings(tiny_chain())]
+    for chain in chains:
+        chain.evaluator.cond.requires_grad_()
+    assert all(map(torch.equal, *map(gradients, chains)))
+    assert Again.made == 3
+
+
+@pytest.mark.parametrize("change", ["a weight is replaced", "a weight is changed", "an attribute is changed"])
+def test_changes_between_runs_are_seen(change: str) -> None:
+    class Scaled(TinyNet):
+        scale = 1.0
+
+        def forward(self, *args: Any) -> torch.Tensor:
+            return super().forward(*args) * self.scale
+
+    networks = [Scaled().double(), Scaled().double()]
+    chains = [tiny_chain(network=networks[0]), with_recordings(tiny_chain(network=networks[1]))]
+    assert all(map(torch.equal, *map(gradients, chains)))
+    for network in networks:
+        if change == "a weight is replaced":
+            network.inside = torch.nn.Parameter(network.inside.detach() * 2)
+        elif change == "a weight is changed":
+            network.inside.data.mul_(2)
+        else:
+            network.scale = 0.5
+    assert all(map(torch.equal, *map(gradients, chains)))
+    assert chains[1].evaluator.cuda_graphs.why_not is None
+
+
+def test_hooked_modules_are_called() -> None:
+    network = TinyNet().double()
+    seen: list[Any] = []
+    network.register_forward_hook(lambda *_: seen.append(1))
+    chain = with_recordings(tiny_chain(network=network))
+    with pytest.warns(RuntimeWarning, match="calls are not replayed, because the network has a hook"):
+        gradients(chain)
+    assert len(seen) >= 8 and Again.made == 0
+
+
+def test_what_cannot_be_recorded_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(self: Any, function: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Again, "record", record)
+    chain = with_recordings(tiny_chain())
+    with pytest.warns(RuntimeWarning, match="cannot be recorded: operation not permitted when stream is capturing"):
+        found = gradients(chain)
+    assert all(map(torch.equal, found, gradients(tiny_chain())))
+
+
+def test_automatic_recordings_are_of_known_code_that_gains() -> None:
+    chain = with_recordings(tiny_chain(), "auto")
+    gradients(chain)
+    assert "which may do more than compute a value" in chain.evaluator.cuda_graphs.why_not and Again.made == 0
+
+
+def test_a_network_that_draws_numbers_is_noticed() -> None:
+    class Drifting(TinyNet):
+        calls = 0
+
+        def forward(self, *args: Any) -> torch.Tensor:
+            type(self).calls += 1
+            return super().forward(*args) + type(self).calls
+
+    chain = with_recordings(tiny_chain(network=Drifting().double()))
+    with pytest.warns(RuntimeWarning, match="gives other bits than the network"):
+        chain(*latents(1, 3, 4, 4))
+
+
+def test_copies_record_anew() -> None:
+    chain = with_recordings(tiny_chain())
+    gradients(chain)
+    for other in (copy.deepcopy(chain.evaluator), pickle.loads(pickle.dumps(chain.evaluator))):
+        assert other.cuda_graphs.mode is True and not other.cuda_graphs._streams
+
+
+def test_another_mode_is_refused() -> None:
+    cond, uncond = conditions()
+    with pytest.raises(ValueError, match="cuda_graphs: expected \"auto\", True or False, got 'yes'"):
+        tiny_chain().evaluator.__class__(TinyNet(), cond, uncond, cuda_graphs="yes")
