@@ -37,6 +37,9 @@ DEFINES = [("TORCH_TARGET_VERSION", TARGET)]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 ARCHITECTURES = (80, 90)  # compute capabilities 8.0 and 9.0, unless TORCH_CUDA_ARCH_LIST has others
+# Some compilers link the C++ library statically. If its symbols were then exported, they would be mixed up with those
+# of the copy that torch uses, and an error raised by a kernel would end the process.
+LINK_FLAGS = ["-Wl,--exclude-libs,ALL"] if sys.platform.startswith("linux") else []
 CPU, CUDA = "doodl_fast._native", "doodl_fast._native_cuda"
 CPU_SOURCES = (
     *("cpu", "cpu_default", "cpu_avx2", "cpu_lattice"),
@@ -210,6 +213,7 @@ def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
         define_macros=DEFINES,
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))],
         extra_compile_args=CXX_FLAGS,
+        extra_link_args=LINK_FLAGS,
         libraries=libraries,
         py_limited_api=True,
     )

@@ -33,9 +33,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 SHAPES = [(1, 1), (3, 7), (2, 3, 5, 7), (1, 4, 16, 33), (2, 4, 2, 9, 11), (1, 1031), (2, 0, 4), (0, 4)]
 
 
-def require(backend: str) -> None:
-    """Skips a test, with the reason, if a backend cannot compute on the device of the tests."""
-    reason = ops.why_not(backend, DEVICE.type)
+def require(backend: str, device_type: str = DEVICE.type) -> None:
+    """Skips a test, with the reason, if a backend cannot compute on the device of the tests, or on another one."""
+    reason = ops.why_not(backend, device_type)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 

@@ -47,18 +47,17 @@ def vanishes(coefficient: float, dtype: torch.dtype) -> bool:
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a float32 or float64 tensor rounded once to a dtype, to nearest even.
 
-    PyTorch casts float64 to float16 and bfloat16 by way of float32, which rounds twice. Here the first rounding is to
-    odd; float32 has more than two bits more than either dtype, so the result is as if there were the second rounding
-    alone (Boldo and Melquiond, IEEE Trans. Comput. 57(4), 2008).
+    PyTorch casts float64 to float16 and bfloat16 by way of float32, which rounds twice. That is wrong only if the
+    float32 number is in the middle of two numbers of the dtype and the float64 number is not, so there the float32
+    number is first moved towards it. No operation looks at bits, as torch.vmap has no rule for these in every version.
     """
     if value.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
         return value.to(dtype)
     near = value.float()
-    back = near.double()
-    bits = near.view(torch.int32)
-    bits = torch.where(back.abs() > value.abs(), bits - 1, bits)  # This goes towards zero for both signs.
-    bits = torch.where(back != value, bits | 1, bits)
-    return bits.view(torch.float32).to(dtype)
+    back, once = near.double(), near.to(dtype)
+    mirrored = near + (near - once.float())  # In the middle, this is the other one of the two neighbours.
+    middle = (mirrored == mirrored.to(dtype).float()) & (mirrored != near) & (back != value)
+    return torch.where(middle, torch.nextafter(near, ((value - back) * torch.inf).float()), near).to(dtype)
 
 
 def store(out: Tensor, value: Tensor) -> None:

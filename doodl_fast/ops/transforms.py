@@ -89,7 +89,15 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError if a registered op, which would drop a forward-mode tangent, is called with one."""
-    if forward_ad._current_level >= 0 and has_tangent(*tensors):
+    if forward_ad._current_level < 0:
+        return
+    # A registered op that changes an argument is called with the key ADInplaceOrView switched off, without which
+    # torch 2.11 cannot read a tangent.
+    private: Any = torch._C
+    excluded = private._dispatch_tls_local_exclude_set().remove(private.DispatchKey.ADInplaceOrView)
+    with private._ForceDispatchKeyGuard(private._dispatch_tls_local_include_set(), excluded):
+        tangent = has_tangent(*tensors)
+    if tangent:
         raise RuntimeError(
             f"torch.ops.doodl_fast.{op}: the registered op has no forward-mode derivative; call doodl_fast.ops.{op} "
             "instead, and not under torch.compile"

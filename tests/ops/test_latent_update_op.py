@@ -36,7 +36,7 @@ def test_latent_update_against_torch(backend, dtype, settings):
     ends, momenta = [], []
     for z, momentum, grad in ((x, mx, grads[0]), (y, my, grads[1])):
         parameter = z.double().requires_grad_()
-        parameter.grad = grad
+        parameter.grad = grad.clone()  # SGD may change it, and both latents may have the same one.
         optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.9, nesterov=settings["nesterov"])
         optimizer.state[parameter]["momentum_buffer"] = momentum.clone()
         optimizer.step()

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import DTYPES
+from conftest import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import BACKENDS, SHAPES, require
@@ -27,7 +27,7 @@ MIXINGS = [
 
 
 def faults() -> Tensor:
-    return torch.zeros(3, 2, dtype=torch.int32)
+    return torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
 
 
 def operands(shape, integer: str, eps: str, guided: bool, words: int = 4, seed: int = 0) -> tuple[Tensor, ...]:
@@ -43,7 +43,8 @@ def operands(shape, integer: str, eps: str, guided: bool, words: int = 4, seed: 
     for buffer in buffers:
         buffer[-1] %= 2**16
     batch = (2 * shape[0] if guided else shape[0], *shape[1:])
-    return *pair, *buffers, torch.randn(batch, generator=generator, dtype=torch.float64).to(DTYPES[eps])
+    eps_value = torch.randn(batch, generator=generator, dtype=torch.float64).to(DTYPES[eps])
+    return tuple(z.to(DEVICE) for z in (*pair, *buffers, eps_value))
 
 
 # Comparison with Python's integers
@@ -71,11 +72,12 @@ def test_multiplication_with_a_buffer(n, m, factor, integer, words):
     if integer == "int32":
         n = n * over // (10000 * by) if by > over else n  # The result must be in range.
         expected, v = divmod(n * by + u, over)
-    target = torch.tensor([[n]], dtype=INTEGERS[integer])
-    buffer = torch.tensor([(m >> (31 * i)) & (2**31 - 1) for i in range(words)], dtype=torch.int32).reshape(-1, 1, 1)
+    target = torch.tensor([[n]], dtype=INTEGERS[integer], device=DEVICE)
+    digits = [(m >> (31 * i)) & (2**31 - 1) for i in range(words)]
+    buffer = torch.tensor(digits, dtype=torch.int32, device=DEVICE).reshape(-1, 1, 1)
     mixing = LatticeMixing(True, by, over)
     for backend in ("eager", "native", "triton"):
-        if ops.why_not(backend, "cpu") is not None:
+        if ops.why_not(backend, DEVICE.type) is not None:
             continue
         with ops.backend(backend):
             table, zeros = faults(), torch.zeros_like(buffer)
@@ -95,8 +97,8 @@ def test_coupling_adds_the_nearest_integer(backend, integer):
     u, c = eps.chunk(2)
     exact = source.double() * C + (u + G * (c - u)) * B[integer]
     assert torch.equal(out.long() - target.long(), exact.round().long()) and not table.any()
-    halves = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5]], dtype=torch.float64)
-    zero = torch.zeros(1, 5, dtype=INTEGERS[integer])
+    halves = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5]], dtype=torch.float64, device=DEVICE)
+    zero = torch.zeros(1, 5, dtype=INTEGERS[integer], device=DEVICE)
     assert ops.lattice_coupling(zero, zero, halves, table, 0, b=1.0).tolist() == [[0, 2, 2, 0, -2]]  # Ties go to even.
 
 
@@ -173,8 +175,8 @@ def test_any_layout_in_contiguous_out(backend):
 def test_range(backend, integer):
     """The limit itself is in range. One more is a fault, noted in this row alone, and changes no other element."""
     dtype = INTEGERS[integer]
-    target = torch.tensor([[limit(dtype) - 1, 5]], dtype=dtype)
-    source, eps, table = torch.zeros_like(target), torch.ones(1, 2, dtype=torch.float64), faults()
+    target = torch.tensor([[limit(dtype) - 1, 5]], dtype=dtype, device=DEVICE)
+    source, eps, table = torch.zeros_like(target), torch.ones_like(target, dtype=torch.float64), faults()
     for sign in (1, -1):
         out = ops.lattice_coupling(target * sign, source, eps * sign, table, 1, b=1.0)
         assert out.tolist() == [[sign * limit(dtype), sign * 6]] and not table.any()
@@ -188,8 +190,8 @@ def test_range(backend, integer):
 
 @pytest.mark.parametrize("undo", [False, True])
 def test_range_of_the_mixing(backend, undo):
-    target = torch.tensor([[2**30, 100]], dtype=torch.int32)
-    buffer = torch.zeros(2, 1, 2, dtype=torch.int32)
+    target = torch.tensor([[2**30, 100]], dtype=torch.int32, device=DEVICE)
+    buffer = torch.zeros(2, 1, 2, dtype=torch.int32, device=DEVICE)
     table = faults()
     out = ops.lattice_mix(target, target, buffer, buffer, None, table, 0, LatticeMixing(True, 2, 1), undo=undo)
     assert table.tolist()[0] == [1, 0] and out[0][0, 1] == 200
@@ -204,9 +206,9 @@ def test_range_of_the_mixing(backend, undo):
 @pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
 def test_what_is_not_a_number_or_too_large(backend, value, row, mixes, guided):
-    target = torch.ones(1, 3, dtype=torch.int64)
-    eps = torch.tensor([[0.0, value, 0.0]] * (2 if guided else 1), dtype=torch.float64)
-    g, table, buffer = (1.0 if guided else None), faults(), torch.zeros(1, 1, 3, dtype=torch.int32)
+    target = torch.ones(1, 3, dtype=torch.int64, device=DEVICE)
+    eps = torch.tensor([[0.0, value, 0.0]] * (2 if guided else 1), dtype=torch.float64, device=DEVICE)
+    g, table, buffer = (1.0 if guided else None), faults(), torch.zeros(1, 1, 3, dtype=torch.int32, device=DEVICE)
     if mixes:
         ops.lattice_mix(target, target, buffer, buffer, eps, table, 1, MIXINGS[0], 0.0, 1.0, g)
     else:
@@ -230,17 +232,21 @@ def test_what_is_not_a_number_or_too_large(backend, value, row, mixes, guided):
     ],
 )
 def test_bad_operands(changes, error, message):
-    x = torch.ones(2, 3, dtype=torch.int32)
+    x = torch.ones(2, 3, dtype=torch.int32, device=DEVICE)
+    changes = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in changes.items()}
     arguments = {"target": x, "source": x, "eps": None, "faults": faults(), "row": 0, **changes}
     with pytest.raises(error, match=message):
         ops.lattice_coupling(**arguments)
-    buffers = {name: torch.zeros(2, 2, 3, dtype=torch.int32) for name in ("target_buffer", "source_buffer")}
+    buffers = {
+        name: torch.zeros(2, 2, 3, dtype=torch.int32, device=DEVICE) for name in ("target_buffer", "source_buffer")
+    }
     with pytest.raises(error, match=message):
         ops.lattice_mix(**arguments, **buffers, mixing=MIXINGS[0])
 
 
 def test_bad_buffers_and_factors():
-    x, buffer = torch.ones(2, 3, dtype=torch.int32), torch.zeros(2, 2, 3, dtype=torch.int32)
+    x = torch.ones(2, 3, dtype=torch.int32, device=DEVICE)
+    buffer = torch.zeros(2, 2, 3, dtype=torch.int32, device=DEVICE)
     with pytest.raises(
         ValueError, match=r"source_buffer: expected int32 of shape \(words, \*\(2, 3\)\), got torch.int64"
     ):
@@ -280,7 +286,7 @@ def test_opcheck_of_the_native_kernels():
         for call in calls(name):
             call = (*(torch.empty_like(call[i]) for i in outs), *call)
             torch.library.opcheck(getattr(namespace, name).default, call, test_utils=("test_schema", "test_faketensor"))
-    x, table = torch.ones(4, dtype=torch.int32), faults()
+    x, table = torch.ones(4, dtype=torch.int32, device=DEVICE), faults()
     with pytest.raises(RuntimeError, match="source: expected the target's dtype"):
         namespace.lattice_coupling(x, x, x.long(), None, table, 0, 0.0, 0.0, None, False)
     with pytest.raises(RuntimeError, match="row: expected one of the faults' rows, got 3"):

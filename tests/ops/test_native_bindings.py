@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 from ops_cases import require
 
-X = torch.ones(2, 4)
-N, FAULTS, BUFFER = X.int(), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, 4, dtype=torch.int32)
+X = torch.ones(2, 4, device=DEVICE)
+ONE = torch.ones(1, device=DEVICE)
+N = X.int()
+FAULTS, BUFFER = (torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in ((1, 2), (1, 2, 4)))
 MIX = (True, 1.0, 0.0, 1.0, 0.0)
 COEFFICIENTS = (1.0, 0.5, 0.5, None)
 UPDATE = (0.5, 1.0, 0.9, False, False, 0.1)
@@ -16,13 +19,13 @@ LATTICE_MIX = (True, 1, 1, 0.0, 1, 1, 0.0, *LATTICE)
 
 
 def new() -> torch.Tensor:
-    return torch.zeros(2, 4)
+    return torch.zeros_like(X)
 
 
 CALLS = {  # Each entry has the tensors of a call by name, and the numbers after them.
     "coupling": ({"out": new(), "target": X, "source": X, "eps": X}, COEFFICIENTS),
     "coupling_vjp": (
-        {"out": new(), "out_source": new(), "out_eps": new(), "grad": X, "scale": torch.ones(1)},
+        {"out": new(), "out_source": new(), "out_eps": new(), "grad": X, "scale": ONE},
         COEFFICIENTS,
     ),
     "coupling_mix": (
@@ -30,7 +33,7 @@ CALLS = {  # Each entry has the tensors of a call by name, and the numbers after
         (*MIX, *COEFFICIENTS),
     ),
     "coupling_mix_vjp": (
-        {"out": new(), "out_source": new(), "out_eps": new(), "grad": X, "grad_source": X, "scale": torch.ones(1)},
+        {"out": new(), "out_source": new(), "out_eps": new(), "grad": X, "grad_source": X, "scale": ONE},
         (*MIX, *COEFFICIENTS),
     ),
     "latent_update": (
@@ -39,7 +42,7 @@ CALLS = {  # Each entry has the tensors of a call by name, and the numbers after
             "x": X,
             **{f"inputs{i}": X for i in range(5)},
             "noise": X,
-            "starts": torch.ones(2, 2, dtype=torch.float64),
+            "starts": torch.ones(2, 2, dtype=torch.float64, device=DEVICE),
         },
         UPDATE,
     ),
@@ -85,11 +88,11 @@ def test_dense_memory_is_taken(op):
 def test_another_number_of_elements_is_refused():
     require("native")
     with pytest.raises(RuntimeError, match="scale: expected 1 elements, got 2"):
-        torch.ops.doodl_fast_native.coupling_vjp(new(), None, new(), X, torch.ones(2), *COEFFICIENTS)
-    starts = torch.ones(2, dtype=torch.float64)
+        torch.ops.doodl_fast_native.coupling_vjp(new(), None, new(), X, torch.ones(2, device=DEVICE), *COEFFICIENTS)
+    starts = torch.ones(2, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match="starts: expected 4 elements, got 2"):
         torch.ops.doodl_fast_native.latent_update(*[new() for _ in range(4)], *[X] * 6, None, starts, *UPDATE)
-    small = torch.zeros(0, 2, 4, dtype=torch.int32)
+    small = BUFFER[:0]
     with pytest.raises(RuntimeError, match="target_buffer: expected at least one word"):
         torch.ops.doodl_fast_native.lattice_mix(N, N, small, small, N, N, small, small, None, FAULTS, 0, *LATTICE_MIX)
 

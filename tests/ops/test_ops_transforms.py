@@ -16,6 +16,7 @@ from doodl_fast import ops
 A, C, B, G = 0.9, -0.3, 0.4, 3.0
 MIX = ops.Mixing(False, 0.93, 0.07, 0.8, 0.2)
 SCALE = 0.25
+HALF = torch.float16
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -157,11 +158,13 @@ def test_higher_derivatives(backend, name):
 
 
 def test_batched_gradients(backend):
-    x = drawn(2, 3).requires_grad_()
-    out = ops.coupling(x, None, None, A)
+    """The network is in fp16 as well, whose cotangents are rounded only once."""
+    x, eps = drawn(2, 3).requires_grad_(), drawn(2, 3, seed=1).half().requires_grad_()
+    out = ops.coupling(x, None, eps, A, 0.0, B)
     cotangents = drawn(5, 2, 3)
-    (got,) = torch.autograd.grad(out, x, cotangents, is_grads_batched=True)
+    got, to_eps = torch.autograd.grad(out, (x, eps), cotangents, is_grads_batched=True)
     close(got, A * cotangents)
+    assert torch.equal(to_eps, torch.stack([ops.coupling_vjp(z, A, 0.0, B, None, None, HALF)[2] for z in cotangents]))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -190,7 +193,8 @@ def test_the_registered_ops_refuse_a_tangent(backend):
         dual = forward_ad.make_dual(x, x)
         with pytest.raises(RuntimeError, match=r"has no forward-mode derivative; call doodl_fast\.ops"):
             torch.ops.doodl_fast.coupling(dual, None, None, A, 0.0, 0.0, None)
-        n, faults = torch.ones(2, 3, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+        n = torch.ones(2, 3, dtype=torch.int32, device=DEVICE)
+        faults = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
         with pytest.raises(RuntimeError, match=r"doodl_fast\.lattice_coupling: the registered op has no forward-mode"):
             torch.ops.doodl_fast.lattice_coupling(n, n, dual, faults, 0, 0.5, 2.0, None, False)
         with pytest.raises(ValueError, match="out: expected None under forward-mode"):
@@ -198,8 +202,8 @@ def test_the_registered_ops_refuse_a_tangent(backend):
 
 
 def lattice_calls(eps: Tensor) -> list:
-    n, buffer = torch.ones(2, 3, dtype=torch.int32), torch.zeros(1, 2, 3, dtype=torch.int32)
-    faults = torch.zeros(1, 2, dtype=torch.int32)
+    n = torch.ones(2, 3, dtype=torch.int32, device=DEVICE)
+    buffer, faults = (torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in ((1, 2, 3), (1, 2)))
     mixing = ops.LatticeMixing(True)
     return [
         lambda: ops.lattice_coupling(n, n, eps, faults, 0, 0.5, 2.0),
@@ -209,7 +213,7 @@ def lattice_calls(eps: Tensor) -> list:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_lattice_ops_have_no_derivative(which):
-    eps = torch.ones(2, 3)
+    eps = torch.ones(2, 3, device=DEVICE)
     message = r"lattice_.*: expected tensors without a gradient or a tangent, as rounding to integers has no derivative"
     with pytest.raises(RuntimeError, match=message):
         lattice_calls(eps.clone().requires_grad_())[which]()

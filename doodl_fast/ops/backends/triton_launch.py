@@ -44,4 +44,4 @@ def blocks(n: int) -> int:
 
 def floats(*numbers: float | None) -> list[float]:
     """Returns the numbers as a kernel takes them: as floats, with 0 for None."""
-    return [float(number or 0.0) for number in numbers]
+    return [0.0 if number is None else float(number) for number in numbers]  # This keeps the sign of -0.0.
