@@ -17,6 +17,7 @@ from .clip_image import ClipImage
 from .clip_text import ClipText
 from .cutouts import random_cutouts
 from .hps import HPSv2
+from .image_reward import ImageReward
 from .noise import NoiseNorm, NoiseProbability, StartDistance, Whiteness, white_projection
 from .open_clip import load_open_clip
 from .picture import Picture
@@ -29,6 +30,7 @@ __all__ = [
     "ClipImage",
     "ClipText",
     "HPSv2",
+    "ImageReward",
     "NoiseNorm",
     "NoiseProbability",
     "PickScore",

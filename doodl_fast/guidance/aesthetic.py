@@ -42,7 +42,8 @@ def load_aesthetic_head(source: str | Path) -> nn.Linear:
             "bias" of shape (1,), nor the layers of one of those heads.
     """
     state = read_tensors(source, "head", HEAD)
-    state = _product(state, source) if _layers(state) else state
+    if _layers(state):
+        return linear_head(state, source)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     weight = shapes.get("weight", ())
     missing, others = sorted({"weight", "bias"} - set(shapes)), sorted(map(str, set(shapes) - {"weight", "bias"}))
@@ -52,8 +53,13 @@ def load_aesthetic_head(source: str | Path) -> nn.Linear:
         raise ValueError(
             f"head: expected {HEAD} in {str(source)!r}, got {shapes}" + (f" ({'; '.join(notes)})" if notes else "")
         )
-    head = nn.Linear(weight[1], 1)
-    head.load_state_dict({name: value.float() for name, value in state.items()})
+    return _linear(state["weight"], state["bias"])
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A frozen layer of a matrix (1, D) and a bias (1,), in float32."""
+    head = nn.Linear(weight.shape[1], 1)
+    head.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return head.eval().requires_grad_(False)
 
 
@@ -65,11 +71,16 @@ def _layers(state: dict[str, Tensor]) -> list[str]:
     return []
 
 
-def _product(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The weight and the bias of the one linear layer that several of them are together.
+def linear_head(state: dict[str, Tensor], source: str | Path) -> nn.Linear:
+    """Makes one linear layer of several that have no activation between them.
+
+    Args:
+        state: Their weights, under names that begin with a key of `STACKS`.
+        source: The file that errors name.
 
     Raises:
-        ValueError: Layers are missing, there are other ones, or one does not fit to the next.
+        ValueError: Layers are missing, there are other ones, one does not fit to the next, or they do not end in one
+            score.
     """
     layers = _layers(state)
     expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
@@ -88,7 +99,11 @@ def _product(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"head: expected layers of which each fits to the next in {str(source)!r}, got {shapes}"
         ) from error
-    return {"weight": weight, "bias": bias}
+    if weight.shape[0] != 1:
+        raise ValueError(
+            f"head: expected layers that end in one score in {str(source)!r}, got {weight.shape[0]} of them"
+        )
+    return _linear(weight, bias)
 
 
 def aesthetic_score(features: Tensor, head: nn.Linear) -> Tensor:

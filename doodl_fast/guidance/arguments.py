@@ -31,6 +31,14 @@ def check_channels(values: Sequence[Any], name: str, positive: bool = False) -> 
     return tuple(map(float, numbers))
 
 
+def checked_prompt(prompt: Any) -> tuple[str | tuple[str, ...], list[str]]:
+    """Returns one text, or a tuple of texts, and both as a list. Raises ValueError if there is none or one is empty."""
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"prompt: expected a text, or a text for each picture, got {prompt!r}")
+    return prompt if isinstance(prompt, str) else tuple(texts), texts
+
+
 def is_finite(value: Any) -> bool:
     """Whether a value is a finite number; True and False are not numbers here."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

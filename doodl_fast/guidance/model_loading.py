@@ -52,7 +52,12 @@ def read_tensors(source: str | Path, argument: str, expected: str) -> dict[str, 
 
 
 def load_model(
-    kind: Any, source: str | Path, dtype: torch.dtype, config: Any = None, state: Mapping[str, Tensor] | None = None
+    kind: Any,
+    source: str | Path,
+    dtype: torch.dtype,
+    config: Any = None,
+    state: Mapping[str, Tensor] | None = None,
+    **more: Any,
 ) -> tuple[Any, str]:
     """Loads a transformers model from safetensors files.
 
@@ -62,6 +67,7 @@ def load_model(
         dtype: The dtype of the weights.
         config: The model's config, if `source` is a file whose weights have been read.
         state: Those weights, by the names that transformers gives to them.
+        **more: What else the model's class is called with.
 
     Returns:
         The model in eval mode, and the folder or hub id as text.
@@ -70,7 +76,7 @@ def load_model(
         ValueError: There is no such model, or it lacks weights of `kind`, or has them in other shapes: transformers
             would make those up at random.
     """
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **more}
     name = str(source) if state is not None else check_source(source, "config.json", "guidance model")
     with loading(name, "guidance model"):
         if state is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import loading
+from .arguments import checked_prompt
 from .clip import ClipGuide, projected
 from .cutouts import check_images
 from .model_loading import load_model
@@ -47,9 +48,7 @@ class TextScore(ClipGuide):
         super().__init__(model, processor, lean=lean)
         if not callable(getattr(model, "get_text_features", None)):
             raise TypeError(f"model: expected a transformers CLIPModel or SiglipModel, got {type(model).__name__}")
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"prompt: expected a text, or a text for each picture, got {prompt!r}")
+        self.prompt, texts = checked_prompt(prompt)
         tokenizer: Callable[..., Any] | None = getattr(processor, "tokenizer", processor)
         if not callable(tokenizer) or not hasattr(tokenizer, "model_max_length"):
             raise TypeError(f"processor: expected one with a tokenizer, got {type(processor).__name__}")
@@ -62,7 +61,6 @@ class TextScore(ClipGuide):
             self.scale = float(model.logit_scale.detach().to(wide).exp())
             bias = getattr(model, "logit_bias", None)
             self.bias = 0.0 if bias is None else float(bias)
-        self.prompt = prompt if isinstance(prompt, str) else tuple(texts)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Computes the loss, a 0-dim tensor, of images (B, 3, H, W) in [-1, 1]."""

@@ -170,7 +170,7 @@ def test_other_stacks_of_layers(tmp_path: Path) -> None:
         ({**whole, "layers.2.weight": torch.zeros(128, 7)}, "expected layers of which each fits to the next in"),
         (
             {**whole, "layers.7.weight": torch.zeros(2, 16), "layers.7.bias": torch.zeros(2)},
-            "expected a weight of shape",
+            "expected layers that end in one score in",
         ),
     ):
         torch.save(state, tmp_path / "head.pth")
