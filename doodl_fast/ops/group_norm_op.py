@@ -307,6 +307,8 @@ def _eager(call: Any) -> None:
     weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (call.weight, call.bias))
     n, channels = x.shape[:2]
     pixels = x[0, 0].numel()
+    if not x.is_cpu:  # PyTorch's kernel for GPUs takes contiguous tensors alone.
+        x = x.contiguous()
     y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, pixels, call.num_groups, call.eps)
     store(call.y, F.silu(y) if call.silu else y)
     call.mean.copy_(mean)
