@@ -11,6 +11,10 @@ from types import TracebackType
 LOCK = ".lock"
 
 
+class FolderInUse(ValueError):
+    """Another process holds a folder."""
+
+
 class FolderLock:
     """``with FolderLock(folder):`` holds the folder for its duration.
 
@@ -22,7 +26,8 @@ class FolderLock:
         folder: It is made if it does not exist.
 
     Raises:
-        ValueError: Another process holds the folder, or its path is that of a file.
+        FolderInUse: Another process holds the folder. It is a ValueError.
+        ValueError: The folder's path is that of a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +57,7 @@ class FolderLock:
         return self
 
     def _lock(self, descriptor: int) -> None:
-        """Takes the lock of an open file. Raises ValueError if another process has it."""
+        """Takes the lock of an open file. Raises FolderInUse if another process has it."""
         try:
             import fcntl
         except ImportError:  # Windows
@@ -62,7 +67,7 @@ class FolderLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
-            raise ValueError(
+            raise FolderInUse(
                 f"folder: {str(self.folder)!r} is in use by another run (process {holder}); wait for it to end, or "
                 "pass another folder"
             ) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from . import checkpoint
 from .arguments import (
     as_pair,
     check_functions,
-    check_path,
     check_randomness,
     check_steps,
     check_stopping,
@@ -34,6 +32,7 @@ from .objective import Decode, Objective, undecoded
 from .optimizers import OptimizerFactory, SchedulerFactory
 from .progress import Progress
 from .result import Pair, Result, StepInfo
+from .run_folder import check_home, hash_of, home_of
 from .searching import start_from_best
 from .update import UpdateSettings
 from .variables import START, VariableOptions, parse
@@ -173,13 +172,13 @@ def optimize(
     generator = generator or torch.Generator().manual_seed(seed)
     bound = BoundChain(chain, chosen, x, per_sample, seed)
     update = new_update((x, y), settings, generator, chosen, bound.initial, optimizer, scheduler, per_sample)
-    home = _home(folder, resume)
-    _check_home(home, resume)
+    home = home_of(folder, resume)
+    check_home(home, resume)
     with contextlib.nullcontext() if home is None else FolderLock(home):
-        _check_home(home, resume)  # again, as another process may have used the folder in between
+        check_home(home, resume)  # again, as another process may have used the folder in between
         functions = None if home is None else fingerprint(chain, decode, losses)
         objective = new_objective(bound, decode, losses, x.dtype, update, first_image_only, per_sample)
-        plain = {**settings.as_dict(), "first_image_only": first_image_only, "seed": noise_seed, "start": _hash(x, y)}
+        plain = {**settings.as_dict(), "first_image_only": first_image_only, "seed": noise_seed, "start": hash_of(x, y)}
         plain |= plain_settings(chosen, bound.initial, per_sample, patience, min_delta, best_of)
         run = Progress(update, plain, functions, per_sample, patience, min_delta)
         if resume and home is not None:
@@ -240,44 +239,3 @@ def descend(
 def _evaluate(objective: Objective, step: int, latents: list[Tensor], values: dict[str, list[Tensor]]) -> Evaluation:
     """The losses and gradients of other values, for an optimizer that evaluates the loss several times."""
     return objective.evaluate(latents, step, values)
-
-
-def _home(folder: str | Path | None, resume: bool | str | Path) -> Path | None:
-    """The folder of the run, or None. Raises ValueError for arguments that contradict each other."""
-    check_path("folder", folder)
-    check_path("resume", resume)
-    if resume is True and folder is None:
-        raise ValueError("resume: expected folder= beside resume=True, got none; name the folder that holds the run")
-    if isinstance(resume, bool):
-        return None if folder is None else Path(folder)
-    if folder is not None and Path(folder) != Path(resume):
-        raise ValueError(f"resume: expected the same folder as folder={str(folder)!r}, got {str(resume)!r}")
-    return Path(resume)
-
-
-def _check_home(home: Path | None, resume: bool | str | Path) -> None:
-    """Raises ValueError if a new run is to be stored over another, or if there is no run to be resumed."""
-    if home is None:
-        return
-    stored = (home / checkpoint.INDEX).exists()
-    lost = checkpoint.without_index(home)
-    if lost is not None:
-        name = "resume" if resume else "folder"
-        raise ValueError(
-            f"{name}: {str(home)!r} holds {lost} without the {checkpoint.INDEX} that belongs to it, so its run cannot "
-            "be resumed; pass another folder, or delete that file to begin anew"
-        )
-    if stored and not resume:
-        raise ValueError(
-            f"folder: {str(home)!r} already holds a run; pass resume=True to continue it, or another folder"
-        )
-    if resume and not stored:
-        raise ValueError(
-            f"resume: expected a folder with {checkpoint.INDEX} in it, got {str(home)!r}; start without resume="
-        )
-
-
-def _hash(x: Tensor, y: Tensor) -> str:
-    """A hash of the values of the starting latents."""
-    data = b"".join(z.detach().double().cpu().contiguous().numpy().tobytes() for z in (x, y))
-    return hashlib.sha256(data).hexdigest()

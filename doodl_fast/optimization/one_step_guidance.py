@@ -21,7 +21,7 @@ from ..chain.evaluator import Evaluator
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.guided import unconditional
 from ..diffusion.schedule import Schedule
-from ..solvers.edict import EDICT
+from ..solvers.base import DiffusionChain
 from .objective import cotangent_of, decoder_dtype, wide
 
 
@@ -166,7 +166,7 @@ class OneStepGuidance(Evaluator):
 
 @torch.no_grad()
 def one_step(
-    chain: EDICT,
+    chain: DiffusionChain,
     latents: Tensor | tuple[Tensor, Tensor],
     decode: Callable[[Tensor], Tensor],
     loss: Callable[[Tensor], Tensor],
@@ -175,15 +175,19 @@ def one_step(
     """Runs a chain once under `OneStepGuidance`.
 
     Args:
-        chain: Its denoiser is guided.
+        chain: Its denoiser is guided. EDICT, or a solver that starts from one latent, such as DDIM.
         latents: Noise, (B, C, h, w), or a pair (x, y) of it.
         decode: Latents -> images, differentiable.
         loss: Images -> 0-dim tensor.
         scale: The strength of the guidance.
 
     Returns:
-        The final latents (x, y), each (B, C, h, w).
+        The final latents (x, y), each (B, C, h, w); of a solver that starts from one latent, what it returns itself.
     """
-    x, y = (latents, latents) if isinstance(latents, Tensor) else latents
     guided = OneStepGuidance(chain.denoiser, chain.schedule, decode, loss, scale)
-    return Chain(guided, chain.program, state_dtype=chain.state_dtype)(x, y)
+    plain = Chain(guided, chain.program, state_dtype=chain.state_dtype)
+    if getattr(chain, "num_starts", 2) == 2:
+        return plain(*((latents, latents) if isinstance(latents, Tensor) else latents))
+    x = latents if isinstance(latents, Tensor) else latents[0]
+    ends = plain(x, torch.zeros_like(x))
+    return (ends[1], ends[0]) if chain.picture_index else ends

@@ -97,6 +97,8 @@ class Progress:
     def load(self, home: Path) -> None:
         """Continues from what the folder `home` holds. Raises ValueError if that is another run's."""
         tree = checkpoint.load(home)
+        if "search" in tree:
+            raise ValueError(f"resume: {str(home)!r} holds a search, expected an optimisation; pass another folder")
         for name, value in self.settings.items():
             if tree["settings"].get(name) != value:
                 raise ValueError(
