@@ -19,6 +19,8 @@ from .errors import UsageError, explain
 COMMANDS = {
     "demo": "optimise latents of the embedded pipeline and show what changes",
     "run": "optimise latents of a diffusers pipeline for a guide",
+    "sweep": "do runs of many prompts, seeds, guides and methods, in any number of processes",
+    "summarise": "compare the methods of a sweep, with intervals",
     "invert": "take a picture to the noise that leads to it, exactly",
     "generate": "make an inverted picture again, or edit it by another prompt",
     "drift": "measure how exactly chains come back, by arithmetic and length",
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_module(args.command).run(args) or 0)
     except KeyboardInterrupt:
         hint = "; the same command with --resume continues" if hasattr(args, "resume") else ""
+        hint = "; the same command continues" if getattr(args, "command", None) == "sweep" else hint
         print(f"\ndoodl-fast: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:

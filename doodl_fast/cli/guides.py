@@ -16,70 +16,81 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    Guide = Callable[[Tensor], Tensor]
+
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
-def _clip(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Loads the CLIP model and its processor."""
-    if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
+Load = Callable[[str, argparse.Namespace, "torch.device", "torch.dtype"], tuple[Any, Any]]
+"""Loads the model of a guide, "clip" or "classifier", and its processor. A sweep hands over one that keeps them."""
+
+
+def is_embedded(args: argparse.Namespace) -> bool:
+    """Whether a guide's model is the embedded one."""
+    return args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED)
+
+
+def load_guide(kind: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Loads the model of a guide, "clip" or "classifier", and its processor."""
+    if is_embedded(args):
         from .. import shapes
 
-        model, processor = shapes.load_clip()
+        model, processor = shapes.load_clip() if kind == "clip" else shapes.load_classifier()
         return model.to(device, dtype), processor
-    from ..guidance.clip import load_clip
+    if kind == "clip":
+        from ..guidance.clip import load_clip
 
-    return load_clip(args.guidance_model or DEFAULT_CLIP, device, dtype)
+        return load_clip(args.guidance_model or DEFAULT_CLIP, device, dtype)
+    if args.guidance_model is None:
+        raise ValueError("--guidance-model: expected an image classifier with --guidance classifier, got none")
+    from ..guidance.classifier import load_classifier
+
+    return load_classifier(args.guidance_model, device, dtype)
 
 
-def _clip_text(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _clip_text(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, load: Load) -> Guide:
     """Makes the loss of CLIP guidance to a text."""
     from ..guidance import ClipText
 
-    model, processor = _clip(args, device, dtype)
+    model, processor = load("clip", args, device, dtype)
     return ClipText(model, processor, _target_text(args), args.num_cutouts, args.cut_power)
 
 
-def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, load: Load) -> Guide:
     """Makes the loss of CLIP guidance to pictures."""
     from ..guidance import ClipImage
 
     if not args.guidance_image:
         raise ValueError("--guidance-image: expected one or more files with --guidance clip-image, got none")
-    model, processor = _clip(args, device, dtype)
+    model, processor = load("clip", args, device, dtype)
     return ClipImage(model, args.guidance_image, processor, args.num_cutouts, args.cut_power)
 
 
-def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, load: Load) -> Guide:
     """Makes the loss of guidance to a class of an image classifier."""
     from ..guidance import Classifier
 
     if args.label is None:
         raise ValueError("--label: expected a class's name or index with --guidance classifier, got none")
-    if args.model == EMBEDDED and args.guidance_model in (None, EMBEDDED):
-        from .. import shapes
-
-        model, processor = shapes.load_classifier()
-        return Classifier(model.to(device, dtype), processor, args.label)
-    if args.guidance_model is None:
-        raise ValueError("--guidance-model: expected an image classifier with --guidance classifier, got none")
-    return Classifier.from_pretrained(args.guidance_model, args.label, device, dtype)
+    model, processor = load("classifier", args, device, dtype)
+    return Classifier(model, processor, args.label)
 
 
-def _symmetry(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _symmetry(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, load: Load) -> Guide:
     """Makes the loss of guidance to mirror symmetry."""
     from ..guidance import Symmetry
 
     return Symmetry(args.direction)
 
 
-def _picture(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _picture(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, load: Load) -> Guide:
     """Makes the loss of the distance to a picture."""
     from ..guidance import Picture
 
     return Picture(args.target)
 
 
-GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Callable[[Tensor], Tensor]]] = {
+MAKERS: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype, Load], Guide]] = {
     "clip-text": _clip_text,
     "clip-image": _clip_image,
     "classifier": _classifier,
@@ -88,14 +99,27 @@ GUIDES: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Call
 }
 
 
+def guides(load: Load = load_guide) -> dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Guide]]:
+    """By name what makes each guide.
+
+    Args:
+        load: Loads the models of guides.
+    """
+
+    def with_load(make: Callable[..., Guide]) -> Callable[[argparse.Namespace, torch.device, torch.dtype], Guide]:
+        return lambda args, device, dtype: make(args, device, dtype, load)
+
+    return {name: with_load(make) for name, make in MAKERS.items()}
+
+
 def add_arguments(parser: Parser) -> None:
     """Adds the options that choose and describe a guide."""
     parser.add_argument(
         "--guidance",
         nargs="+",
-        type=weighted(tuple(GUIDES)),
+        type=weighted(tuple(MAKERS)),
         metavar="GUIDE[:WEIGHT]",
-        help=f"one or several of {', '.join(GUIDES)}, e.g. clip-text symmetry:0.1",
+        help=f"one or several of {', '.join(MAKERS)}, e.g. clip-text symmetry:0.1",
     )
     parser.add_argument(
         "--loss",
@@ -138,7 +162,7 @@ def check_guide(args: argparse.Namespace) -> None:
     """
     names = guide_names(args)
     if not names and not args.loss:
-        raise ValueError(f"--guidance: expected one of {', '.join(GUIDES)}, or --loss, got neither")
+        raise ValueError(f"--guidance: expected one of {', '.join(MAKERS)}, or --loss, got neither")
     if len(set(names)) < len(names):
         raise ValueError(f"--guidance: expected each guide once, got {' '.join(names)}")
     if args.guidance is not None and len(args.guidance) == 1:

@@ -23,8 +23,8 @@ from .families import (
     own_options,
 )
 from .files import replace, write_animation, write_json, write_picture
-from .guides import GUIDES, check_guide
 from .guides import add_arguments as add_guide_arguments
+from .guides import check_guide, guides
 from .losses import find_optimizer, guide_names, make_losses
 from .solvers import EDICT, add_solver, check_solver, make_chain
 
@@ -118,24 +118,16 @@ def _memory(text: str) -> str | int:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the optimisation and writes its results; gives the exit code."""
-    check_guide(args)
-    check_solver(args)
-    fill_guidance_scale(args)
+    check_and_fill(args)
     settings = options.as_json(args)
     continued = _check_out(args, settings)
-    options.quiet_libraries()
+    check_model_options(args)
     import torch
 
     from ..optimization.loop import optimize
 
     device, dtype = options.find_device(args.device), options.find_dtype(args.dtype)
-    _check_numbers(args)
-    options.check_model(args.model)
-    check_prompt(args)
-    own_options(args)
-    check_sizes(args, [args.steps], ("height", "width"))
-    optimizer = find_optimizer(args.optimizer, args.lr)
-    loss = make_losses(args, GUIDES, device, dtype)  # before the larger model, so that its mistakes show early
+    loss = make_losses(args, guides(), device, dtype)  # before the larger model, so that its mistakes show early
     pipeline = options.load_pipeline(args)
     chain = make_chain(args, pipeline, memory=args.memory, memory_budget=args.memory_budget, arithmetic=args.arithmetic)
     latents = draw_noise(chain, args.seed)
@@ -149,16 +141,7 @@ def run(args: argparse.Namespace) -> int:
         decode,
         loss,
         args.optimization_steps,
-        grad_scale=args.learning_rate,
-        momentum=args.momentum,
-        nesterov=args.nesterov,
-        clip_grad_value=args.clip_grad_value,
-        tied_latents=args.tied,
-        renormalize_latents=args.renormalize,
-        perturbation_scale=args.perturbation_scale,
-        first_image_only=args.first_image_only,
-        optimizer=optimizer,
-        seed=args.seed,
+        **update_options(args),
         callback_on_step_end=_Writer(args.out, settings, args.save_every, frames),
         folder=args.out / STATE,
         resume=continued,
@@ -169,6 +152,41 @@ def run(args: argparse.Namespace) -> int:
         f"{result.best_step} steps; pictures and {RESULT} in {args.out}"
     )
     return 0
+
+
+def check_and_fill(args: argparse.Namespace) -> None:
+    """Checks the options of the guide and the solver, and fills in the defaults that depend on other options."""
+    check_guide(args)
+    check_solver(args)
+    fill_guidance_scale(args)
+
+
+def check_model_options(args: argparse.Namespace) -> None:
+    """Checks everything else that can be said before a model is loaded."""
+    options.quiet_libraries()
+    options.find_device(args.device)
+    _check_numbers(args)
+    options.check_model(args.model)
+    check_prompt(args)
+    own_options(args)
+    check_sizes(args, [args.steps], ("height", "width"))
+    find_optimizer(args.optimizer, args.lr)
+
+
+def update_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `optimize` that the command line gives."""
+    return {
+        "grad_scale": args.learning_rate,
+        "momentum": args.momentum,
+        "nesterov": args.nesterov,
+        "clip_grad_value": args.clip_grad_value,
+        "tied_latents": args.tied,
+        "renormalize_latents": args.renormalize,
+        "perturbation_scale": args.perturbation_scale,
+        "first_image_only": args.first_image_only,
+        "optimizer": find_optimizer(args.optimizer, args.lr),
+        "seed": args.seed,
+    }
 
 
 def draw_noise(chain: DiffusionChain, seed: int) -> Tensor:
