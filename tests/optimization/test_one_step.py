@@ -30,6 +30,7 @@ from doodl_fast.diffusion.pipeline import Decoder, to_pil
 from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.guidance import Symmetry
 from doodl_fast.optimization import OneStepGuidance, one_step
+from doodl_fast.solvers.ddim import DDIM
 from doodl_fast.solvers.edict import EDICT
 
 
@@ -174,3 +175,22 @@ def test_pairs_of_conditions_have_their_unconditional_half() -> None:
     guide = OneStepGuidance(denoiser, schedule, lambda z: z, lambda image: image.square().sum())
     guide.gradient(torch.randn(2, 3, 4, 4), schedule.timesteps[0])
     assert [leaf.tolist() for leaf in seen] == [[[0.0], [0.0]]]
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_ddim_under_guidance_is_the_sampler_of_diffusers(steps: int) -> None:
+    """The steps are those of `DDIMScheduler.step`, given the guided noise prediction."""
+    denoiser, scheduler = tiny().denoiser, sd_scheduler()
+    chain = DDIM(denoiser, Schedule.from_scheduler(scheduler, steps))
+    x = latents(2, 3, 4, 4)[0]
+    guided = OneStepGuidance(denoiser, chain.schedule, decode, loss, 30.0)
+    scheduler.set_timesteps(steps)
+    for name in ("alphas_cumprod", "final_alpha_cumprod"):  # so that its coefficients are not rounded to float32
+        setattr(scheduler, name, getattr(scheduler, name).double())
+    expected = x
+    for t in scheduler.timesteps:
+        expected = scheduler.step(guided(expected, int(t)), t, expected).prev_sample
+    found = one_step(chain, x, decode, loss, 30.0)
+    assert relative(found[0], expected) < 1e-10
+    assert relative(found[0], chain(x)[0]) > 1e-4
+    assert torch.equal(one_step(chain, x, decode, loss, 0.0)[0], chain(x)[0].detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,18 @@ def test_folders_that_cannot_be_one(tmp_path: Path) -> None:
         (tmp_path / "sweep.json").write_text(text)
         with pytest.raises(ValueError, match="is damaged or foreign"):
             Plan.load(tmp_path)
+
+
+def test_the_example_of_the_docs() -> None:
+    """It has as many runs as the page says, and its options can be read."""
+    from doodl_fast.cli.sweep_options import different, namespace
+    from doodl_fast.sweep.config import _toml
+
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "sweep.md").read_text()
+    whole, part = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    plan = expand(_toml(whole))
+    assert f"so {len(plan.runs)} runs" in page
+    more = _toml(whole) | {"methods": _toml(part)["methods"]}
+    for run in different([*plan.runs, *expand(more).runs]):
+        args = namespace(run)
+        assert args.model == "shapes" and args.steps == (4 if run.method == "all-noise" else 12)
