@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from doodl_fast import cli, shapes
 from doodl_fast.cli import options, sweep_runs
@@ -126,6 +127,7 @@ def test_results_do_not_show_that_processes_were_killed(tmp_path: Path, monkeypa
     pipeline, models = shapes.load_pipeline(), shapes.load_clip()
     monkeypatch.setattr(options, "load_pipeline", lambda args: pipeline)
     monkeypatch.setattr(sweep_runs, "load_guide", lambda kind, args, device, dtype: models)
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)  # no thread of tqdm's that a fork would find in any state
     config, log = tmp_path / "sweep.json", Log(monkeypatch)
     config.write_text(json.dumps(CONFIG))
     # In this process, which so imports whatever the others would spend their first second on.
@@ -138,8 +140,9 @@ def test_results_do_not_show_that_processes_were_killed(tmp_path: Path, monkeypa
     while kills < KILLS:
         out, here = tmp_path / f"round{rounds}", 0
         rounds += 1
-        steady = log.process(config, out)
+        steady, deadline = log.process(config, out), time.monotonic() + 300
         while steady.is_alive():
+            assert time.monotonic() < deadline, out.with_suffix(".err").read_text()
             victim = log.process(config, out)
             victim.join(moments.uniform(0.05, 0.8))
             if victim.is_alive():
