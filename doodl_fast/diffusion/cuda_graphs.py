@@ -1,6 +1,6 @@
 """CUDA graphs of a `Denoiser`'s calls: when they are used, and when they are made anew.
 
-A UNet launches a thousand small kernels a call. On a fast GPU that takes longer than the kernels themselves. All calls
+A UNet launches many small kernels a call. On a fast GPU that takes longer than the kernels themselves. All calls
 of a chain have the same shapes, so one recording of a call, and one of a call with its vector-Jacobian product (VJP),
 serve all of them.
 
@@ -135,11 +135,11 @@ class CudaGraphs:
             self._refuse("another thread calls the same denoiser")
             return new_call()(*args)
         try:
-            reason = OUTSIDE if run is None else self._why_not(run, args[0])
-            if run is None or reason is not None:
-                self._refuse(reason or OUTSIDE)
-                return new_call()(*args)
-            return self._replayed(run, new_call, args)
+            reason = self._why_not(run, args[0])
+            if run is not None and reason is None:
+                return self._replayed(run, new_call, args)
+            self._refuse(reason or OUTSIDE)
+            return new_call()(*args)
         finally:
             self._lock.release()
 
@@ -161,22 +161,22 @@ class CudaGraphs:
         key = (run.variant, str(structure), tuple(map(_kind, tensors)), tuple(wanted))
         stream = self._stream(tensors[0].device)
         found = stream.recording(key, others)
+        expected: Tensor | None = None
         if found.refusal is None and (found.checked is None or found.checked() is not run):
             with torch.no_grad():
-                expected = function(*tensors)
+                expected = function(*(tensor.clone() for tensor in tensors))  # A network may change its arguments.
             found.checked = weakref.ref(run)
             weights = _addresses(run.module)
             if found.recorded is None or found.weights != weights or not _same(found.recorded, tensors, expected):
                 found.recorded, found.weights = None, weights
                 found.refusal = self._record(stream.shared, found, function, tensors, wanted, expected)
-            if not any(wanted):
-                self.why_not = found.refusal
-                return expected
         if found.recorded is None:
             self._refuse(found.refusal or "")
-            return function(*tensors)
-        self.why_not = None
-        return found.recorded(*tensors)
+        else:
+            self.why_not = None
+        if expected is not None and not any(wanted):
+            return expected
+        return function(*tensors) if found.recorded is None else found.recorded(*tensors)
 
     def _record(
         self,
@@ -190,14 +190,14 @@ class CudaGraphs:
         """Makes a recording. Returns the reason if it is of no use."""
         try:
             recorded = RecordedCall(shared, function, tensors, wanted)
-        except RuntimeError as error:
+            if not _same(recorded, tensors, expected):
+                return "replayed, a call gives other bits than the network"
+            ways = [functools.partial(_value_and_gradients, way, tensors, wanted) for way in (function, recorded)]
+            if not all(map(_is_close, *(way() for way in reversed(ways)))):
+                return "replayed, a call gives another gradient than the network"
+            launching, replaying = (min(shared.recorder.seconds(way) for _ in range(2)) for way in ways)
+        except RuntimeError as error:  # It may also be out of memory, which the recording takes as well as the network.
             return f"the network's call cannot be recorded: {str(error).splitlines()[0]}"
-        if not _same(recorded, tensors, expected):
-            return "replayed, a call gives other bits than the network"
-        ways = [functools.partial(_value_and_gradients, way, tensors, wanted) for way in (function, recorded)]
-        if not all(map(_is_close, *(way() for way in reversed(ways)))):
-            return "replayed, a call gives another gradient than the network"
-        launching, replaying = (min(shared.recorder.seconds(way) for _ in range(2)) for way in ways)
         if self.mode == AUTO and replaying > FASTER * launching:
             return f"a replay takes {replaying:.3g} s, and a call {launching:.3g} s"
         found.recorded = recorded
@@ -210,8 +210,10 @@ class CudaGraphs:
             self._streams[key] = _Stream(Shared(self._recorder(device)))
         return self._streams[key]
 
-    def _why_not(self, run: ActiveCall, x: Tensor) -> str | None:
+    def _why_not(self, run: ActiveCall | None, x: Tensor) -> str | None:
         """Why calls of a run are not replayed now, or None."""
+        if run is None:
+            return OUTSIDE
         if x.device.type != self._recorder.device_type:
             return f"the latents lie on {x.device}"
         if torch.is_inference_mode_enabled():
@@ -296,7 +298,7 @@ def _same(recorded: RecordedCall, tensors: list[Tensor], expected: Tensor) -> bo
 
 def _value_and_gradients(function: Function, tensors: list[Tensor], wanted: list[bool]) -> list[Tensor]:
     """A function's gradients for a cotangent that is the same each time, or its value if no gradient is wanted."""
-    leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+    leaves = [t.detach().clone().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
     with torch.set_grad_enabled(any(wanted)):
         value = function(*leaves)
     if not any(wanted):

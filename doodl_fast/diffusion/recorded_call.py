@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +20,12 @@ class Shared:
     Attributes:
         recorder: It makes the recordings.
         turn: Counts the replays. A recording's intermediate results are valid until the next replay of any recording.
+        lock: Held while inputs are copied in, kernels are launched and results are copied out, so that the replays of
+            several threads do not mix.
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        self.recorder, self.turn = recorder, 0
+        self.recorder, self.turn, self.lock = recorder, 0, threading.RLock()
 
 
 class RecordedCall:
@@ -49,6 +52,7 @@ class RecordedCall:
         self._inputs = [x.detach().clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
         self._leaves = [x for x in self._inputs if x.requires_grad]
         self._latest: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self._inputs)
+        versions = [x._version for x in self._inputs]
         self._output: Tensor | None = None
         self._cotangent: Tensor | None = None
 
@@ -70,12 +74,14 @@ class RecordedCall:
                 self._cotangent = torch.zeros_like(value)
                 backward()
 
-        shared.recorder.warm_up(both)
-        self._output = None
-        self._replay_forward, self._value = shared.recorder.record(forward)
-        if self._leaves:
-            self._replay_backward, self._gradients = shared.recorder.record(backward)
-        shared.turn += 1
+        with shared.lock:
+            shared.recorder.warm_up(both)
+            self._output = None
+            self._replay_forward, self._value = shared.recorder.record(forward)
+            if self._leaves:
+                self._replay_backward, self._gradients = shared.recorder.record(backward)
+            shared.turn += 1
+        self._stay = [x._version == version for x, version in zip(self._inputs, versions, strict=True)]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's value, a tensor of its own."""
@@ -86,13 +92,15 @@ class RecordedCall:
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, int]:
         """Replays the call. Returns the value, and the number of the replay."""
-        with torch.no_grad():
+        with torch.no_grad(), self._shared.lock:
             for index, (own, given) in enumerate(zip(self._inputs, inputs, strict=True)):
                 latest = self._latest[index]
-                # Conditions are the same tensors in all evaluations of a run, and are copied once.
+                # Conditions are the same tensors in all evaluations of a run, and are copied once, unless the function
+                # changes what it is given.
                 if latest is None or latest[0]() is not given or latest[1] != given._version:
                     own.copy_(given)
-                    self._latest[index] = None if given.is_inference() else (weakref.ref(given), given._version)
+                    keeps = self._stay[index] and not given.is_inference()
+                    self._latest[index] = (weakref.ref(given), given._version) if keeps else None
             self._replay_forward()
             self._shared.turn += 1
             return self._value.clone(), self._shared.turn
@@ -105,10 +113,10 @@ class RecordedCall:
             inputs: Its inputs.
             cotangent: That of its value.
         """
-        if turn != self._shared.turn:
-            self.forward(inputs)
         assert self._cotangent is not None
-        with torch.no_grad():
+        with torch.no_grad(), self._shared.lock:
+            if turn != self._shared.turn:
+                self.forward(inputs)
             self._cotangent.copy_(cotangent)
             self._replay_backward()
             self._shared.turn += 1  # The VJP overwrites what it has read.

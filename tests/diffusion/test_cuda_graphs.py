@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE, TinyNet, conditions, latents, tiny_chain
 from torch.autograd.graph import saved_tensors_hooks
 
 from doodl_fast.diffusion.cuda_graphs import CudaGraphs
 from doodl_fast.diffusion.graph_recorder import Recorder
-from tests.conftest import DEVICE, TinyNet, conditions, latents, tiny_chain
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for CUDA graphs records on the CPU")
 
@@ -140,6 +142,25 @@ def test_changes_between_runs_are_seen(change: str) -> None:
             network.scale = 0.5
     assert all(map(torch.equal, *map(gradients, chains)))
     assert chains[1].evaluator.cuda_graphs.why_not is None
+
+
+def test_a_network_that_changes_its_condition_in_place() -> None:
+    class Changing(TinyNet):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, t, cond.mul_(2))
+
+    chains = [tiny_chain(network=Changing().double()), with_recordings(tiny_chain(network=Changing().double()))]
+    assert all(map(torch.equal, *map(gradients, chains)))
+    assert chains[1].evaluator.cuda_graphs.why_not is None
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    chain = with_recordings(tiny_chain())
+    expected = gradients(chain)
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("ignore")  # Where another thread is calling, the network is called.
+        for found in pool.map(lambda _: gradients(chain), range(12)):
+            assert all(map(torch.equal, found, expected))
 
 
 def test_hooked_modules_are_called() -> None:
