@@ -29,6 +29,15 @@ GOLDEN = Path(__file__).parent / "golden"
 BACKENDS = ("eager", "native", "triton")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 MEMORIES = ("checkpoint", 1, 3, "reversible")
+MEMORY_MODES: dict[str, dict[str, Any]] = {
+    "checkpoint": {"memory": "checkpoint"},
+    "every two steps": {"memory": 2},
+    "reversible": {"memory": "reversible"},
+    "naive": {"memory": "naive"},
+    "auto": {"memory": "auto", "memory_budget": "1GiB"},
+    "exact": {"memory": "reversible", "arithmetic": "exact64"},
+}
+"""Every way to keep what a gradient needs, as options of a chain."""
 DEVICE = torch.device(os.environ.get("DOODL_FAST_TEST_DEVICE", "cpu"))
 
 settings.register_profile("doodl", deadline=None, derandomize=True, max_examples=40)

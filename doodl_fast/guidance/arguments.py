@@ -39,6 +39,17 @@ def checked_prompt(prompt: Any) -> tuple[str | tuple[str, ...], list[str]]:
     return prompt if isinstance(prompt, str) else tuple(texts), texts
 
 
+def check_texts(texts: int, pictures: int) -> None:
+    """Raises ValueError unless there is one text for all pictures, or one for each.
+
+    Args:
+        texts: How many there are.
+        pictures: How many there are.
+    """
+    if texts not in (1, pictures):
+        raise ValueError(f"prompt: expected 1 text or {pictures}, one for each picture, got {texts}")
+
+
 def is_finite(value: Any) -> bool:
     """Whether a value is a finite number; True and False are not numbers here."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

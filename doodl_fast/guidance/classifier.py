@@ -15,7 +15,7 @@ from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import run_in_dtype
 from ..frozen import level_of
 from .arguments import check_channels, check_count
-from .cutouts import check_images, resize_and_crop, unit_range
+from .cutouts import check_images, normalized, resize_and_crop, unit_range
 from .model_loading import load_model
 
 
@@ -109,9 +109,8 @@ class Classifier:
         pixels = unit_range(check_images(images))
         if self.size is not None:
             pixels = resize_and_crop(pixels, self.size, self.mode)
-        mean, std = (pixels.new_tensor(values).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
         weight = next((p for p in getattr(self.model, "parameters", list)() if p.is_floating_point()), pixels)
-        return run_in_dtype(self._run, (pixels - mean) / std, weight.dtype)
+        return run_in_dtype(self._run, normalized(pixels, self.mean, self.std), weight.dtype)
 
     def _run(self, x: Tensor) -> Tensor:
         """Calls the model."""

@@ -15,7 +15,7 @@ from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import loading, run_in_dtype
 from ..frozen import level_of
 from .arguments import check_channels, check_count, check_positive
-from .cutouts import FITS, check_images, random_cutouts, unit_range
+from .cutouts import FITS, check_images, normalized, random_cutouts, unit_range
 from .model_loading import load_model
 
 if TYPE_CHECKING:
@@ -139,7 +139,6 @@ class ClipGuide:
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Embeds square pictures (B, 3, size, size) in [0, 1], to (B, D) in float32 at least."""
-        mean, std = (pixels.new_tensor(values).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
 
         def features(x: Tensor) -> Tensor:
             if self._chunk is None:
@@ -151,7 +150,7 @@ class ClipGuide:
                 ]
             )
 
-        return run_in_dtype(features, (pixels - mean) / std, self.model.dtype)
+        return run_in_dtype(features, normalized(pixels, self.mean, self.std), self.model.dtype)
 
     def _features(self, x: Tensor) -> Tensor:
         """Calls the model."""

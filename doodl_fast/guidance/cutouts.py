@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ def check_images(images: Any, name: str = "images") -> Tensor:
 def unit_range(images: Tensor) -> Tensor:
     """Returns images in [-1, 1] as a saved picture holds them: in [0, 1], clipped, in float32 at least."""
     return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+
+
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Subtracts a mean from each color channel of pixels (B, 3, H, W), and divides by a deviation."""
+    shift, scale = (pixels.new_tensor(values).reshape(1, 3, 1, 1) for values in (mean, std))
+    return (pixels - shift) / scale
 
 
 def resize_and_crop(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:

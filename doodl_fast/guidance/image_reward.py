@@ -13,9 +13,9 @@ from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import check_source, loading, run_in_dtype
 from ..frozen import level_of
 from .aesthetic import linear_head
-from .arguments import checked_prompt
+from .arguments import check_texts, checked_prompt
 from .clip import CLIP_MEAN, CLIP_STD
-from .cutouts import check_images, resize_and_crop, unit_range
+from .cutouts import check_images, normalized, resize_and_crop, unit_range
 from .model_loading import load_model, read_tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -174,10 +174,8 @@ class ImageReward:
             ValueError: There are several texts, and not as many as pictures.
         """
         count = len(check_images(images))
-        if len(self.tokens) not in (1, count):
-            raise ValueError(f"prompt: expected 1 text or {count}, one for each picture, got {len(self.tokens)}")
-        pixels = resize_and_crop(unit_range(images), self.size)
-        mean, std = (pixels.new_tensor(values).reshape(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        check_texts(len(self.tokens), count)
+        pixels = normalized(resize_and_crop(unit_range(images), self.size), CLIP_MEAN, CLIP_STD)
         tokens, mask = (value.to(images.device).expand(count, -1) for value in (self.tokens, self.mask))
 
         def run(x: Tensor) -> Tensor:
@@ -185,7 +183,7 @@ class ImageReward:
                 scores: Tensor = network(x, tokens, mask)
             return scores
 
-        return run_in_dtype(run, (pixels - mean) / std, self.network.head.weight.dtype)
+        return run_in_dtype(run, pixels, self.network.head.weight.dtype)
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import loading
-from .arguments import checked_prompt
+from .arguments import check_texts, checked_prompt
 from .clip import ClipGuide, projected
 from .cutouts import check_images
 from .model_loading import load_model
@@ -72,9 +72,7 @@ class TextScore(ClipGuide):
         Raises:
             ValueError: There are several texts, and not as many as pictures.
         """
-        count = len(check_images(images))
-        if len(self.target) not in (1, count):
-            raise ValueError(f"prompt: expected 1 text or {count}, one for each picture, got {len(self.target)}")
+        check_texts(len(self.target), len(check_images(images)))
         features = F.normalize(self.look(images), dim=-1)
         return self.scale * (features * self.target.to(features)).sum(-1) + self.bias
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,31 @@ def differing(ours: Fingerprint, stored: Any) -> str | None:
         if mine["exact"] != theirs.get("exact") or not _near(mine["near"], theirs.get("near")):
             return MEANING[part]
     return None if set(ours) == set(stored) else MEANING["chain"]
+
+
+def check_same(what: str, home: Path, settings: dict[str, Any], stored: dict[str, Any], ours: Any, theirs: Any) -> None:
+    """Raises ValueError unless what is continued is what was stored.
+
+    Args:
+        what: What is stored, in words: "run" or "search".
+        home: Its folder.
+        settings: What must be equal, by name.
+        stored: The same as it was stored.
+        ours: The fingerprint of the functions.
+        theirs: The same as it was stored.
+    """
+    for name, value in settings.items():
+        if stored.get(name) != value:
+            raise ValueError(
+                f"resume: the {what} in {str(home)!r} had {name}={stored.get(name)!r}, got {value!r}; pass what it was "
+                "started with, or start anew in another folder"
+            )
+    differs = differing(ours, theirs)
+    if differs is not None:
+        raise ValueError(
+            f"resume: the {what} in {str(home)!r} differs in its {differs}; pass the same as then, or start anew in "
+            "another folder"
+        )
 
 
 def _near(ours: list[list[float]], theirs: Any) -> bool:

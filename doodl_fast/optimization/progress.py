@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .evaluation import Evaluation
-from .fingerprint import Fingerprint, differing
+from .fingerprint import Fingerprint, check_same
 from .joint_update import JointUpdate
 from .objective import Objective
 from .result import Result
@@ -99,18 +99,7 @@ class Progress:
         tree = checkpoint.load(home)
         if "search" in tree:
             raise ValueError(f"resume: {str(home)!r} holds a search, expected an optimisation; pass another folder")
-        for name, value in self.settings.items():
-            if tree["settings"].get(name) != value:
-                raise ValueError(
-                    f"resume: the run in {str(home)!r} had {name}={tree['settings'].get(name)!r}, got {value!r}; "
-                    "pass what it was started with, or start anew in another folder"
-                )
-        differs = differing(self.functions, tree["functions"])
-        if differs is not None:
-            raise ValueError(
-                f"resume: the run in {str(home)!r} differs in its {differs}; pass the same as then, or start anew in "
-                "another folder"
-            )
+        check_same("run", home, self.settings, tree["settings"], self.functions, tree["functions"])
         self.step, self.best_step, self.best_loss = tree["step"], tree["best_step"], tree["best_loss"]
         self.pair_losses = [tuple(pair) for pair in tree["pair_losses"]]
         self.history = list(tree.get("history", []))

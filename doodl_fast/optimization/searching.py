@@ -15,7 +15,7 @@ from . import checkpoint
 from .arguments import as_pair, check_functions, check_randomness, check_stopping
 from .assembly import new_objective, new_update
 from .binding import BoundChain
-from .fingerprint import Fingerprint, differing, fingerprint
+from .fingerprint import Fingerprint, check_same, fingerprint
 from .folder_lock import FolderLock
 from .losses import Losses
 from .objective import Decode, Objective, undecoded
@@ -78,18 +78,7 @@ class Scored:
         stored = tree.get("search")
         if stored is None:
             raise ValueError(f"resume: {str(home)!r} holds an optimisation, expected a search; pass another folder")
-        for name, value in self.settings.items():
-            if stored.get(name) != value:
-                raise ValueError(
-                    f"resume: the search in {str(home)!r} had {name}={stored.get(name)!r}, got {value!r}; pass what it "
-                    "was started with, or start anew in another folder"
-                )
-        differs = differing(self.functions, tree["functions"])
-        if differs is not None:
-            raise ValueError(
-                f"resume: the search in {str(home)!r} differs in its {differs}; pass the same as then, or start anew "
-                "in another folder"
-            )
+        check_same("search", home, self.settings, stored, self.functions, tree["functions"])
         self.losses = list(tree["losses"])
         checkpoint.restore_random_state(tree["random"])
 

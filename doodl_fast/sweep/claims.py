@@ -116,8 +116,6 @@ class Claims:
         """Removes what is left in the folder, and the folder. Only for a sweep of which every run is done."""
         for path in self.folder.glob("*"):
             path.unlink(missing_ok=True)
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 

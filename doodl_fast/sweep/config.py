@@ -233,7 +233,7 @@ def _table(name: str, value: Any) -> Options:
 
 
 def _texts(name: str, value: Any) -> list[str]:
-    """A list of texts, not empty unless it is the default."""
+    """A list of texts none of which is empty. The list itself may be."""
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         raise ValueError(f"{name}: expected a list of texts, got {value!r}")
     return value

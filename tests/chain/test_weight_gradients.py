@@ -9,20 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, TinyNet, conditions, latents, pull, relative, sd_scheduler, tiny_chain
+from conftest import DEVICE, MEMORY_MODES, TinyNet, conditions, latents, pull, relative, sd_scheduler, tiny_chain
 from torch import Tensor, nn
 
 from doodl_fast import DDIM, EDICT, Denoiser, Schedule
 from doodl_fast.chain.memory.tracker import Tracker
-
-MODES: dict[str, dict[str, Any]] = {
-    "checkpoint": {"memory": "checkpoint"},
-    "every two steps": {"memory": 2},
-    "reversible": {"memory": "reversible"},
-    "naive": {"memory": "naive"},
-    "auto": {"memory": "auto", "memory_budget": "1GiB"},
-    "exact": {"memory": "reversible", "arithmetic": "exact64"},
-}
 
 
 class Net(nn.Module):
@@ -96,10 +87,10 @@ def by_hand(chain: EDICT, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_it_is_the_gradient_of_plain_autograd(mode: str, kind: str) -> None:
     network, trainable = KINDS[kind]()
-    chain = edict(network, trainable=trainable, **MODES[mode])
+    chain = edict(network, trainable=trainable, **MEMORY_MODES[mode])
     weights = list(chain.denoiser.trainable)
     x = latents(2, 3, 8, 8, grad=True)[0]
     outputs = chain(x)

@@ -7,20 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, relative, sd_scheduler
+from conftest import MEMORY_MODES, TinyNet, conditions, latents, relative, sd_scheduler
 from torch import Tensor, nn
 
 import doodl_fast
 from doodl_fast import DDIM, EDICT, Denoiser, Schedule
 
-MODES: dict[str, dict[str, Any]] = {
-    "checkpoint": {"memory": "checkpoint"},
-    "every two steps": {"memory": 2},
-    "reversible": {"memory": "reversible"},
-    "naive": {"memory": "naive"},
-    "auto": {"memory": "auto", "memory_budget": "1GiB"},
-    "exact": {"memory": "reversible", "arithmetic": "exact64"},
-}
 START = latents(2, 3, 4, 4)[0]
 RATE = 0.05
 
@@ -68,11 +60,11 @@ def trained_by_hand(net: nn.Module, program: Any, steps: int = 3) -> tuple[list[
     return losses, trained
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_it_is_a_training_loop_in_plain_pytorch(mode: str) -> None:
     net = network()
     before = copy.deepcopy(net)
-    chain = edict(net, **MODES[mode])
+    chain = edict(net, **MEMORY_MODES[mode])
     result = run(chain)
     losses, expected = trained_by_hand(copy.deepcopy(net), chain.program)
     assert result.losses == pytest.approx(losses, rel=1e-10) and losses[2] < losses[0]
