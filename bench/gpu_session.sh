@@ -104,6 +104,7 @@ end_to_end chains 150
 [ -n "$REFERENCE" ] && part reference 180 "$PYTHON" bench/against_reference.py --reference "$REFERENCE" --device "$DEVICE" "${COMPARED[@]}"
 end_to_end lean 150
 end_to_end graphs 60
+end_to_end replayed 240
 end_to_end decode 30
 end_to_end optimize 60
 needs_gpu launches 60 "$PYTHON" bench/launches.py

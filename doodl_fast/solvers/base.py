@@ -114,8 +114,8 @@ class DiffusionChain(Chain):
             width: Width of the pictures in pixels.
             family: Your own adapter for a class of pipelines that is not known, see docs/adapters.md.
             **options: The solver's own options (for EDICT: mix_weight, arithmetic, state_dtype, drift_tolerance,
-                memory_budget); `vjp_dtype`, `compile`, `trainable` and `lean` of `Denoiser`, the last of which holds
-                for the decoder too; arguments of the pipeline's `encode_prompt`
+                memory_budget); `vjp_dtype`, `compile`, `cuda_graphs`, `trainable` and `lean` of `Denoiser`, the last of
+                which holds for the decoder too; arguments of the pipeline's `encode_prompt`
                 (prompt_embeds, negative_prompt_embeds, clip_skip; for SDXL prompt_2, pooled_prompt_embeds, ...);
                 arguments of the UNet's `forward` (cross_attention_kwargs, added_cond_kwargs, ...); and others of the
                 pipeline's own that its family names (FLUX's true_cfg_scale, or the num_frames of videos, for instance).
