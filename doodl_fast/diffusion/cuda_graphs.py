@@ -37,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 AUTO = "auto"
 OFF = "cuda_graphs is False"
 OUTSIDE = "it was called outside of a chain's run"
+TRAINED = "weights of the network are trained"
 WATCHED = "a dispatch mode or a transform of torch.func watches every operator"
 KNOWN_LIBRARIES = frozenset({"torch", "diffusers", "transformers", "peft", "doodl_fast"})
 """Libraries whose modules compute a value from their arguments and do nothing else that a caller could see."""
@@ -121,11 +122,12 @@ class CudaGraphs:
     def __reduce__(self) -> Any:
         return CudaGraphs, (self.mode, self._recorder)  # A copy of a denoiser makes recordings of its own.
 
-    def call(self, run: ActiveCall | None, new_call: Callable[[], Callable[..., Any]], *args: Any) -> Any:
+    def call(self, run: ActiveCall | None, trains: bool, new_call: Callable[[], Callable[..., Any]], *args: Any) -> Any:
         """The network's output for some arguments: replayed if that is possible, else by a call.
 
         Args:
             run: The run that is under way; None outside of runs.
+            trains: Whether weights of the network get gradients.
             new_call: Gives the function that is called in this run.
             *args: Its arguments, (x, t, cond, kwargs).
         """
@@ -135,7 +137,7 @@ class CudaGraphs:
             self._refuse("another thread calls the same denoiser")
             return new_call()(*args)
         try:
-            reason = self._why_not(run, args[0])
+            reason = TRAINED if trains else self._why_not(run, args[0])
             if run is not None and reason is None:
                 return self._replayed(run, new_call, args)
             self._refuse(reason or OUTSIDE)
@@ -246,8 +248,6 @@ def _why_not_run(run: ActiveCall, careful: bool) -> str | None:
         return "VJPs are taken of a copy with other weights, which is made anew in each run"
     if run.original.compiles:
         return "the network is compiled"
-    if run.given:
-        return "weights of the network are trained"
     network = run.original.network
     if careful and not (isinstance(network, (nn.Module, NetworkAdapter)) and _is_known(network)):
         return f"{type(network).__name__} is called, which may do more than compute a value"

@@ -359,10 +359,16 @@ class Denoiser(Evaluator):
         cond, kwargs = active_conditions(self._call, self._variant).fitted(fit, conditions)
         timestep = self._timestep(t, x.device)
         version = None if timestep.is_inference() else timestep._version
-        run = None if given else active_run(self._call, self._variant)
+        run = active_run(self._call, self._variant)
         with explain_cast(self._variant.cast_to):
             output = self._cuda_graphs.call(
-                run, lambda: active_call(self._call, self._variant, given), network_x, timestep, cond, kwargs
+                run,
+                bool(given),
+                lambda: active_call(self._call, self._variant, given),
+                network_x,
+                timestep,
+                cond,
+                kwargs,
             )
         if version is not None and timestep._version != version:
             self._timestep = Timesteps()  # The timestep is a view of a table, which is wrong now.

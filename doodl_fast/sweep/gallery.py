@@ -38,18 +38,16 @@ def write_gallery(path: Path, folder: Path, rows: Sequence[Row], most_bytes: int
         most_bytes: How many bytes of pictures are in the page. The pictures of all further runs are linked to.
     """
     images = _Images(most_bytes)
-    entries = []
+    entries, measures = [], measure_names(rows)
     for row in rows:
         entry: dict[str, Any] = {name: row[name] for name in TEXTS if row[name] != ""}
-        entry["numbers"] = [row.get(name) for name in NUMBERS] + [
-            row["measures"].get(name) for name in measure_names(rows)
-        ]
+        entry["numbers"] = [row.get(name) for name in NUMBERS] + [row["measures"].get(name) for name in measures]
         entry["losses"] = [float(f"{loss:.5g}") for loss in _thinned(row["losses"])]
         if row["status"] == DONE:
             names = [f"{RUNS}/{row['run']}/{picture}.png" for picture in PICTURES]
             entry["images"] = [images.add(folder / name, name) for name in names]
         entries.append(entry)
-    data = {"columns": [*NUMBERS, *measure_names(rows)], "rows": entries, "images": images.sources}
+    data = {"columns": [*NUMBERS, *measures], "rows": entries, "images": images.sources}
     text = json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     page = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     write_bytes(path, page.replace(PLACE, text, 1).encode())

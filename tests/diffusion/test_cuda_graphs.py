@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, TinyNet, conditions, latents, tiny_chain
+from conftest import DEVICE, TinyNet, conditions, latents, sd_scheduler, tiny_chain
 from torch.autograd.graph import saved_tensors_hooks
 
+from doodl_fast import EDICT, Denoiser, Schedule
 from doodl_fast.diffusion.cuda_graphs import CudaGraphs
 from doodl_fast.diffusion.graph_recorder import Recorder
 
@@ -171,6 +172,22 @@ def test_hooked_modules_are_called() -> None:
     with pytest.warns(RuntimeWarning, match="calls are not replayed, because the network has a hook"):
         gradients(chain)
     assert len(seen) >= 8 and Again.made == 0
+
+
+def test_a_network_whose_weights_are_trained_is_called() -> None:
+    cond, uncond = conditions()
+    chains = [
+        EDICT(
+            Denoiser(TinyNet().double(), cond, uncond, 3.0, trainable=True),
+            Schedule.from_scheduler(sd_scheduler(), 4),
+            memory="checkpoint",
+        )
+        for _ in range(2)
+    ]
+    with_recordings(chains[1])
+    with pytest.warns(RuntimeWarning, match="calls are not replayed, because weights of the network are trained"):
+        found = gradients(chains[1])
+    assert all(map(torch.equal, found, gradients(chains[0]))) and Again.made == 0
 
 
 def test_what_cannot_be_recorded_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
