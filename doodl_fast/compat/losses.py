@@ -190,7 +190,7 @@ def fgvc_loss_fn(
         classifier = Classifier(network, processor, class_idx)
     else:
         classifier = Classifier(model, None, class_idx, mean=IMAGENET_MEAN, std=IMAGENET_STD, size=CLASSIFIER_SIZE)
-    view = View(classifier.size or CLASSIFIER_SIZE, num_cuts if use_cutouts else None, cut_power, quirks)
+    view = View(classifier.view.size or CLASSIFIER_SIZE, num_cuts if use_cutouts else None, cut_power, quirks)
     return lambda im_pix: grad_scale * classifier(view(im_pix) * 2 - 1)
 
 

@@ -16,11 +16,13 @@ from .clip import spherical_distance
 from .clip_image import ClipImage
 from .clip_text import ClipText
 from .cutouts import random_cutouts
+from .dense import Depth, Segmentation
 from .hps import HPSv2
 from .image_reward import ImageReward
 from .noise import NoiseNorm, NoiseProbability, StartDistance, Whiteness, white_projection
 from .open_clip import load_open_clip
 from .picture import Picture
+from .similarity import Similarity
 from .symmetry import Symmetry
 from .text_score import PickScore, TextScore
 
@@ -29,12 +31,15 @@ __all__ = [
     "Classifier",
     "ClipImage",
     "ClipText",
+    "Depth",
     "HPSv2",
     "ImageReward",
     "NoiseNorm",
     "NoiseProbability",
     "PickScore",
     "Picture",
+    "Segmentation",
+    "Similarity",
     "StartDistance",
     "Symmetry",
     "TextScore",

@@ -11,12 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.module_copies import frozen_copy
-from ..diffusion.networks import run_in_dtype
 from ..frozen import level_of
-from .arguments import check_channels, check_count
-from .cutouts import check_images, normalized, resize_and_crop, unit_range
 from .model_loading import load_model
+from .view import View, load_processor, run_network
 
 
 def load_classifier(
@@ -36,14 +33,10 @@ def load_classifier(
         ValueError: There is none, or some of its weights are missing or have another shape, as the head of a model that
             was not trained to classify.
     """
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
 
     model, name = load_model(AutoModelForImageClassification, source, dtype)
-    try:
-        processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):
-        processor = None
-    return model.to(device), processor
+    return model.to(device), load_processor(name)
 
 
 class Classifier:
@@ -88,13 +81,7 @@ class Classifier:
         config = getattr(model, "config", None)
         self.model, self.lean = model, level_of(lean)
         self.label = find_label(label, getattr(config, "id2label", None) or {})
-        half = (0.5, 0.5, 0.5)
-        self.mean = check_channels(getattr(processor, "image_mean", None) or half if mean is None else mean, "mean")
-        self.std = check_channels(getattr(processor, "image_std", None) or half if std is None else std, "std", True)
-        if size is not None:
-            check_count(size, "size", 1)
-        self.size = size or _size(processor) or getattr(config, "image_size", None)
-        self.mode = "bicubic" if getattr(processor, "resample", 2) == 3 else "bilinear"
+        self.view = View.of(model, processor, mean, std, size)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Computes the loss, a 0-dim tensor, of images (B, 3, H, W) in [-1, 1]."""
@@ -106,19 +93,7 @@ class Classifier:
 
     def logits(self, images: Tensor) -> Tensor:
         """Computes logits (B, classes), in float32 at least, of images (B, 3, H, W) in [-1, 1]."""
-        pixels = unit_range(check_images(images))
-        if self.size is not None:
-            pixels = resize_and_crop(pixels, self.size, self.mode)
-        weight = next((p for p in getattr(self.model, "parameters", list)() if p.is_floating_point()), pixels)
-        return run_in_dtype(self._run, normalized(pixels, self.mean, self.std), weight.dtype)
-
-    def _run(self, x: Tensor) -> Tensor:
-        """Calls the model."""
-        with frozen_copy(self.model, lean=self.lean) as model:
-            output = model(x)
-        output = output[-1] if isinstance(output, tuple) else output
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits
+        return run_network(self.model, self.view(images), _logits, self.lean)
 
     @classmethod
     def from_pretrained(
@@ -142,6 +117,13 @@ class Classifier:
         """
         model, processor = load_classifier(source, device, dtype)
         return cls(model, processor, label)
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits in what a classifier returns."""
+    output = output[-1] if isinstance(output, tuple) else output
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
 
 
 def find_label(label: int | str, names: Mapping[int, str]) -> int:
@@ -172,16 +154,3 @@ def find_label(label: int | str, names: Mapping[int, str]) -> int:
     known = [str(names[by_name[name]]) for name in close] or [str(name) for name in list(names.values())[:5]]
     listed = ", ".join(map(repr, dict.fromkeys(known)))
     raise ValueError(f"label: {label!r} is not one of the model's {len(names)} classes; the closest are {listed}")
-
-
-def _size(processor: Any) -> int | None:
-    """Returns the side of the square that a processor makes, or None if it does not say."""
-    for name in ("crop_size", "size"):
-        value: Any = getattr(processor, name, None)
-        if isinstance(value, int):
-            return value
-        for side in ("height", "shortest_edge"):
-            found = value.get(side) if isinstance(value, Mapping) else getattr(value, side, None)
-            if found:
-                return int(found)
-    return None

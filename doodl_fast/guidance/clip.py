@@ -101,6 +101,11 @@ class ClipGuide:
         if not callable(getattr(model, "get_image_features", None)):
             raise TypeError(f"model: expected a transformers CLIPModel, got {type(model).__name__}")
         pictures = getattr(processor, "image_processor", processor)
+        if getattr(model.config.vision_config, "image_size", None) is None:
+            raise ValueError(
+                f"model: expected one with a fixed image_size, got {type(model).__name__} without it; take a CLIP, a "
+                "SigLIP, or a SigLIP 2 that is not NaFlex"
+            )
         self.model, self.lean = model, level_of(lean)
         self._chunk: int | None = None
         self.size = int(model.config.vision_config.image_size)

@@ -39,12 +39,6 @@ class TextScore(ClipGuide):
     """
 
     def __init__(self, model: Any, processor: Any, prompt: str | Sequence[str], lean: bool | str = True) -> None:
-        vision = getattr(getattr(model, "config", None), "vision_config", None)
-        if vision is not None and getattr(vision, "image_size", None) is None:
-            raise ValueError(
-                f"model: expected one with a fixed image_size, got {type(model).__name__} without it; take a CLIP, a "
-                "SigLIP, or a SigLIP 2 that is not NaFlex"
-            )
         super().__init__(model, processor, lean=lean)
         if not callable(getattr(model, "get_text_features", None)):
             raise TypeError(f"model: expected a transformers CLIPModel or SiglipModel, got {type(model).__name__}")

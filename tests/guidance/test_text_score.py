@@ -12,7 +12,7 @@ from conftest import smooth_pictures
 from PIL import Image
 from torch import Tensor
 
-from doodl_fast.guidance import PickScore, TextScore
+from doodl_fast.guidance import ClipText, PickScore, TextScore
 
 TEXTS = ["a red star", "a blue circle"]
 
@@ -132,8 +132,14 @@ def test_bad_input_is_refused(clip: tuple[Any, Any]) -> None:
         TextScore(model, processor.image_processor, "a")
     with pytest.raises(ValueError, match="images: expected shape"):
         TextScore(model, processor, "a")(torch.zeros(1, 4, 8, 8))
-    from types import SimpleNamespace
 
-    naflex = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(num_patches=256)))
-    with pytest.raises(ValueError, match="model: expected one with a fixed image_size"):
-        TextScore(naflex, processor, "a")
+
+def test_siglip_2_naflex_is_refused_by_name(clip: tuple[Any, Any]) -> None:
+    """Its processor cuts pictures into as many patches as their shape asks for."""
+    from transformers import Siglip2Config, Siglip2Model
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Siglip2Model(Siglip2Config(text_config=sizes, vision_config={**sizes, "num_patches": 16}))
+    for guide in (TextScore, ClipText):
+        with pytest.raises(ValueError, match=r"fixed image_size, got Siglip2Model without it; .* not NaFlex"):
+            guide(model, clip[1], "a")
