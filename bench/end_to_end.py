@@ -61,6 +61,9 @@ ATTENTION = {
     "math": SDPBackend.MATH,
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+WAYS = (("plain", "auto"), ("lean", "eager"), ("lean", "auto"))
+"""Networks of plain and of lean layers, and the backend that computes the ops in these."""
+NORMS = {"auto": "", "eager": ", norms by PyTorch"}
 Row = dict[str, Any]
 
 
@@ -254,12 +257,14 @@ def lean(setup: Setup) -> Iterator[Row]:
 
 
 def replayed(setup: Setup) -> Iterator[Row]:
-    """Gradients whose calls are launched kernel by kernel, and replayed as CUDA graphs."""
+    """Gradients whose calls are launched kernel by kernel, and replayed as CUDA graphs, by memory plan and lean."""
     net, expected = setup.unet()[0], None
-    for kind, memory, arithmetic in (("EDICT", "checkpoint", "float"), ("EDICT", "reversible", "exact")):
+    ways = (("checkpoint", "float", True), ("checkpoint", "float", False), ("reversible", "exact", True))
+    for memory, arithmetic, lean in ways:
         for cuda_graphs in ("auto", False):
-            chain = make_chain(setup, net, kind, memory=memory, arithmetic=arithmetic, cuda_graphs=cuda_graphs)
-            row, found = chain_row(setup, f"{kind}, {memory}, cuda_graphs={cuda_graphs}", chain, expected)
+            options = {"arithmetic": arithmetic, "lean": lean, "cuda_graphs": cuda_graphs}
+            chain = make_chain(setup, net, memory=memory, **options)
+            row, found = chain_row(setup, f"EDICT, {memory}, lean={lean}, cuda_graphs={cuda_graphs}", chain, expected)
             expected = found if expected is None else expected
             yield {**row, "why not replayed": chain.evaluator.cuda_graphs.why_not}
 
@@ -267,24 +272,20 @@ def replayed(setup: Setup) -> Iterator[Row]:
 def graphs(setup: Setup) -> Iterator[Row]:
     """One call and its VJP, launched one kernel after the other, and replayed as two CUDA graphs."""
     net, x, call = setup.unet()
-    with one_way(net, "lean") as copied:
-        run = functools.partial(call, copied)
-        given = x.clone()
-        pieces: dict[str, Callable[[], Any]] = {
-            "forward": torch.no_grad()(lambda: run(given)),
-            "forward and VJP": lambda: vjp(run, given)[1],
-        }
-        for name, function in pieces.items():
-            expected = function().clone()
-            launched = setup.seconds(function)
-            replay, output = captured(setup, function)
-            replayed = setup.seconds(replay)
-            yield {
-                "name": name,
-                "launched, ms": 1e3 * launched,
-                "replayed, ms": 1e3 * replayed,
-                "same bits": torch.equal(output, expected),
+    for way, backend in WAYS:
+        with one_way(net, way) as copied, doodl_fast.backend(backend):
+            run = functools.partial(call, copied)
+            pieces: dict[str, Callable[[], Any]] = {
+                "forward": torch.no_grad()(functools.partial(run, x)),
+                "forward and VJP": lambda run=run: vjp(run, x)[1],
             }
+            for name, function in pieces.items():
+                row: Row = {"name": f"{name}, {way}{NORMS[backend]}"}
+                expected = function().clone()
+                row["launched, ms"] = 1e3 * setup.seconds(function)
+                replay, output = captured(setup, function)
+                row["replayed, ms"] = 1e3 * setup.seconds(replay)
+                yield {**row, "same bits": torch.equal(output, expected)}
 
 
 def captured(setup: Setup, function: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
@@ -322,13 +323,13 @@ def compiled(setup: Setup) -> Iterator[Row]:
 def decode(setup: Setup) -> Iterator[Row]:
     """The decoder of Stable Diffusion's VAE, and its VJP."""
     (net, z, call), expected = setup.vae(), None
-    for way in ("plain", "lean", "blocks"):
-        with one_way(net, way) as copied:
+    for way, backend in (*WAYS, ("blocks", "auto")):
+        with one_way(net, way) as copied, doodl_fast.backend(backend):
             run = functools.partial(vjp, functools.partial(call, copied), z)
             _, found = run()
             expected = found if expected is None else expected
             yield {
-                "name": f"decode and VJP, {way}",
+                "name": f"decode and VJP, {way}{NORMS[backend]}",
                 "ms": 1e3 * setup.seconds(run),
                 "peak, MiB": setup.peak(run) / 2**20,
                 "gradient off": off(found, expected),

@@ -98,8 +98,9 @@ part build 240 env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}" "$PYTHON"
 part doctor 30 "$PYTHON" -c 'from doodl_fast.cli.doctor import run; run()'
 part tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider "${WORKERS[@]}" "${TESTS[@]}"
 end_to_end evaluation 90
-part layers-NCHW 40 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout contiguous
-part layers-NHWC 40 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout channels_last
+part layers-NCHW 70 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout contiguous
+part layers-NHWC 70 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout channels_last
+needs_gpu layers-replayed 40 "$PYTHON" bench/layers.py "${LAYERS[@]}" --op lean_norm --replayed
 end_to_end chains 150
 [ -n "$REFERENCE" ] && part reference 180 "$PYTHON" bench/against_reference.py --reference "$REFERENCE" --device "$DEVICE" "${COMPARED[@]}"
 end_to_end lean 150

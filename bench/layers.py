@@ -1,12 +1,15 @@
 """The ops for layers of frozen networks against eager PyTorch with autograd: time and bytes kept.
 
-    python bench/layers.py [--op OP] [--device D] [--threads N] [--dtype D] [--layout L] [--rounds N]
+    python bench/layers.py [--op OP] [--device D] [--threads N] [--dtype D] [--layout L] [--rounds N] [--replayed]
 
 Each round runs one implementation after the other. On a CPU it takes the processor time of the whole process, which
 other processes on the machine disturb less than the time on the clock; on a GPU the time on the clock until the GPU is
-idle, over many calls. A figure is the median of the rounds, and "x" is how many times faster than eager the op is.
-"kept" is what autograd, or the op, keeps for the backward pass. Eager computes the gradient of the input alone, as the
-weights do not ask for one.
+idle, over many calls, which are launched from Python, or with `--replayed` replayed as CUDA graphs. A figure is the
+median of the rounds, and "x" is how many times faster than eager the op is. "kept" is what autograd, or the op, keeps
+for the backward pass. Eager computes the gradient of the input alone, as the weights do not ask for one.
+
+`lean_norm` compares the same two layers in lean copies of a residual block, where PyTorch's own compute the norm again
+in the backward pass: "eager" are lean layers without the op.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from doodl_fast import ops
+from doodl_fast.diffusion.module_copies import ModuleCopies
+from doodl_fast.frozen import Level, kept_by_operator
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -63,27 +69,54 @@ def group_norm_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.me
     )
 
 
+def lean_norm_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> Case:
+    """The norm and SiLU of a lean residual block, by PyTorch's operators and by the op."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    with torch.device(device):
+        block = ResnetBlock2D(in_channels=shape[1], temb_channels=None).to(dtype).eval()
+    lean = ModuleCopies(block, lean=Level.ON).of(block)
+    x, grad = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+
+    def both(x: Tensor) -> Tensor:
+        y: Tensor = lean.nonlinearity(lean.norm1(x))
+        return y
+
+    def eager(x: Tensor) -> Tensor:
+        with ops.backend("eager"):
+            return both(x)
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaf = x.detach().requires_grad_()
+        y = both(leaf)
+        return y, (y, leaf)
+
+    def backward(kept: tuple[Tensor, ...], grad: Tensor) -> Tensor:
+        return torch.autograd.grad(*kept, grad, retain_graph=True)[0]
+
+    return Case(f"lean norm and SiLU {'x'.join(map(str, shape))}", x, grad, eager, forward, backward)
+
+
+NORMS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (1, 512, 64, 64), (1, 128, 512, 512))
 CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
-    "group_norm_silu": (
-        group_norm_case,
-        ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (1, 512, 64, 64), (1, 128, 512, 512)),
-    ),
+    "group_norm_silu": (group_norm_case, NORMS),
+    "lean_norm": (lean_norm_case, (*NORMS, (1, 512, 128, 128), (1, 256, 256, 256))),
 }
 
 
 def kept_bytes(case: Case) -> tuple[int, int]:
-    """Returns how many bytes eager and the op keep beside their weights."""
-    sizes: dict[int, int] = {}
+    """Returns how many bytes eager and the op keep for the backward pass."""
+    eager = sum(kept_by_operator(case.eager(case.x.clone().requires_grad_())).values())
+    y, kept = case.forward(case.x)
+    return eager, sum(kept_by_operator(y).values()) if y.requires_grad else sum(z.nbytes for z in kept)
 
-    def keep(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        case.eager(case.x.clone().requires_grad_())
-    _, kept = case.forward(case.x)
-    small = case.x.numel() // 100  # Weights and statistics are not counted, on either side.
-    return sum(size for size in sizes.values() if size > small), sum(z.nbytes for z in kept if z.nbytes > small)
+def recorded(call: Callable[[], object]) -> Callable[[], object]:
+    """Records a call on the current stream as a CUDA graph, and returns what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        call()
+    return graph.replay
 
 
 def seconds(call: Callable[[], object], repeats: int, on_gpu: bool) -> float:
@@ -99,8 +132,8 @@ def seconds(call: Callable[[], object], repeats: int, on_gpu: bool) -> float:
     return (clock() - start) / repeats
 
 
-def measured(case: Case, rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each round, by what was measured."""
+def measured(case: Case, rounds: int, replayed: bool = False) -> dict[str, list[float]]:
+    """Returns the seconds of each round, by what was measured. replayed: whether the calls are replayed on a GPU."""
     leaf = case.x.clone().requires_grad_()
     y = case.eager(leaf)
     _, kept = case.forward(case.x)
@@ -120,7 +153,9 @@ def measured(case: Case, rounds: int) -> dict[str, list[float]]:
     on_gpu = case.x.is_cuda
     for call in calls.values():  # Triton compiles its kernels.
         seconds(call, 2, on_gpu)
-    repeats = max(1, int(0.05 / max(seconds(eager_forward, 2, on_gpu), 1e-6)))
+    if replayed:
+        calls = {name: recorded(call) for name, call in calls.items()}
+    repeats = max(1, int(0.05 / max(seconds(calls["eager forward"], 2, on_gpu), 1e-6)))
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -136,19 +171,26 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--replayed", action="store_true", help="replay calls as CUDA graphs, on a GPU")
     options = parser.parse_args()
+    if options.replayed and not options.device.startswith("cuda"):
+        parser.error(f"argument --replayed: expected --device cuda with it, got {options.device}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} threads"
-    print(f"{options.dtype}, {options.layout}, {where}, backend {ops.resolve(device.type)}")
+    how = "replayed" if options.replayed else "called"
+    print(f"{options.dtype}, {options.layout}, {where}, {how}, backend of the couplings: {ops.resolve(device.type)}")
     print("| layer | eager ms forward, backward | op ms | x forward | x backward | x both | MiB kept eager, op |")
     print("|---|---|---|---|---|---|---|")
     for op in options.op or CASES:
         make, shapes = CASES[op]
         for shape in shapes:
             case = make(shape, DTYPES[options.dtype], LAYOUTS[options.layout], options.device)
-            ms = {name: 1e3 * statistics.median(values) for name, values in measured(case, options.rounds).items()}
+            # A backward pass runs on the stream of its forward pass, and the default stream cannot be recorded.
+            with torch.cuda.stream(torch.cuda.Stream()) if options.replayed else nullcontext():
+                found = measured(case, options.rounds, options.replayed)
+            ms = {name: 1e3 * statistics.median(values) for name, values in found.items()}
             eager, op_ms = (ms["eager forward"], ms["eager backward"]), (ms["op forward"], ms["op backward"])
             kept = (size / 2**20 for size in kept_bytes(case))
             print(

@@ -36,7 +36,7 @@ class Decoder:
 
     Args:
         vae: A diffusers autoencoder, `pipe.vae` for instance.
-        lean: Whether graphs keep no more than the gradient needs, to the same bits (docs/lean.md).
+        lean: Whether graphs keep no more than the gradient needs (docs/lean.md).
 
     Raises:
         TypeError: `vae` is no diffusers autoencoder.

@@ -66,7 +66,8 @@ class Denoiser(Evaluator):
             that returns eps. It is differentiated by autograd, so it must be made of differentiable operations, and it
             must return the same value whenever it is given the same arguments. It is not called without guidance.
         lean: Whether the graph of an evaluation keeps no more than the gradient needs, see docs/lean.md. With
-            "recompute" it keeps still less, and computes some matrix products again. The bits are the same.
+            "recompute" it keeps still less, and computes some matrix products again. The bits are those of False, but
+            for GroupNorm with SiLU on GPUs (and on CPUs for channels_last in half precision), which rounds less often.
         trainable: The weights that chains give gradients, see docs/weights.md: True for all that require grad now, a
             predicate on the names of `named_parameters`, or a list of parameters. All others are frozen in every run.
         cuda_graphs: Whether a chain's calls and their VJPs are recorded once as CUDA graphs and replayed, see

@@ -10,7 +10,7 @@ They are registered with PyTorch as `torch.ops.doodl_fast.*`, with fake implemen
 
 from __future__ import annotations
 
-from .backends.registry import AUTO, NAMES, BackendUnavailable, backend, choice, resolve, why_not
+from .backends.registry import AUTO, NAMES, BackendUnavailable, backend, choice, has_kernel, resolve, why_not
 from .coupling_mix_op import Mixing, coupling_mix, coupling_mix_vjp, mix, mix_inverse
 from .coupling_op import coupling, coupling_inverse, coupling_vjp
 from .group_norm_op import group_norm_silu, group_norm_silu_backward, matches_torch
@@ -33,6 +33,7 @@ __all__ = [
     "coupling_vjp",
     "group_norm_silu",
     "group_norm_silu_backward",
+    "has_kernel",
     "latent_update",
     "lattice_coupling",
     "lattice_mix",

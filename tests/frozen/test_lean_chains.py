@@ -1,4 +1,4 @@
-"""Chains, decoders and guides with lean graphs against the same with PyTorch's own, to the bit."""
+"""Chains, decoders and guides with lean graphs against the same with PyTorch's own, to the bit on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import tiny_families
 import tiny_pipeline
 import torch
-from conftest import DEVICE, golden_unet, latents, pull, sd_scheduler
+from conftest import DEVICE, golden_unet, latents, pull, relative, sd_scheduler
 
 from doodl_fast import EDICT, Decoder, Denoiser, Schedule
 from doodl_fast.chain.memory.tracker import Tracker
@@ -25,6 +25,15 @@ MODES = {
     "auto": {"memory": "auto", "memory_budget": "1GiB"},
     "naive": {"memory": "naive"},
 }
+ON_A_GPU = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+"""How far a gradient may be off on a GPU, where lean layers have kernels of their own for norms."""
+
+
+def assert_same(got, want):
+    if DEVICE.type == "cpu":
+        assert torch.equal(got, want)
+    else:
+        assert relative(got, want) <= ON_A_GPU[want.dtype]
 
 
 def chain(lean, dtype=torch.float32, steps=3, **options):
@@ -48,16 +57,16 @@ def test_every_mode_gives_the_same_bits(mode):
     assert expected[2].abs().max() > 1e-2
     for lean in LEAN:
         for got, want in zip(gradient(chain(lean, **MODES[mode])), expected, strict=True):
-            assert torch.equal(got, want)
+            assert_same(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_gives_the_same_bits(dtype):
-    """The kernels are the same, so there is not even a difference by the network's own rounding."""
+    """On a CPU the kernels are the same, so there is not even a difference by the network's own rounding."""
     expected = gradient(chain(False, dtype, 2, memory="checkpoint"))
     for lean in LEAN:
         for got, want in zip(gradient(chain(lean, dtype, 2, memory="checkpoint")), expected, strict=True):
-            assert torch.equal(got, want)
+            assert_same(got, want)
 
 
 def test_the_smallest_plan_checkpoints_lean_blocks():
@@ -66,7 +75,7 @@ def test_the_smallest_plan_checkpoints_lean_blocks():
     small = chain(True, memory="auto", memory_budget=budget)
     expected = gradient(chain(False, memory="checkpoint"))
     for got, want in zip(gradient(small), expected, strict=True):
-        assert torch.equal(got, want)
+        assert_same(got, want)
     assert small.plan.blocks
 
 
@@ -108,12 +117,12 @@ def test_a_decoder():
             size = tracker.held
         found.append((images.detach(), *torch.autograd.grad(images.sin().sum(), z), size))
     for images, grad, size in found[1:]:
-        assert torch.equal(images, found[0][0])
-        assert torch.equal(grad, found[0][1])
+        assert_same(images, found[0][0])
+        assert_same(grad, found[0][1])
         assert size < 0.6 * found[0][2]
     leaner = Decoder(vae).leaner()
     images = leaner(z)
-    assert torch.equal(torch.autograd.grad(images.sin().sum(), z)[0], found[0][1])
+    assert_same(torch.autograd.grad(images.sin().sum(), z)[0], found[0][1])
 
 
 def test_a_guide(tmp_path):

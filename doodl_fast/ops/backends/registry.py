@@ -131,6 +131,19 @@ def select(op: str, tensor: Tensor) -> Kernel:
     return table[op]
 
 
+def has_kernel(op: str, tensor: Tensor) -> bool:
+    """Returns whether a kernel of its own computes an op on a tensor's device at present, and not eager PyTorch.
+
+    Args:
+        op: The op's name.
+        tensor: One of its tensors.
+
+    Raises:
+        BackendUnavailable: The explicitly chosen backend cannot compute on that device.
+    """
+    return select(op, tensor) is not EAGER[op]
+
+
 def resolve(device_type: str) -> str:
     """Returns the name of the backend that computes on a type of device, such as "cuda", at present.
 
