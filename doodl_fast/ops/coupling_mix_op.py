@@ -43,7 +43,7 @@ from .layout import (
     store,
     vanishes,
 )
-from .registration import register
+from .registration import register, registered
 from .signatures import COUPLING_MIX, COUPLING_MIX_VJP
 from .transforms import cast, is_plain, is_transformed, needs_formula
 
@@ -121,7 +121,7 @@ def coupling_mix(
         if out is not None:
             raise ValueError("out: expected None under forward-mode differentiation and torch.func's transforms")
         return _coupling_mix_formula(COUPLING_MIX.call(target, source, eps, *mixing, a, c, b, g))
-    pair: Pair = torch.ops.doodl_fast.coupling_mix(target, source, eps, *mixing, a, c, b, g)
+    pair: Pair = registered.coupling_mix(target, source, eps, *mixing, a, c, b, g)
     return pair if out is None else (out[0].copy_(pair[0]), out[1].copy_(pair[1]))
 
 
@@ -185,7 +185,7 @@ def coupling_mix_vjp(
     if needs_formula(grad_target, grad_source, scale):
         call = COUPLING_MIX_VJP.call(grad_target, grad_source, *mixing, a, c, b, g, scale, eps_dtype)
         return _coupling_mix_vjp_formula(call)
-    outs = torch.ops.doodl_fast.coupling_mix_vjp(grad_target, grad_source, *mixing, a, c, b, g, scale, eps_dtype)
+    outs = registered.coupling_mix_vjp(grad_target, grad_source, *mixing, a, c, b, g, scale, eps_dtype)
     return outs[0], outs[1], outs[2] if eps_dtype is not None else None
 
 

@@ -37,7 +37,7 @@ from .layout import (
     new,
     store,
 )
-from .registration import register
+from .registration import register, registered
 from .signatures import COUPLING, COUPLING_VJP
 from .transforms import cast, is_plain, is_transformed, needs_formula
 
@@ -90,7 +90,7 @@ def coupling(
         if out is not None:
             raise ValueError("out: expected None under forward-mode differentiation and torch.func's transforms")
         return _coupling_formula(COUPLING.call(target, source, eps, a, c, b, g))
-    result: Tensor = torch.ops.doodl_fast.coupling(target, source, eps, a, c, b, g)
+    result: Tensor = registered.coupling(target, source, eps, a, c, b, g)
     return result if out is None else out.copy_(result)
 
 
@@ -164,7 +164,7 @@ def coupling_vjp(
         return _coupling_vjp_forward(grad, a, c, b, g, scale, eps_dtype, want_source)
     if needs_formula(grad, scale):
         return _coupling_vjp_formula(COUPLING_VJP.call(grad, a, c, b, g, scale, eps_dtype, want_source))
-    outs = iter(torch.ops.doodl_fast.coupling_vjp(grad, a, c, b, g, scale, eps_dtype, want_source))
+    outs = iter(registered.coupling_vjp(grad, a, c, b, g, scale, eps_dtype, want_source))
     return next(outs), next(outs) if want_source else None, next(outs) if eps_dtype is not None else None
 
 

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends.registry import eager, resolve, select
 from .layout import check_floating, check_same, compute_dtype, dense_format, store
-from .registration import register
+from .registration import register, registered
 from .signatures import GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD
 from .transforms import cast, is_plain, is_transformed, needs_formula, wants_gradient
 
@@ -71,7 +71,7 @@ def group_norm_silu(
         return _forward(x, weight, bias, num_groups, eps, silu)
     if is_transformed(x, weight, bias):
         return _formula(GROUP_NORM_SILU.call(x, weight, bias, num_groups, eps, silu))
-    y, mean, rstd = torch.ops.doodl_fast.group_norm_silu(x, weight, bias, num_groups, eps, silu)
+    y, mean, rstd = registered.group_norm_silu(x, weight, bias, num_groups, eps, silu)
     return y, mean, rstd
 
 
@@ -109,7 +109,7 @@ def group_norm_silu_backward(
         return _backward(*tensors, num_groups, silu)
     if needs_formula(*tensors):
         return _backward_formula(GROUP_NORM_SILU_BACKWARD.call(*tensors, num_groups, silu))
-    result: Tensor = torch.ops.doodl_fast.group_norm_silu_backward(*tensors, num_groups, silu)
+    result: Tensor = registered.group_norm_silu_backward(*tensors, num_groups, silu)
     return result
 
 

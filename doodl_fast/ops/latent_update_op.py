@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .backends.registry import eager, select
 from .layout import check_same, dense_format
-from .registration import register
+from .registration import register, registered
 from .signatures import LATENT_UPDATE
 from .transforms import is_plain, needs_formula
 
@@ -86,7 +86,7 @@ def latent_update(
     elif needs_formula(*tensors):
         x, y, mx, my = _latent_update_formula(LATENT_UPDATE.call(*arguments))
     else:
-        x, y, mx, my = torch.ops.doodl_fast.latent_update(*arguments)
+        x, y, mx, my = registered.latent_update(*arguments)
     return (x, y), (mx, my)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from .backends.registry import eager, select
 from .coupling_op import combined
 from .layout import check_eps, check_floating, check_same
-from .registration import register
+from .registration import register, registered
 from .signatures import LATTICE_COUPLING
 from .transforms import is_plain, refuse_transforms
 
@@ -77,7 +77,7 @@ def lattice_coupling(
     if is_plain(target, source, eps, faults):
         return _lattice_coupling_forward(target, source, eps, faults, row, c, b, g, undo)
     refuse_transforms("lattice_coupling", eps)
-    out: Tensor = torch.ops.doodl_fast.lattice_coupling(target, source, eps, faults, row, c, b, g, undo)
+    out: Tensor = registered.lattice_coupling(target, source, eps, faults, row, c, b, g, undo)
     return out
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .backends.registry import eager, select
 from .lattice_coupling_op import check_lattice, coupled, moved, within
-from .registration import register
+from .registration import register, registered
 from .signatures import LATTICE_MIX
 from .transforms import is_plain, refuse_transforms
 
@@ -111,7 +111,7 @@ def lattice_mix(
     if is_plain(target, source, target_buffer, source_buffer, eps, faults):
         return _forward(target, source, target_buffer, source_buffer, eps, faults, row, *mixing, c, b, g, undo)
     refuse_transforms("lattice_mix", eps)
-    four: Four = torch.ops.doodl_fast.lattice_mix(
+    four: Four = registered.lattice_mix(
         target, source, target_buffer, source_buffer, eps, faults, row, *mixing, c, b, g, undo
     )
     return four

@@ -12,6 +12,12 @@ from .backends.registry import backend, choice
 from .signatures import Signature
 from .transforms import refuse_tangents
 
+NAMESPACE = __name__.partition(".")[0]
+"""The ops' namespace: "doodl_fast". A copy of this package under another name, such as the Hub's loader makes, has a
+namespace of its own, so that several versions can be in one process."""
+registered: Any = getattr(torch.ops, NAMESPACE)
+"""The registered ops by their names: `torch.ops.doodl_fast`."""
+
 
 def register(
     signature: Signature,
@@ -43,7 +49,7 @@ def register(
         return packed(forward(*arguments))
 
     op = torch.library.custom_op(
-        f"doodl_fast::{signature.name}", run, mutates_args=signature.written, schema=signature.schema
+        f"{NAMESPACE}::{signature.name}", run, mutates_args=signature.written, schema=signature.schema
     )
     op.register_fake(lambda *arguments: packed(fake(signature.call(*arguments))))
     if gradient is None or remember is None:
