@@ -15,7 +15,8 @@ from . import options
 from . import run as run_command
 from .families import frames_decoder
 from .files import write_picture
-from .guides import guides, is_embedded, load_guide
+from .guide_models import key_of, load_guide
+from .guides import guides
 from .losses import load_function, make_losses
 from .solvers import make_chain
 from .sweep_options import namespace
@@ -91,12 +92,12 @@ class Performer:
         return self._pipelines[key]
 
     def _load_guide(
-        self, kind: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+        self, guide: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
     ) -> tuple[Any, Any]:
         """The model of a guide and its processor."""
-        key = (kind, is_embedded(args), args.guidance_model, device, dtype)
+        key = (*key_of(args, guide), device, dtype)
         if key not in self._guides:
-            self._guides[key] = load_guide(kind, args, device, dtype)
+            self._guides[key] = load_guide(guide, args, device, dtype)
         return self._guides[key]
 
 

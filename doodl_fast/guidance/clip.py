@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.module_copies import frozen_copy
-from ..diffusion.networks import loading, run_in_dtype
+from ..diffusion.networks import check_source, loading, run_in_dtype
 from ..frozen import level_of
 from .arguments import check_channels, check_count, check_positive
 from .cutouts import FITS, check_images, normalized, random_cutouts, unit_range
@@ -45,7 +45,10 @@ def spherical_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def load_clip(
-    source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    processor: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Loads a CLIP or a SigLIP from safetensors files.
 
@@ -53,6 +56,7 @@ def load_clip(
         source: A folder or a hub id.
         device: Where the model is put.
         dtype: The dtype of its weights.
+        processor: The folder or the hub id of the processor, if it is not that of the model.
 
     Returns:
         The transformers CLIPModel or SiglipModel in eval mode, and its processor.
@@ -63,9 +67,10 @@ def load_clip(
     from transformers import AutoModel, AutoProcessor
 
     model, name = load_model(AutoModel, source, dtype)
-    with loading(name, "guidance model"):
-        processor = AutoProcessor.from_pretrained(name)
-    return model.to(device), processor
+    words = name if processor is None else check_source(processor, "tokenizer_config.json", "processor")
+    with loading(words, "guidance model" if processor is None else "processor"):
+        loaded = AutoProcessor.from_pretrained(words)
+    return model.to(device), loaded
 
 
 class ClipGuide:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.networks import check_source, loading
+from .clip import load_clip
 from .model_loading import load_model, read_tensors
 from .text_score import TextScore
 
@@ -120,6 +121,23 @@ def load_open_clip_file(
     return load_model(CLIPModel, source, dtype, config, open_clip_weights(state))[0].to(device)
 
 
+def load_hpsv2(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    processor: str | Path | None = None,
+) -> tuple[Any, Any]:
+    """Loads the model of HPSv2 and its processor; see `HPSv2.from_pretrained`."""
+    if not Path(source).expanduser().is_file():
+        return load_clip(source, device, dtype, processor)
+    from transformers import AutoProcessor
+
+    words = check_source(processor or PROCESSOR, "tokenizer_config.json", "processor")
+    model = load_open_clip_file(source, device, dtype)
+    with loading(words, "processor"):
+        return model, AutoProcessor.from_pretrained(words)
+
+
 class HPSv2(TextScore):
     """Minus the HPSv2 score of pictures for texts: the cosine of both embeddings by a CLIP trained on preferences.
 
@@ -161,12 +179,4 @@ class HPSv2(TextScore):
         Raises:
             ValueError: There is no such model, it lacks weights, or an argument is out of range.
         """
-        if not Path(source).expanduser().is_file():
-            return super().from_pretrained(source, prompt, device, dtype, processor, **options)  # type: ignore[return-value]
-        from transformers import AutoProcessor
-
-        words = check_source(processor or PROCESSOR, "tokenizer_config.json", "processor")
-        model = load_open_clip_file(source, device, dtype)
-        with loading(words, "processor"):
-            loaded = AutoProcessor.from_pretrained(words)
-        return cls(model, loaded, prompt, **options)
+        return cls(*load_hpsv2(source, device, dtype, processor), prompt, **options)

@@ -131,6 +131,15 @@ def _renamed(name: str) -> str:
     return name
 
 
+def load_tokenizer(source: str | Path = TOKENIZER) -> Any:
+    """Loads the tokenizer of a folder or a hub id. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    words = check_source(source, "tokenizer_config.json", "processor")
+    with loading(words, "processor"):
+        return AutoTokenizer.from_pretrained(words)
+
+
 class ImageReward:
     """Minus the ImageReward of pictures for texts, as a mean over pictures.
 
@@ -208,10 +217,5 @@ class ImageReward:
         Raises:
             ValueError: There is no such file or tokenizer, weights are missing, or an argument is out of range.
         """
-        from transformers import AutoTokenizer
-
-        words = check_source(processor, "tokenizer_config.json", "processor")
-        network = load_image_reward(source, device, dtype)
-        with loading(words, "processor"):
-            tokenizer = AutoTokenizer.from_pretrained(words)
-        return cls(network, tokenizer, prompt, **options)
+        tokenizer = load_tokenizer(processor)
+        return cls(load_image_reward(source, device, dtype), tokenizer, prompt, **options)

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.module_copies import frozen_copy
-from ..diffusion.networks import loading
 from .arguments import check_texts, checked_prompt
-from .clip import ClipGuide, projected
+from .clip import ClipGuide, load_clip, projected
 from .cutouts import check_images
-from .model_loading import load_model
 
 
 class TextScore(ClipGuide):
@@ -93,13 +91,7 @@ class TextScore(ClipGuide):
         Raises:
             ValueError: There is no such model, it lacks weights, or an argument is out of range.
         """
-        from transformers import AutoModel, AutoProcessor
-
-        model, name = load_model(AutoModel, source, dtype)
-        words = name if processor is None else str(processor)
-        with loading(words, "guidance model"):
-            loaded = AutoProcessor.from_pretrained(words)
-        return cls(model.to(device), loaded, prompt, **options)
+        return cls(*load_clip(source, device, dtype, processor), prompt, **options)
 
 
 class PickScore(TextScore):

@@ -86,7 +86,7 @@ def test_a_run_with_several_losses_is_logged_and_resumed(tmp_path: Path, picture
         (["--guidance", "symmetry:big"], "expected a finite number as the weight, got 'big'"),
         (["--guidance", "symmetry", "symmetry:2"], "--guidance: expected each guide once, got symmetry symmetry"),
         (["--guidance", "picture"], "--target: expected a picture file with --guidance picture, got none"),
-        (["--guidance", "symmetry", "--target", "a.png"], "--target: expected --guidance picture with it"),
+        (["--guidance", "symmetry", "--target", "a.png"], "--target: expected --guidance picture or .* with it"),
         (["--loss", "nowhere"], "expected MODULE:FUNCTION or MODULE:FUNCTION:WEIGHT, got 'nowhere'"),
         (["--loss", "no_such_module:f"], "--loss: cannot import 'no_such_module' from"),
         (["--loss", "math:no_such"], "--loss: expected a function 'no_such' in the module 'math'"),

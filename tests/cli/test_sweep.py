@@ -66,7 +66,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(options, "load_pipeline", lambda args: loads.append("pipeline") or real_pipeline(args))
         patch.setattr(sweep_runs, "load_guide", lambda kind, *rest: loads.append(kind) or real_guide(kind, *rest))
         assert run(write(work / "sweep.json"), work / "out") == 0
-    assert sorted(loads) == ["clip", "pipeline"]
+    assert sorted(loads) == ["clip-text", "pipeline"]
     return work / "out"
 
 
@@ -258,7 +258,7 @@ def test_own_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"settings": {"a": {"momentum": "much"}}}, "CONFIG: .*argument --momentum: invalid float value: 'much'"),
         ({"settings": {"a": {"momentum": 2}}}, "CONFIG: .*momentum: expected a number in"),
         ({"settings": {"a": {"height": 33}}}, "height: expected a positive multiple of"),
-        ({"settings": {"a": {"label": "x"}}}, "--label: expected --guidance classifier with it"),
+        ({"settings": {"a": {"label": "x"}}}, "--label: expected --guidance classifier or segmentation with it"),
         ({"measures": ["beauty"]}, "measures: expected 'shapes' or MODULE:FUNCTION, got 'beauty'"),
         ({"measures": ["no_such:thing"]}, "measures: cannot import 'no_such'"),
         ({"options": {**OPTIONS, "model": "/nowhere"}}, "model: the folder '/nowhere' does not exist"),
