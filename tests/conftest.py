@@ -78,7 +78,26 @@ def golden_unet(dtype: torch.dtype = torch.float32) -> nn.Module:
     unet = UNet2DConditionModel(**json.loads((GOLDEN / "unet_config.json").read_text())).to(DEVICE)
     weights = {key[5:]: value for key, value in golden("models").items() if key.startswith("unet/")}
     unet.load_state_dict(weights)
+    if DEVICE.type != "cpu":
+        unet.time_proj = TimestepsOfTheCpu(unet.time_proj)
     return unet.to(dtype).eval()
+
+
+class TimestepsOfTheCpu(nn.Module):
+    """Embeds timesteps as a network of diffusers does on the CPU, on any device.
+
+    diffusers computes sines and cosines in float32 whatever the network's dtype, and those of a GPU differ from the CPU's
+    by 1e-7. Whole timesteps are looked up in a table, which needs no copy to the CPU.
+    """
+
+    def __init__(self, embed: nn.Module, count: int = 1000) -> None:
+        super().__init__()
+        self.embed = embed
+        self.table = embed(torch.arange(count)).to(DEVICE)
+
+    def forward(self, t: Tensor) -> Tensor:
+        index = t.long().clamp(0, len(self.table) - 1)
+        return torch.where((index == t)[:, None], self.table[index], self.embed(t))
 
 
 def golden_denoiser(dtype: torch.dtype, guidance_scale: float = 7.5, vjp_dtype: Any = None) -> Denoiser:

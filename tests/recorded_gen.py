@@ -156,7 +156,7 @@ def errors(case: str, result: GenResult, folder: Path) -> dict[str, float]:
     for file in result.files:
         if f"{case}/image/{file.name}" not in recorded:
             continue
-        expected = recorded[f"{case}/image/{file.name}"].numpy().astype(int)
+        expected = recorded[f"{case}/image/{file.name}"].cpu().numpy().astype(int)
         stride = 512 // len(expected)
         got = np.asarray(Image.open(file))[::stride, ::stride].astype(int)
         found.setdefault("image", []).append(float(np.abs(got - expected).max()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conftest import golden
+from conftest import DEVICE, golden
 from torch import Tensor, nn
 
 from doodl_fast.compat import Quirks
@@ -28,7 +28,8 @@ class TinyGuide(nn.Module):
         self.config = SimpleNamespace(
             vision_config=SimpleNamespace(image_size=224), text_config=SimpleNamespace(max_position_embeddings=8)
         )
-        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.dtype, self.device = torch.float32, DEVICE
+        self.to(DEVICE)
         self.texts: list[Tensor] = []
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def tiny_guide() -> tuple[Any, Any]:
 def head(name: str) -> nn.Linear:
     layer = nn.Linear(16, 1)
     layer.load_state_dict({key: golden("clip")[f"aesthetic_head/{name}/{key}"] for key in ("weight", "bias")})
-    return layer
+    return layer.to(DEVICE)
 
 
 def recorded_picture_target(antialias: bool, value: float) -> Tensor:
@@ -70,7 +71,7 @@ def recorded_picture_target(antialias: bool, value: float) -> Tensor:
     case = "loss/clip_viz" if antialias else "loss/clip_viz/no_antialias"
     pixels = record["loss/pixels"].clone().requires_grad_()
     seen = resize_shorter((pixels / 2 + 0.5).clamp(0, 1), 224, antialias)
-    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(values, device=DEVICE).reshape(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     guide = TinyGuide()
     u = F.normalize(guide.get_image_features((seen - mean) / std), dim=-1)[0]
     rows = [torch.autograd.grad(entry, pixels, retain_graph=True)[0].flatten()[::7] for entry in u]

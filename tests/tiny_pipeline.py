@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import GOLDEN, golden, golden_unet, sd_scheduler
+from conftest import DEVICE, GOLDEN, golden, golden_unet, sd_scheduler
 
 WORDS = 77
 
@@ -21,7 +21,7 @@ def golden_vae(dtype: torch.dtype = torch.float32) -> Any:
 
     vae = AutoencoderKL(**json.loads((GOLDEN / "vae_config.json").read_text()))
     vae.load_state_dict({key[4:]: value for key, value in golden("models").items() if key.startswith("vae/")})
-    return vae.to(dtype).eval()
+    return vae.to(DEVICE, dtype).eval()
 
 
 def tokenizer(folder: Path) -> Any:
@@ -68,7 +68,7 @@ def stable_diffusion(work: Path) -> Any:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    )
+    ).to(DEVICE)
 
 
 def stable_diffusion_xl(work: Path) -> Any:
@@ -92,7 +92,7 @@ def stable_diffusion_xl(work: Path) -> Any:
         tokenizer_2=words,
         unet=UNet2DConditionModel(**config).eval(),
         scheduler=sd_scheduler(),
-    )
+    ).to(DEVICE)
 
 
 def clip(work: Path, size: int = 32) -> tuple[Any, Any]:
@@ -111,7 +111,7 @@ def clip(work: Path, size: int = 32) -> tuple[Any, Any]:
     torch.manual_seed(1)
     config = CLIPConfig(text_config=text_settings(words), vision_config=vision, projection_dim=16)
     pictures = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return CLIPModel(config).eval(), CLIPProcessor(pictures, words)
+    return CLIPModel(config).to(DEVICE).eval(), CLIPProcessor(pictures, words)
 
 
 def classifier() -> Any:
@@ -127,7 +127,7 @@ def classifier() -> Any:
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )
-    return ResNetForImageClassification(config).eval()
+    return ResNetForImageClassification(config).to(DEVICE).eval()
 
 
 def golden_vae_copy(dtype: torch.dtype) -> Any:

@@ -80,7 +80,7 @@ def test_pictures_are_edicts():
     recorded = golden("edict")
     pictures = run(fixed_starting_latent=recorded["start"], steps=4)
     for picture, expected in zip(pictures, recorded["edict/pictures"], strict=True):
-        assert np.abs(np.asarray(picture).astype(int) - expected.numpy().astype(int)).max() <= 1
+        assert np.abs(np.asarray(picture).astype(int) - expected.cpu().numpy().astype(int)).max() <= 1
 
 
 def test_a_picture_comes_back_from_its_inversion():

@@ -134,7 +134,7 @@ def test_recorded_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert relative(after[:1], golden("gen")["edit/step1/latent"]) < 5e-4
     assert torch.equal(after[0], after[1])
     second = np.asarray(Image.open(tmp_path / "x_1.png"))[::16, ::16].astype(int)
-    assert np.abs(second - golden("gen")["edit/image/x_1.png"].numpy().astype(int)).max() <= 1
+    assert np.abs(second - golden("gen")["edit/image/x_1.png"].cpu().numpy().astype(int)).max() <= 1
 
 
 def test_recorded_editing_from_its_first_update_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

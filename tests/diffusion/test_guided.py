@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, relative
+from conftest import DEVICE, TinyNet, conditions, randn, relative
 from tolerances import FP64
 from torch import Tensor
 
@@ -22,9 +22,9 @@ def shifted(x: Tensor, t: Tensor, cond: Tensor, extra: Any) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1, None])
 def test_each_half_gets_its_own(batch: int, rows: int | None) -> None:
-    x = torch.randn(batch, 3, 4, 4, dtype=torch.float64)
+    x = randn(batch, 3, 4, 4).to(DEVICE)
     cond, uncond = conditions()
-    shifts = torch.randn(2, rows or batch, dtype=torch.float64)
+    shifts = randn(2, rows or batch, seed=1).to(DEVICE)
     pair = Guided(shifts[0], shifts[1])
     plain = [
         Denoiser(shifted, states, extra={"shift": shift.expand(batch)})(x, 500)
@@ -39,9 +39,11 @@ def test_each_half_gets_its_own(batch: int, rows: int | None) -> None:
 
 def test_both_halves_get_gradients() -> None:
     cond, uncond = conditions()
-    pair = Guided(*(torch.full((1,), value, dtype=torch.float64, requires_grad=True) for value in (0.0, 1.0)))
+    pair = Guided(
+        *(torch.full((1,), value, dtype=torch.float64, device=DEVICE, requires_grad=True) for value in (0.0, 1.0))
+    )
     guided = Denoiser(shifted, cond, uncond, 3.0, extra={"shift": pair})
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    x = randn(2, 3, 4, 4).to(DEVICE)
     gradients = torch.autograd.grad(guided(x, 500).sum(), list(pair))
     assert all(gradient.abs() > 0 for gradient in gradients) and gradients[0] * gradients[1] < 0
 
@@ -50,7 +52,7 @@ def test_a_half_that_does_not_fit_is_named() -> None:
     cond, uncond = conditions()
     guided = Denoiser(shifted, cond, uncond, 3.0, extra={"shift": Guided(torch.zeros(2), torch.zeros(1))})
     with pytest.raises(ValueError, match=r"extra\['shift'\].uncond: expected a leading dimension of 1 or 3"):
-        guided(torch.randn(3, 3, 4, 4), 500)
+        guided(torch.randn(3, 3, 4, 4, device=DEVICE), 500)
 
 
 def test_pairs_are_found_at_any_depth() -> None:

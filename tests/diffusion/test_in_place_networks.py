@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, pull, tiny_chain
+from conftest import DEVICE, TinyNet, conditions, latents, pull, tiny_chain
 from torch import Tensor
 
 from doodl_fast.diffusion.denoiser import Denoiser
@@ -68,7 +68,7 @@ def test_conditions_are_joined_once_a_run(memory: str) -> None:
     for wanted in (False, True):
         net.log.clear()
         cond, uncond = conditions()
-        shift = torch.full((1,), 0.1, dtype=torch.float64)
+        shift = torch.full((1,), 0.1, dtype=torch.float64, device=DEVICE)
         cond.requires_grad_(wanted)
         denoiser = Denoiser(net, cond, uncond, 3.0, options={"shift": shift})
         chain = EDICT(denoiser, tiny_chain(3).schedule, memory=memory)
@@ -88,7 +88,7 @@ def test_conditions_that_were_changed_are_made_anew(spoils: tuple[int, ...], mem
     x, y = latents(2, 3, 4, grad=True)
     found = []
     for net in (Recording().double(), Recording(spoils).double()):
-        options = {"shift": torch.full((1,), 0.1, dtype=torch.float64)}
+        options = {"shift": torch.full((1,), 0.1, dtype=torch.float64, device=DEVICE)}
         chain = EDICT(Denoiser(net, cond, uncond, 3.0, options=options), tiny_chain(3).schedule, memory=memory)
         outputs = chain(x, y)
         found.append([*outputs, *pull(outputs, [x, y])])
@@ -114,7 +114,8 @@ def test_extra_arguments_are_copies_too() -> None:
         return x * shift.reshape(-1, 1, 1) * scale
 
     cond, _ = conditions()
-    shift, scale = torch.ones(1, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    shift = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    scale = torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
     x, _ = latents(1, 3, 4)
     denoiser = Denoiser(network, cond, shift=shift, scale=scale)
     assert torch.equal(denoiser(x, 3), denoiser(x, 3)) and shift.item() == 1 and scale.item() == 0.1

@@ -169,7 +169,7 @@ def test_a_network_that_cannot_be_copied_runs_as_it_is():
 
     wrapped = Wrapped()
     wrapped.forward = lambda x, t, cond: Wrapped.forward(wrapped, x, t, cond)
-    cond = torch.randn(1, 6, unet.config.cross_attention_dim)
+    cond = torch.randn(1, 6, unet.config.cross_attention_dim, device=DEVICE)
     made = EDICT(Denoiser(wrapped, cond), Schedule.from_scheduler(sd_scheduler(), 2), memory="checkpoint")
     gradient(made)
     assert set(calls) == {torch.nn.Conv2d}

@@ -92,8 +92,13 @@ def test_mean_and_rstd(backend, dtype):
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_never_further_from_float64_than_torch(layout, mean, name):
-    """With a mean far from zero, PyTorch's sums over channels_last tensors lose digits; the native kernels' do not."""
+    """With a mean far from zero, PyTorch's sums over channels_last tensors lose digits; the native kernels' do not.
+
+    On a GPU both sum float32 numbers as trees, each in its own order, so chance decides which is closer: by one epsilon of
+    float32 at most.
+    """
     require("native")
+    allowed = 0.0 if DEVICE.type == "cpu" else torch.finfo(torch.float32).eps
     x, grad, weight, bias = operands((2, 40, 17, 33), DTYPES[name], mean)
     x, grad = LAYOUTS[layout](x), LAYOUTS[layout](grad)
     want = exact(layer(4, weight, bias), x, grad)
@@ -101,7 +106,7 @@ def test_never_further_from_float64_than_torch(layout, mean, name):
     with ops.backend("native"):
         got = fused(x, grad, 4, weight, bias)
     for ours, theirs, truth in zip(got, torchs, want, strict=True):
-        assert distance(ours, truth) <= distance(theirs, truth)
+        assert distance(ours, truth) <= distance(theirs, truth) + allowed
 
 
 def test_a_large_mean_does_not_cost_the_digits_of_the_variance(backend):
@@ -144,7 +149,7 @@ def test_the_native_kernels_have_the_bits_of_torch(silu, threads):
 
 
 def test_matches_torch_says_no_for_a_backend_with_other_bits():
-    require("triton")
+    require("triton", "cpu")
     with ops.backend("triton"):
         assert not ops.matches_torch()
 
@@ -266,8 +271,8 @@ def test_opcheck(backend):
 
 
 def test_opcheck_of_the_native_kernels():
-    require("native")
-    x, grad, weight, bias = operands((2, 6, 3, 4), torch.float32)
+    require("native", "cpu")
+    x, grad, weight, bias = (z.cpu() for z in operands((2, 6, 3, 4), torch.float32))
     mean, rstd = torch.zeros(2, 2, 3)
     library = torch.ops.doodl_fast_native
     utilities = ("test_schema", "test_faketensor")
@@ -317,11 +322,15 @@ def test_compiles_without_a_graph_break(backend):
     torch.compiler.reset()
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, grad)
     assert all(torch.equal(g, w) for g, w in zip(got, step(x, grad), strict=True))
+
+    def normalise(x):
+        return ops.group_norm_silu(x, weight, bias, 2)[0]
+
+    # Autograd computes the gradients of a GPU's tensors in a thread of its own, which is in no block of `ops.backend`.
     leaf = x.clone().requires_grad_()
-    torch.compile(lambda x: ops.group_norm_silu(x, weight, bias, 2)[0], fullgraph=True, backend="aot_eager")(
-        leaf
-    ).backward(grad)
-    assert torch.equal(leaf.grad, fused(x, grad, 2, weight, bias)[1])
+    want = torch.autograd.grad(normalise(leaf), leaf, grad)[0] if x.is_cuda else fused(x, grad, 2, weight, bias)[1]
+    torch.compile(normalise, fullgraph=True, backend="aot_eager")(leaf).backward(grad)
+    assert torch.equal(leaf.grad, want)
 
 
 # What is refused
@@ -349,8 +358,8 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_native_kernels_check_their_arguments():
-    require("native")
-    x, _, weight, bias = operands((2, 6, 3, 4), torch.float32)
+    require("native", "cpu")
+    x, _, weight, bias = (z.cpu() for z in operands((2, 6, 3, 4), torch.float32))
     mean, rstd = torch.zeros(2, 2, 3)
     library = torch.ops.doodl_fast_native
     y = x.transpose(2, 3)

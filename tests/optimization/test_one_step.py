@@ -10,6 +10,7 @@ import pytest
 import tiny_pipeline
 import torch
 from conftest import (
+    DEVICE,
     TinyNet,
     conditions,
     golden,
@@ -69,7 +70,7 @@ def test_the_recorded_baseline() -> None:
     with torch.no_grad():
         assert relative(torch.cat(chain(record["init/latent"])), expected) > 5e-4  # the guidance shows
         picture = np.array(to_pil(decoder(x))[0])[::16, ::16]
-    assert np.abs(picture.astype(int) - record["one_step_baseline/image/x.png"].numpy()).max() <= 1
+    assert np.abs(picture.astype(int) - record["one_step_baseline/image/x.png"].cpu().numpy()).max() <= 1
 
 
 def test_the_loss_falls_and_rises_with_the_sign_of_the_scale() -> None:
@@ -126,7 +127,7 @@ def test_pictures_do_not_depend_on_their_company() -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_unconditional_network_gets_its_own_extra_conditions(batch: int) -> None:
     cond, uncond = conditions()
-    both = torch.tensor([[0.5], [-2.0]], dtype=torch.float64)
+    both = torch.tensor([[0.5], [-2.0]], dtype=torch.float64, device=DEVICE)
     denoiser = Denoiser(TinyNet().double(), cond, uncond, 3.0, shift=both)
     expected = Denoiser(TinyNet().double(), uncond, shift=both[:1])
     chain = tiny()

@@ -34,7 +34,8 @@ def test_an_instance_is_an_example_of_its_class_and_options() -> None:
 
 
 def loss(images: Tensor) -> Tensor:
-    return (images - torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images)).square().sum()
+    goal = torch.linspace(-1, 1, images.numel(), dtype=images.dtype, device=images.device)
+    return (images - goal.view_as(images)).square().sum()
 
 
 def lbfgs(parameters: Any) -> torch.optim.Optimizer:

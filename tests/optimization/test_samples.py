@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, latents, randn, relative, sd_scheduler
+from conftest import DEVICE, TinyNet, latents, randn, relative, sd_scheduler
 from torch import Tensor
 
 import doodl_fast
@@ -15,8 +15,8 @@ from doodl_fast.optimization import Each, search
 
 BATCH = 3
 START = latents(BATCH, 3, 4, 4)[0]
-TARGETS = randn(BATCH, 3, 4, 4, seed=8)
-COND, UNCOND = randn(BATCH, 5, 4, seed=4), randn(1, 5, 4, seed=5)
+TARGETS = randn(BATCH, 3, 4, 4, seed=8).to(DEVICE)
+COND, UNCOND = randn(BATCH, 5, 4, seed=4).to(DEVICE), randn(1, 5, 4, seed=5).to(DEVICE)
 
 
 def chain(kind: str = "edict", sample: int | None = None) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, relative, sd_scheduler, tiny_chain
+from conftest import DEVICE, TinyNet, conditions, latents, relative, sd_scheduler, tiny_chain
 from torch import Tensor
 
 import doodl_fast
@@ -18,7 +18,8 @@ QUIET = {"num_optimization_steps": 1, "progress": False, "perturbation_scale": 0
 
 
 def loss(images: Tensor) -> Tensor:
-    return (images.sin() * torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images)).sum()
+    weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype, device=images.device)
+    return (images.sin() * weights.view_as(images)).sum()
 
 
 def denoiser(shift: Tensor | None = None, scale: float = 3.0, combine: Any = None) -> Denoiser:
@@ -93,7 +94,7 @@ def test_the_guidance_scale(kind: str, memory: Any) -> None:
 
 def test_any_argument_of_the_network() -> None:
     """A pair of the same tensor for both halves is one variable."""
-    shift = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    shift = torch.tensor([0.3, -0.2], dtype=torch.float64, device=DEVICE)
     (got,) = stepped("shift", CHAINS["EDICT"](denoiser(doodl_fast.Guided(shift, shift)), "checkpoint"))
     leaf = shift.clone().requires_grad_()
     naive = CHAINS["EDICT"](denoiser(doodl_fast.Guided(leaf, leaf)), "naive")
