@@ -86,8 +86,8 @@ def golden_unet(dtype: torch.dtype = torch.float32) -> nn.Module:
 class TimestepsOfTheCpu(nn.Module):
     """Embeds timesteps as a network of diffusers does on the CPU, on any device.
 
-    diffusers computes sines and cosines in float32 whatever the network's dtype, and those of a GPU differ from the CPU's
-    by 1e-7. Whole timesteps are looked up in a table, which needs no copy to the CPU.
+    diffusers computes sines and cosines in float32 whatever the network's dtype, and those of a GPU differ from the
+    CPU's by 1e-7. Whole timesteps are looked up in a table, which needs no copy to the CPU.
     """
 
     def __init__(self, embed: nn.Module, count: int = 1000) -> None:

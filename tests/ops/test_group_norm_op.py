@@ -94,8 +94,8 @@ def test_mean_and_rstd(backend, dtype):
 def test_never_further_from_float64_than_torch(layout, mean, name):
     """With a mean far from zero, PyTorch's sums over channels_last tensors lose digits; the native kernels' do not.
 
-    On a GPU both sum float32 numbers as trees, each in its own order, so chance decides which is closer: by one epsilon of
-    float32 at most.
+    On a GPU both sum float32 numbers as trees, each in its own order, so chance decides which is closer: by one epsilon
+    of float32 at most.
     """
     require("native")
     allowed = 0.0 if DEVICE.type == "cpu" else torch.finfo(torch.float32).eps

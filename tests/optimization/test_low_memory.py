@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import golden_denoiser, latents, relative, sd_scheduler
+from conftest import DEVICE, golden_denoiser, latents, relative, sd_scheduler
 from tiny_pipeline import clip, golden_vae, golden_vae_copy
 from tolerances import FP32
 from torch import Tensor
@@ -18,6 +18,11 @@ from doodl_fast.optimization.loop import optimize
 from doodl_fast.solvers.edict import EDICT
 
 
+ON_CPU = pytest.mark.skipif(
+    DEVICE.type != "cpu", reason="the workspaces of a GPU's libraries are larger than these latents and pictures"
+)
+
+
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory):
     model, processor = clip(tmp_path_factory.mktemp("clip"))
@@ -28,7 +33,7 @@ def pulled(function, x: Tensor) -> tuple[Tensor, int]:
     """Gradient of the squares of function(x), and the peak of taking it."""
     torch.manual_seed(3)
     leaf = x.detach().clone().requires_grad_()
-    with Tracker("cpu") as tracker:
+    with Tracker(DEVICE.type) as tracker:
         (gradient,) = torch.autograd.grad(function(leaf).square().sum(), leaf)
     return gradient, tracker.peak
 
@@ -86,6 +91,7 @@ def run(made: EDICT, decode, loss, steps=2, **options):
     return optimize(made, x, decode, loss, steps, progress=False, grad_scale=1e3, **options)
 
 
+@ON_CPU
 def test_an_optimisation_keeps_to_its_budget(guide):
     """Every budget gives the same losses, also where the plain decoder does not fit beside a stored graph."""
     decode = Decoder(golden_vae())
@@ -101,7 +107,7 @@ def test_an_optimisation_keeps_to_its_budget(guide):
             peaks.append(tracker.peak)
             tracker.reset_peak()
 
-        with Tracker("cpu") as tracker:
+        with Tracker(DEVICE.type) as tracker:
             got = run(made, decode, guide, callback_on_step_end=note)
         torch.testing.assert_close(got.losses, expected.losses, rtol=1e-5, atol=0)
         assert relative(got.latents[0], expected.latents[0]) < FP32
@@ -110,6 +116,7 @@ def test_an_optimisation_keeps_to_its_budget(guide):
         assert made.plan.peak == pytest.approx(peaks[1], rel=0.15)
 
 
+@ON_CPU
 def test_a_budget_that_cannot_hold_the_decoder(guide):
     with pytest.raises(ValueError, match=r"memory_budget: expected at least \d+ bytes .* smallest possible") as said:
         run(chain(budget="1MB"), Decoder(golden_vae()), guide)
