@@ -17,7 +17,6 @@ from doodl_fast.optimization import low_memory
 from doodl_fast.optimization.loop import optimize
 from doodl_fast.solvers.edict import EDICT
 
-
 ON_CPU = pytest.mark.skipif(
     DEVICE.type != "cpu", reason="the workspaces of a GPU's libraries are larger than these latents and pictures"
 )
