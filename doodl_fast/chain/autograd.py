@@ -42,7 +42,7 @@ class ChainFunction(torch.autograd.Function):
         start = () if run.anchors is None else tuple(latent.clone() for latent in latents)
         tensors = tuple(t if id(t) in weights else t.clone() for t in tensors)
         graphs: Graphs = {}
-        with run.evaluator.running():
+        with run.running():
             kept = run.forward(work, state, tensors, ctx.needs_input_grad[2 + run.num_latents :], graphs)
         work.finish()
         ctx.run, ctx.num_kept, ctx.num_start, ctx.graphs = run, len(kept.tensors), len(start), graphs

@@ -16,6 +16,7 @@ from .exact.lattice import WIDTHS, Lattice, to_lattice, words_needed
 from .exact.state_file import ENDS
 from .program import Coupling, Program, invert
 from .run import ProgramRun
+from .ways import WHOLE, Way
 
 ARITHMETICS = ("float", *WIDTHS)
 NO_FLOAT64 = frozenset({"mps"})
@@ -54,8 +55,8 @@ class RunFactory:
         *,
         stores: bool = False,
         states: str | int = "checkpoint",
-        graphs: int = 0,
-        blocks: bool = False,
+        graphs: Sequence[tuple[Way, int]] = (),
+        way: Way = WHOLE,
     ) -> ProgramRun:
         """Makes one run.
 
@@ -65,8 +66,11 @@ class RunFactory:
             stores: Whether it keeps what its gradient will need.
             states: What that is: "checkpoint" for the source of every evaluation, "reversible" for the final state, or
                 an int k for the state every k steps.
-            graphs: Of how many of the last evaluations it keeps the whole network graph.
-            blocks: Whether the network checkpoints its blocks, if it can.
+            graphs: The ways in which it keeps the network graphs of its last evaluations, in the program's order, and
+                of how many evaluations each.
+            way: How the other evaluations have their graphs.
+
+        A way that the network does not have stands for whole graphs.
 
         Raises:
             ValueError: Exact arithmetic is asked for on a device that has no float64.
@@ -80,5 +84,8 @@ class RunFactory:
                 raise ValueError(f'arithmetic: exact arithmetic needs float64, which {x.device} lacks; use "float"')
             ends, words = ENDS[::-1] if inverse else ENDS, words_needed(program)
             new_arithmetic = functools.partial(Exact, self.lattice, program, ends, words, x.dtype, state_dtype)
-        evaluator = (self.evaluator.for_blocks() if blocks else None) or self.evaluator
-        return ProgramRun.create(evaluator, program, states, x, state_dtype, new_arithmetic, stores, self.trust, graphs)
+        evaluators = {one: one.of(self.evaluator) or self.evaluator for one in {way, *(kept for kept, _ in graphs)}}
+        kept = [(evaluators[one], count) for one, count in graphs]
+        return ProgramRun.create(
+            evaluators[way], program, states, x, state_dtype, new_arithmetic, stores, self.trust, kept
+        )

@@ -12,7 +12,7 @@ point. `walk.py` has the loops over the program, `pull.py` the evaluations with 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,8 +60,8 @@ class ProgramRun:
         autocast: The caller's autocast, which the backward pass enters again.
         network_dtype: The dtype that the network computes in.
         trust: What the chain remembers of its runs' checks.
-        graph_ends: Ends of the groups whose whole network graph the forward run keeps, so that the gradient does not
-            evaluate them again.
+        graph_makers: By the ends of the groups whose network graph the forward run keeps, so that the gradient does
+            not evaluate them again: the evaluator that makes the graph, which is `evaluator` in another way.
         fallback: Asked when a backward pass is out of memory. Returns the run to go on with, which has the same states
             and no graphs, or None.
     """
@@ -77,7 +77,7 @@ class ProgramRun:
     autocast: dict[str, Any] | None
     network_dtype: torch.dtype
     trust: Trust
-    graph_ends: frozenset[int] = frozenset()
+    graph_makers: Mapping[int, Evaluator] = field(default_factory=dict)
     fallback: Callable[[ProgramRun], ProgramRun | None] = lambda run: None
 
     @classmethod
@@ -91,7 +91,7 @@ class ProgramRun:
         new_arithmetic: Callable[[], Arithmetic],
         store: bool,
         trust: Trust,
-        graphs: int = 0,
+        graphs: Sequence[tuple[Evaluator, int]] = (),
     ) -> ProgramRun:
         """Makes a run.
 
@@ -105,8 +105,8 @@ class ProgramRun:
             new_arithmetic: See the attribute.
             store: Whether a gradient will be asked for.
             trust: See the attribute.
-            graphs: Of how many of the last evaluations the whole graph is kept. None are kept where VJPs are taken of
-                another evaluator.
+            graphs: The evaluators that make the graphs of the last evaluations, which are kept, in the program's order,
+                and how many graphs each makes. None are kept where VJPs are taken of another evaluator.
         """
         anchors = None
         if states == "reversible":
@@ -119,8 +119,9 @@ class ProgramRun:
             network_dtype = autocast["dtype"]
         groups = arithmetic.group(program, anchors or ())
         calling = [group.end for group in groups if group.calls_network]
+        makers = [maker for maker, count in graphs for _ in range(count)][::-1]
         if not store or evaluator.for_vjp() is not None:
-            graphs = 0
+            makers = []
         return cls(
             evaluator=evaluator,
             program=program,
@@ -133,7 +134,7 @@ class ProgramRun:
             autocast=autocast,
             network_dtype=network_dtype,
             trust=trust,
-            graph_ends=frozenset(calling[max(0, len(calling) - graphs) :]),
+            graph_makers=dict(zip(reversed(calling), makers, strict=False)),
         )
 
     @property
@@ -154,6 +155,14 @@ class ProgramRun:
         autocast = self.autocast and {**self.autocast, "enabled": False}
         dtype = other.compute_dtype(self.latents_dtype)
         return replace(self, evaluator=other, network_dtype=dtype, autocast=autocast)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The context of the forward run, for all evaluators that it calls."""
+        with contextlib.ExitStack() as stack:
+            for evaluator in {id(e): e for e in (self.evaluator, *self.graph_makers.values())}.values():
+                stack.enter_context(evaluator.running())
+            yield
 
     def calling(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which a backward pass calls the network: the autocast of the forward run."""
@@ -205,14 +214,16 @@ class ProgramRun:
         kept = Kept()
         watch = Watch(self.program, "forward", self.network_dtype)
         fingerprints = Fingerprints(self.state_dtype)
-        pull = NetworkPull(self, tensors, wanted) if graphs is not None and self.graph_ends else None
+        makers = {id(maker): maker for maker in self.graph_makers.values()} if graphs is not None else {}
+        pulls = {key: NetworkPull(replace(self, evaluator=maker), tensors, wanted) for key, maker in makers.items()}
 
         def evaluate(group: Group, source: Tensor) -> Eps:
             assert group.coupling is not None
             if self.anchors is None and self.stores:
                 kept.tensors.append(source)
             with explain_first_evaluation(self.evaluator, source, watch.started):
-                if graphs is not None and pull is not None and group.end in self.graph_ends:
+                if graphs is not None and group.end in self.graph_makers:
+                    pull = pulls[id(self.graph_makers[group.end])]
                     graph = graphs[group.end] = pull.evaluate(source, group.coupling)
                     return graph.eps.detach()
                 eps = self.evaluate(source, group.coupling, tensors)
@@ -270,7 +281,7 @@ class ProgramRun:
         numbers = dict(zip(found, pull.watch.read(*found.values()), strict=True))
         half = self.half or self.state_dtype == torch.float32
         if "drift" in numbers and not self.trust.within_tolerance(numbers["drift"], work.exact, half):
-            again = replace(self, anchors=None, groups=arithmetic.group(self.program), graph_ends=frozenset())
+            again = replace(self, anchors=None, groups=arithmetic.group(self.program), graph_makers={})
             work = again.new_arithmetic()
             with again.calling():
                 kept = again.forward(work, work.enter(*start), tensors)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..chain.memory.plan import Plan, Sizes, Workload, format_bytes
 from ..chain.memory.tracker import Tracker
+from ..chain.ways import KEPT, WHOLE
 from ..diffusion.calling import module_of
 from ..diffusion.decoder import Decoder
 from ..diffusion.families import Request
@@ -42,6 +43,7 @@ class Estimate:
         network_weights: Bytes of the weights of the network that predicts noise or velocity.
         vae_weights: Bytes of the VAE's weights and, where there is one, of the vocoder's.
         plain: The sizes of one evaluation of the network.
+        recompute: The same where results of matrix products are computed again; None if that makes no difference.
         blocks: The same with checkpointed blocks; None if it has none.
         decoders: Bytes that decoding takes at most, plainly and with checkpointed blocks.
         workload: What the planner needs to know of the chain.
@@ -53,6 +55,7 @@ class Estimate:
     network_weights: int
     vae_weights: int
     plain: Sizes
+    recompute: Sizes | None
     blocks: Sizes | None
     decoders: tuple[int, ...]
     workload: Workload
@@ -83,10 +86,10 @@ class Estimate:
         return plan
 
     def __str__(self) -> str:
-        evaluations = (self.plain, self.blocks) if self.blocks else (self.plain,)
+        ways = [("", self.plain), ("without matrix products ", self.recompute), ("checkpointed ", self.blocks)]
         lines = [
             ("weights: network, VAE", f"{format_bytes(self.network_weights)}, {format_bytes(self.vae_weights)}"),
-            ("graph of an evaluation", " or, checkpointed, ".join(format_bytes(s.graph) for s in evaluations)),
+            ("graph of an evaluation", ", ".join(f"{way}{format_bytes(s.graph)}" for way, s in ways if s)),
             ("decoding", " or, checkpointed, ".join(format_bytes(size) for size in self.decoders)),
             ("held for each step", f"{format_bytes(self.growth)} (stored sources), 0 (exact reversal), "
              f"{format_bytes(2 * self.plain.graph)} (whole graphs)"),
@@ -105,7 +108,7 @@ class Estimate:
         plan = self.plan(room)
         if plan is None:
             return f"{card:>2} GB  {'':>12}  does not fit"
-        blocks = "; blocks checkpointed" if plan.blocks else ""
+        way = "" if plan.way == WHOLE else f"; kept inside the network: {plan.way.inside}"
         fits = [
             name
             for name, peak in (("naive backpropagation", self.naive), ("checkpointed steps", self.per_step))
@@ -113,7 +116,7 @@ class Estimate:
         ]
         also = f"; {' and '.join(fits)} would fit too" if fits else ""
         peak = format_bytes(self.weights + plan.peak)
-        return f"{card:>2} GB  {peak:>12}  {plan.kept}{blocks}; {plan.recomputed} evaluations again{also}"
+        return f"{card:>2} GB  {peak:>12}  {plan.kept}{way}; {plan.again} again{also}"
 
 
 def estimate(
@@ -178,7 +181,7 @@ def _measure(chain: EDICT, other: EDICT, space: LatentSpace, decode: Decoder) ->
     assert chain.planner is not None and other.planner is not None
     case, steps = chain.planner.case(x), len(chain.schedule.timesteps)
     load = replace(case.workload, sizes=case.unlimited)
-    plain, blocks, usual = load.sizes(False), load.sizes(True), other.planner.case(x).unlimited(False)
+    (plain, recompute, blocks), usual = map(load.sizes, KEPT), other.planner.case(x).unlimited(WHOLE)
     assert plain is not None and usual is not None
     # Other code evaluates in every step, and keeps at least the sources beside the graphs.
     naive = 2 * steps * (usual.graph + load.source) + usual.pull - usual.graph
@@ -188,7 +191,7 @@ def _measure(chain: EDICT, other: EDICT, space: LatentSpace, decode: Decoder) ->
     weights = _weights(module_of(chain.denoiser.unet)), sum(map(_weights, coders))
     size = f"{space.height} x {space.width} pixels{', with guidance' if chain.denoiser.guided else ''}"
     subject = f"{space.num_frames} frames of {size}" if isinstance(space, VideoSpace) else f"one picture of {size}"
-    return Estimate(*weights, plain, blocks, decoders, load, naive, max(per_step, decoders[0]), subject)
+    return Estimate(*weights, plain, recompute, blocks, decoders, load, naive, max(per_step, decoders[0]), subject)
 
 
 def _decoding(decode: Decoder, x: Tensor) -> int:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ..chain.memory.tracker import Tracker
 
 
 @contextlib.contextmanager
@@ -37,10 +40,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _count(2 * (q.shape[-1] + v.shape[-1]) * q[..., 0].numel() * k.shape[-2])
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+        q, k, v, *_ = ctx.saved_tensors
+        # Products of queries and keys are made again; four more products are needed for three gradients.
+        _count(2 * (3 * q.shape[-1] + 2 * v.shape[-1]) * q[..., 0].numel() * k.shape[-2])
+        return tuple(torch.empty_like(tensor) for tensor in (q, k, v))
+
+
+def _count(operations: int) -> None:
+    """Adds floating-point operations to what the trackers count that are active."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Tracker):
+            mode.flops += operations

@@ -6,10 +6,12 @@ They are kept by thread. So the runs of several threads do not meet, although th
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +122,24 @@ class ActiveCall:
             self.copies = copies = _copies(self.module, self.variant, given)
             return self.original.of(copies.of(self.original.network))
         self.ending.enter_context(without_weight_grad(self.module))
-        if self.variant.checkpoints:
+        if not self.variant.checkpoints:
+            return self.original
+        if self.original.compiles:
             self.ending.enter_context(blocks_checkpointed(self.module))
-        return self.original
+            return self.original
+        # The flags are set for each call alone, because other evaluations of the run may keep whole graphs.
+        return self.original.of(functools.partial(_with_blocks_checkpointed, self.module, self.original.network))
 
     def _write_back(self) -> None:
         """Gives the network what its own calls have assigned to attributes of the latest copies."""
         if self.copies is not None:
             self.copies.write_back()
+
+
+def _with_blocks_checkpointed(module: nn.Module, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a network while the blocks of its module are checkpointed."""
+    with blocks_checkpointed(module):
+        return network(*args, **kwargs)
 
 
 def _same_tensors(given: Given, before: Given) -> bool:

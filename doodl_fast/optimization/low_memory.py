@@ -19,6 +19,8 @@ from ..chain.memory.tracker import OverLimit, Tracker, meter
 from .checkpoint import random_state, restore_random_state
 from .losses import Losses
 
+WORTHWHILE = 1
+"""How many evaluations of its network a chain has to be spared for a decoder or a guide that computes more again."""
 Function = Callable[[Tensor], Tensor]
 Pair = tuple[Function, Function]
 
@@ -36,8 +38,9 @@ def next_smaller(decode: Function, loss: Function) -> Pair | None:
 def fit_to_budget(chain: Any, decode: Function, loss: Function, latents: Tensor, dtype: torch.dtype) -> Pair:
     """The versions of decoder and loss with which a chain of memory="auto" has least to compute again.
 
-    The first pair that costs the chain nothing is taken, or else the best of all. The chain's plan is then made for the
-    memory that the chosen pair takes. Each pair is measured by one gradient. Random states are left as they were.
+    The first pair that costs the chain less than an evaluation of its network is taken, or else the best of all. The
+    chain's plan is then made for the memory that the chosen pair takes. Each pair is measured by one gradient. Random
+    states are left as they were.
 
     Args:
         chain: Other chains than those with memory="auto" get the pair as it is.
@@ -54,7 +57,7 @@ def fit_to_budget(chain: Any, decode: Function, loss: Function, latents: Tensor,
     free, limit = chain.make_plan(latents, 0), chain.memory_budget or free_bytes(latents.device)
     pair: Pair | None = (decode, loss)
     best: tuple[Plan, int, Pair] | None = None
-    while pair is not None and (best is None or best[0].recomputed > free.recomputed):
+    while pair is not None and (best is None or best[0].recomputed >= free.recomputed + WORTHWHILE):
         after = next_smaller(*pair)
         taken = peak_bytes(*pair, latents.to(dtype), limit if best is not None or after is not None else None)
         try:
@@ -63,7 +66,11 @@ def fit_to_budget(chain: Any, decode: Function, loss: Function, latents: Tensor,
             if after is None and best is None:
                 raise
             plan = None
-        if plan is not None and taken is not None and (best is None or plan.recomputed < best[0].recomputed):
+        if (
+            plan is not None
+            and taken is not None
+            and (best is None or plan.recomputed <= best[0].recomputed - WORTHWHILE)
+        ):
             best = plan, taken, pair
         pair = after
     assert best is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,26 +18,15 @@ from conftest import (
     sd_scheduler,
     tiny_chain,
 )
+from planned_chains import auto, fix
 
-from doodl_fast.chain.memory.plan import Plan
 from doodl_fast.chain.memory.planner import MOST_CASES
 from doodl_fast.chain.memory.tracker import Tracker
+from doodl_fast.chain.ways import WHOLE
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.module_copies import frozen_copy
 from doodl_fast.diffusion.schedule import Schedule
 from doodl_fast.solvers.edict import EDICT
-
-
-def fix(chain: EDICT, graphs: int, states: str | int = "checkpoint", blocks: bool = False) -> EDICT:
-    """Gives a chain a plan that the test chose."""
-    plan = Plan(graphs, states, blocks, 0, 0, chain.num_network_calls, len(chain.schedule))
-    chain.planner.choose = lambda *case: plan
-    return chain
-
-
-def auto(budget: int | str | None = None, steps: int = 3, **options) -> EDICT:
-    schedule = Schedule.from_scheduler(sd_scheduler(), steps)
-    return EDICT(golden_denoiser(torch.float32), schedule, memory="auto", memory_budget=budget, **options)
 
 
 def measured(chain: EDICT, x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -113,7 +101,7 @@ def test_graphs_of_a_half_network_and_no_graphs_with_vjp_dtype():
         got = pull(outputs, [x, y])
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         assert len(net.calls) == again
-    assert EDICT(denoiser, schedule, memory="auto").make_plan(x).graphs == 0
+    assert EDICT(denoiser, schedule, memory="auto").make_plan(x).num_graphs == 0
 
 
 def test_graphs_are_freed_one_by_one():
@@ -155,7 +143,7 @@ def test_predictions_hold_and_gradients_are_the_same(arithmetic):
         plans.append(plan)
         gradients.append(gradient)
         budget = plan.peak * 8 // 10
-    assert plans[0].recomputed == 0 and plans[-1].blocks and len(plans) >= 4
+    assert plans[0].recomputed == 0 and plans[-1].way.blocks and len(plans) >= 4
     expected = measured(EDICT(chain.denoiser, chain.schedule, arithmetic=arithmetic), x)[0]
     assert all(torch.equal(gradient, expected) for gradient in gradients)
     needed = int(str(smallest).split("at least ")[1].split()[0])
@@ -182,7 +170,7 @@ def test_the_embedded_pipeline():
         gradient, peak = measured(chain, x)
         assert plan.peak == pytest.approx(peak, rel=0.15)
         gradients.append(gradient)
-    assert everything.plan.recomputed == 0 and smallest.plan.blocks
+    assert everything.plan.recomputed == 0 and smallest.plan.way.blocks
     assert everything.plan.peak > 8 * smallest.plan.peak and relative(*gradients) < 1e-6
 
 
@@ -211,7 +199,7 @@ def test_one_probing_call_for_latents_of_a_kind():
     net.calls.clear()
     chain(*latents(2, 3, 4, grad=True))
     assert len(net.calls) == 2 + 4
-    assert chain.plan.graphs == 4 and chain.plan.recomputed == 0
+    assert chain.plan.num_graphs == 4 and chain.plan.recomputed == 0
 
 
 def test_a_plan_made_in_inference_mode():
@@ -225,7 +213,8 @@ def test_a_reserve_leaves_room_for_a_decoder():
     x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
     budget = auto().make_plan(x).peak
     chain = auto(budget)
-    assert chain.make_plan(x, budget // 2).graphs < chain.make_plan(x, 0).graphs == 4
+    assert chain.make_plan(x, 0).graphs == ((WHOLE, 4),)
+    assert chain.make_plan(x, budget // 2).recomputed > 0
 
 
 def test_looking_at_a_plan_changes_nothing():
@@ -236,7 +225,7 @@ def test_looking_at_a_plan_changes_nothing():
     assert chain.plan == told and chain.planner.reserve == budget // 2
     assert chain.make_plan(x) == told  # This is the next gradient's plan, with the reserve.
     other = latents(2, 4, 16, 16, dtype=torch.float32)[0]
-    assert chain.make_plan(other) != told and chain.smallest_plan(other).blocks
+    assert chain.make_plan(other) != told and chain.smallest_plan(other).way != WHOLE
     assert chain.plan == told and chain.planner.reserve == budget // 2
     measured(chain, x)
     assert chain.plan == told
@@ -288,7 +277,7 @@ def test_out_of_memory_in_the_forward_run(calls, times):
     with pytest.warns(RuntimeWarning, match=r"ran out of it with graphs of all .* Said once per chain") as said:
         outputs = chain(x, y)
     assert len(said) == 1
-    assert chain.plan.graphs == first.graphs // 2**times
+    assert chain.plan.num_graphs == first.num_graphs // 2**times
     assert all(torch.equal(a, b) for a, b in zip(pull(outputs, [x, y]), expected, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -316,15 +305,15 @@ def test_out_of_memory_in_the_backward_pass(states):
     plain = tiny_chain(4, network=net, arithmetic="exact")
     expected = pull(plain(x, y), [x, y])
     chain = tiny_chain(4, "auto", network=net, arithmetic="exact")
-    plan = chain.make_plan(x)
+    chain.make_plan(x)
     case = chain.planner.case(x)
-    case.plan = replace(plan, graphs=3, states=states)
+    case.plan = case.workload.plan(((WHOLE, 3),), states)
     outputs = chain(x, y)
     net.fill(1)
     with pytest.warns(RuntimeWarning, match="memory: ran out of it with graphs of the last 3 evaluations and "):
         got = pull(outputs, [x, y])
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert chain.plan.graphs == 1
+    assert chain.plan.num_graphs == 1
 
 
 def test_out_of_memory_with_the_smallest_plan():

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import TinyNet, latents, tiny_chain
 
+from doodl_fast.chain.ways import BLOCKS
+
 
 class Dropping(TinyNet):
     """A network with checkpointed blocks, which drop the prompt if it is told so."""
@@ -31,5 +33,5 @@ def test_checkpointed_blocks_that_compute_something_else_are_not_used(drops):
             chain.smallest_plan(x)
     else:
         chain.smallest_plan(x)
-    blocks = chain.planner.case(x).workload.plan(0, "checkpoint", blocks=True)
+    blocks = chain.planner.case(x).workload.sizes(BLOCKS)
     assert (blocks is None) == drops

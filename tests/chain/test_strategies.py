@@ -90,7 +90,7 @@ def test_a_budget_of_a_strategy_is_that_of_the_chain():
         chain = EDICT(golden_denoiser(torch.float32), schedule, **{"memory": "auto", **options})
         assert chain.memory_budget == budget
         plans.append(chain.make_plan(x))
-    assert plans[0] == plans[1] == plans[2] and plans[0].peak <= budget and plans[0].graphs < 4
+    assert plans[0] == plans[1] == plans[2] and plans[0].peak <= budget and plans[0].recomputed > 0
 
 
 def test_the_memory_can_be_changed():

@@ -76,7 +76,7 @@ def test_the_smallest_plan_checkpoints_lean_blocks():
     expected = gradient(chain(False, memory="checkpoint"))
     for got, want in zip(gradient(small), expected, strict=True):
         assert_same(got, want)
-    assert small.plan.blocks
+    assert small.plan.way.blocks
 
 
 def held(made):

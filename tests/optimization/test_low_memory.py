@@ -163,7 +163,7 @@ def test_out_of_memory_that_only_the_chain_can_end():
     loss, made = Hungry(), chain()
     decode = torch.sin
     expected = run(made, decode, loss, 1)
-    graphs = made.plan.graphs
+    before = made.plan
     hungry = Hungry()
     hungry_chain = chain()
     callback_steps = []
@@ -174,5 +174,6 @@ def test_out_of_memory_that_only_the_chain_can_end():
 
     with pytest.warns(RuntimeWarning, match="memory: ran out of it with graphs of all"):
         got = run(hungry_chain, decode, hungry, 2, callback_on_step_end=callback)
-    assert hungry_chain.plan.graphs == graphs // 2 and callback_steps == [0, 1]
+    assert 0 < hungry_chain.plan.recomputed < before.evaluations and hungry_chain.plan.peak < before.peak
+    assert before.recomputed == 0 and callback_steps == [0, 1]
     assert got.losses[0] == expected.losses[0]

@@ -1,15 +1,16 @@
 """Predicts how much memory a gradient through a chain takes, and finds the fastest way that fits into a budget.
 
 A forward run can keep more or less for its gradient, which then has less or more to compute again. It can keep, from
-the largest to the smallest: the whole network graphs of its last evaluations; the sources of the evaluations, from
-which the graphs are computed again; or a few states, from which couplings are undone. In addition the network can keep
-the inputs of its blocks instead of everything inside them (gradient checkpointing, Chen et al., arXiv 1604.06174).
+the largest to the smallest: the network graphs of its last evaluations; the sources of the evaluations, from which the
+graphs are computed again; or a few states, from which couplings are undone. A graph can be kept whole, without what
+matrix products make, or as the inputs of the network's blocks alone (see `ways.Way`), each evaluation's in its own way.
 
 All sizes are in bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,11 +21,15 @@ from typing import Any
 
 import torch
 
+from ..ways import KEPT, WAYS, WHOLE, Way
+
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LARGEST_SIZE = 2**60
 """The largest size that is accepted: one that is not a slip, and that every part of PyTorch can count with."""
 AUTO = "auto"
+Graphs = tuple[tuple[Way, int], ...]
+"""Ways to keep graphs, and of how many evaluations each."""
 ANCHOR_STEPS = 10
 """The number of steps between stored states, where the sources would take too much. Undoing EDICT's mixing over so many
 steps multiplies rounding errors by 4 (docs/precision.md)."""
@@ -38,17 +43,19 @@ STEP_DOWN = 0.9
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one evaluation of a network.
+    """The sizes of one evaluation of a network in one way.
 
     Attributes:
         value: The peak while it is evaluated without a graph.
         graph: What its graph holds.
         pull: The peak while it is evaluated with a graph and a cotangent is pulled back through that.
+        again: How much of an evaluation is computed again while the cotangent is pulled back, as a share of one.
     """
 
     value: int
     graph: int
     pull: int
+    again: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,8 @@ class Workload:
         source: The size of what one evaluation reads.
         state: The size of a stored state.
         states: The ways of storing that there are (see `Plan`), the fastest first.
-        sizes: Tells the sizes of an evaluation, given whether the network's blocks are checkpointed; None where they
-            cannot be had.
-        graphs: Whether whole graphs can be kept.
+        sizes: Tells the sizes of an evaluation in a way; None where they cannot be had.
+        graphs: Whether graphs can be kept.
     """
 
     evaluations: int
@@ -71,61 +77,61 @@ class Workload:
     source: int
     state: int
     states: tuple[str | int, ...]
-    sizes: Callable[[bool], Sizes | None]
+    sizes: Callable[[Way], Sizes | None]
     graphs: bool = True
 
-    def plan(self, graphs: int, states: str | int, blocks: bool, reserve: int = 0) -> Plan | None:
-        """The plan that keeps what is said; None where the sizes cannot be had.
+    def plan(self, graphs: Graphs = (), states: str | int = "checkpoint", way: Way = WHOLE, reserve: int = 0) -> Plan:
+        """The plan that keeps what is said.
 
         Args:
-            graphs: As in `Plan`, like states and blocks.
+            graphs: As in `Plan`, like states and way. The sizes of all these ways can be had.
             reserve: What else is taken between the forward and the backward pass.
         """
-        sizes = self.sizes(blocks)
-        if sizes is None:
-            return None
+        graphs = tuple((kept, count) for kept, count in graphs if count)
+        sizes = self._known(way)
         stored = self.source * self.evaluations
         if states != "checkpoint":
             # The states at the end and at the start, and those between them.
             anchors = 0 if states == "reversible" else (self.steps - 1) // int(states)
             stored = self.state * (2 + anchors)
-        kept, changing = graphs * sizes.graph, 2 * self.state  # A state and the one that replaces it.
-        forward = changing + max(sizes.value, kept)
-        between = WORKING * self.source + kept + reserve
-        backward = WORKING * self.source + max(0, kept - sizes.graph) + sizes.pull
-        backward += 0 if states == "checkpoint" else changing
-        recomputed = self.evaluations - graphs + blocks * self.evaluations
+        rest = self.evaluations - sum(count for _, count in graphs)
+        held, recomputed, pulls = 0, rest * (1 + sizes.again), [sizes.pull if rest else 0]
+        for kept, count in graphs:
+            own = self._known(kept)
+            held += count * own.graph
+            recomputed += count * own.again
+            pulls.append(held - own.graph + own.pull)  # The graphs of later evaluations are freed by then.
+        changing = 2 * self.state  # A state and the one that replaces it.
+        forward = changing + max(sizes.value, held)
+        between = WORKING * self.source + held + reserve
+        backward = WORKING * self.source + max(pulls) + (0 if states == "checkpoint" else changing)
         peak = stored + max(forward, between, backward)
-        return Plan(graphs, states, blocks, peak, recomputed, self.evaluations, self.steps)
+        return Plan(graphs, states, way, peak, recomputed, self.evaluations, self.steps)
 
     def plans(self, reserve: int = 0) -> Iterator[Plan]:
         """The plans that keep no graphs, the fastest first."""
-        for blocks in (False, True):
-            for states in self.states:
-                plan = self.plan(0, states, blocks, reserve)
-                if plan is not None:
-                    yield plan
+        for way in WAYS:
+            if self.sizes(way) is not None:
+                yield from (self.plan((), states, way, reserve) for states in self.states)
 
     def fastest(self, budget: int, reserve: int = 0) -> Plan | None:
         """The plan within a budget that computes the least again; None where there is none."""
         for plan in self.plans(reserve):
             if plan.peak <= budget:
-                best = plan
-                for graphs in range(self.evaluations, 0, -1) if self.graphs else ():
-                    more = self.plan(graphs, plan.states, plan.blocks, reserve)
-                    if more is not None and more.peak <= budget:
-                        best = more
-                        break
-                return best
+                return self._with_graphs(plan, budget, reserve)
         return None
 
     def smaller(self, plan: Plan, reserve: int = 0) -> Plan | None:
-        """The next smaller plan: half the graphs, and then the plans without any; None after the smallest."""
-        if plan.graphs > 1:
-            return self.plan(plan.graphs // 2, plan.states, plan.blocks, reserve)
+        """The next smaller plan: half the bytes in graphs, then the plans without any; None after the smallest."""
+        held = sum(count * self._known(kept).graph for kept, count in plan.graphs)
+        if held:
+            bare = self.plan((), plan.states, plan.way, reserve)
+            half = self._with_graphs(bare, plan.peak - (held + 1) // 2, reserve)
+            if half.graphs and half.peak < plan.peak:
+                return half
         without = list(self.plans(reserve))
-        ways = [(other.states, other.blocks) for other in without]
-        later = [other for other in without[ways.index((plan.states, plan.blocks)) + 1 :] if other.peak < plan.peak]
+        ways = [(other.states, other.way) for other in without]
+        later = [other for other in without[ways.index((plan.states, plan.way)) + 1 :] if other.peak < plan.peak]
         worthwhile = (other for other in later if other.peak <= STEP_DOWN * plan.peak)
         return next(worthwhile, None) or (later[-1] if later else None)
 
@@ -133,50 +139,119 @@ class Workload:
         """The plan of the lowest peak; None where nothing can be measured."""
         return min(self.plans(reserve), key=lambda plan: plan.peak, default=None)
 
+    def _known(self, way: Way) -> Sizes:
+        """The sizes of a way that are known to be there."""
+        sizes = self.sizes(way)
+        assert sizes is not None
+        return sizes
+
+    def _with_graphs(self, bare: Plan, budget: int, reserve: int) -> Plan:
+        """A plan without graphs, with those graphs that leave the least to compute again within a budget.
+
+        Each evaluation has one of a few ways to keep a graph, or none, which is a knapsack whose items are all the
+        same. So no more than two ways fill it but for a rest, for which a third is tried.
+        """
+        if not self.graphs or bare.peak > budget:
+            return bare
+
+        def mix(*graphs: tuple[Way | None, int]) -> Plan:
+            kept = tuple((way, count) for way, count in graphs if way is not None)
+            return self.plan(kept, bare.states, bare.way, reserve)
+
+        def most(limit: int, plan_of: Callable[[int], Plan]) -> int:
+            """The largest count up to a limit whose plan fits; 0 if none does."""
+            fits, too_many = 0, limit + 1
+            while too_many - fits > 1:
+                count = (fits + too_many) // 2
+                fits, too_many = (count, too_many) if plan_of(count).peak <= budget else (fits, count)
+            return fits
+
+        n = self.evaluations
+        if self.sizes(WHOLE) is not None and (everything := mix((WHOLE, n))).peak <= budget:
+            return everything
+        sizes = {way: known for way in KEPT if (known := self.sizes(way)) is not None}
+        # From the smallest graph to the largest, which is the order in which the evaluations have them.
+        ladder: list[Way | None] = [None, *sorted(sizes, key=lambda way: sizes[way].graph)]
+        best = bare
+        for low, high in itertools.combinations(ladder, 2):
+            if mix((low, n)).peak > budget:
+                continue
+            many = most(n, lambda k, low=low, high=high: mix((low, n - k), (high, k)))  # type: ignore[misc]
+            best = min(best, mix((low, n - many), (high, many)), key=lambda plan: plan.recomputed)
+            for middle in ladder[ladder.index(low) + 1 : ladder.index(high)]:
+                left = n - many
+                some = most(
+                    left,
+                    lambda k, low=low, middle=middle, high=high, left=left, many=many: mix(  # type: ignore[misc]
+                        (low, left - k), (middle, k), (high, many)
+                    ),
+                )
+                third = mix((low, left - some), (middle, some), (high, many))
+                best = min(best, third, key=lambda plan: plan.recomputed)
+        return best
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a forward run keeps for its gradient, and what that costs. It prints itself as a short table.
 
     Attributes:
-        graphs: How many of the last evaluations keep their whole graph.
+        graphs: The ways in which graphs of the last evaluations are kept, in the order of the evaluations, and of how
+            many evaluations each.
         states: What is stored for the others: "checkpoint" for their sources, "reversible" for the final state, or an
             int k for a state every k steps.
-        blocks: Whether the network keeps the inputs of its blocks instead of everything inside them.
+        way: How the others have their graphs when they are evaluated again.
         peak: The predicted peak in bytes, beyond what was there before the run.
-        recomputed: How many evaluations of the network, not counting their VJPs, the backward pass does again; those
-            inside checkpointed blocks are included.
+        recomputed: How many evaluations of the network, not counting their VJPs, the backward pass does again. Parts of
+            evaluations count as the share of floating-point operations that they are.
         evaluations: How many evaluations a forward run of the chain has.
         steps: How many steps it has.
     """
 
-    graphs: int
+    graphs: Graphs
     states: str | int
-    blocks: bool
+    way: Way
     peak: int
-    recomputed: int
+    recomputed: float
     evaluations: int
     steps: int
 
     @property
+    def num_graphs(self) -> int:
+        """Of how many of the last evaluations graphs are kept, in whatever way."""
+        return sum(count for _, count in self.graphs)
+
+    @property
     def kept(self) -> str:
         """What is kept, in words."""
-        rest = self.evaluations - self.graphs
-        last = "the last evaluation" if self.graphs == 1 else f"the last {self.graphs} evaluations"
-        parts = [f"graphs of {last if rest else 'all evaluations'}"] if self.graphs else []
+        rest, parts = self.evaluations, list[str]()
+        for way, count in reversed(self.graphs):
+            if count == self.evaluations:
+                which = "all evaluations"
+            elif not parts:
+                which = "the last evaluation" if count == 1 else f"the last {count} evaluations"
+            else:
+                which = f"the {count} before"
+            rest -= count
+            parts.append(f"{way.graphs} of {which}")
         if rest and self.states == "checkpoint":
             parts.append(f"sources of {'all' if not self.graphs else f'the first {rest}'} evaluations")
         elif rest:
             parts.append("the final state" if self.states == "reversible" else f"a state every {self.states} steps")
-        return " and ".join(parts)
+        return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + "".join(parts[-1:])
+
+    @property
+    def again(self) -> str:
+        """What is computed again, in words."""
+        return f"{self.recomputed:.3g} evaluation{'' if self.recomputed == 1 else 's'}"
 
     def __str__(self) -> str:
         share = self.recomputed / max(1, self.evaluations)
         rows = [
             ("kept", self.kept),
-            ("inside the network", "inputs of its blocks" if self.blocks else "everything"),
+            ("inside the network", self.way.inside),
             ("predicted peak", format_bytes(self.peak)),
-            ("predicted recomputation", f"{self.recomputed} evaluations ({share:.0%} of a forward run)"),
+            ("predicted recomputation", f"{self.again} ({share:.0%} of a forward run)"),
         ]
         return "\n".join(f"{name:<24} {value}" for name, value in rows)
 

@@ -9,6 +9,7 @@ import gc
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..latents import check_latents
 from ..program import count_network_calls, is_invertible, step_boundaries
 from ..pull import NetworkPull
 from ..run import ProgramRun
+from ..ways import WHOLE, Way
 from .plan import ANCHOR_STEPS, Plan, Sizes, Workload, format_bytes, free_bytes
 from .tracker import OverLimit, Tracker, meter
 
@@ -38,17 +40,20 @@ class Measured:
 
     def __init__(self, runs: RunFactory, x: Tensor, inverse: bool, limit: int | None) -> None:
         self._runs, self._x, self._inverse, self._limit = runs, x, inverse, limit
-        self._known: dict[bool, Sizes | None] = {}
+        self._known: dict[Way, Probe | None] = {}
 
-    def __call__(self, blocks: bool) -> Sizes | None:
-        """The sizes, with checkpointed blocks inside the network or without; None where they cannot be had."""
-        if blocks not in self._known:
-            if blocks and self._runs.evaluator.for_blocks() is None:
-                self._known[blocks] = None
-            else:
-                run = self._runs.new_run(self._x, self._inverse, stores=True, blocks=blocks)
-                self._known[blocks] = probe(run, self._x, self._limit, blocks)
-        return self._known[blocks]
+    def __call__(self, way: Way) -> Sizes | None:
+        """The sizes in one way; None where they cannot be had."""
+        found, whole = self._probed(way), self._probed(WHOLE)
+        return None if found is None else found.sizes(way, whole)
+
+    def _probed(self, way: Way) -> Probe | None:
+        if way not in self._known:
+            self._known[way] = None
+            if way.of(self._runs.evaluator) is not None:
+                run = self._runs.new_run(self._x, self._inverse, stores=True, way=way)
+                self._known[way] = probe(run, self._x, self._limit, way.blocks)
+        return self._known[way]
 
 
 @dataclass
@@ -78,8 +83,9 @@ class Case:
 
     def new_run(self, plan: Plan) -> ProgramRun:
         """A run that keeps what a plan says."""
-        options = {"states": plan.states, "graphs": plan.graphs, "blocks": plan.blocks}
-        return self.runs.new_run(self.x, self.inverse, stores=True, **options)  # type: ignore[arg-type]
+        return self.runs.new_run(
+            self.x, self.inverse, stores=True, states=plan.states, graphs=plan.graphs, way=plan.way
+        )
 
     def smallest(self, reserve: int) -> Plan | None:
         """The plan of the lowest peak, whatever the budget; None where not even one evaluation can be measured."""
@@ -183,7 +189,7 @@ class Planner:
             self._warned = True
             warnings.warn(
                 f"memory: ran out of it with {before.kept} (predicted {format_bytes(before.peak)}); going on with "
-                f"{after.kept}{', blocks checkpointed' if after.blocks else ''} (predicted "
+                f"{after.kept}{', blocks checkpointed' if after.way.blocks else ''} (predicted "
                 f"{format_bytes(after.peak)}). Said once per chain; chain.plan has the latest",
                 RuntimeWarning,
                 stacklevel=2,
@@ -191,7 +197,7 @@ class Planner:
         return after
 
 
-def workload(run: ProgramRun, x: Tensor, sizes: Callable[[bool], Sizes | None]) -> Workload:
+def workload(run: ProgramRun, x: Tensor, sizes: Callable[[Way], Sizes | None]) -> Workload:
     """The workload of a gradient of `run` with respect to latents like x."""
     work = run.new_arithmetic()
     latents = [x.detach()] * run.num_latents
@@ -209,9 +215,34 @@ def workload(run: ProgramRun, x: Tensor, sizes: Callable[[bool], Sizes | None]) 
     )
 
 
+class Probe(NamedTuple):
+    """What one evaluation of a network and one VJP of it took.
+
+    Attributes:
+        value: See `Sizes`, like graph and pull. In bytes.
+        forward: The floating-point operations of the evaluation without a graph.
+        both: Those of the evaluation with a graph and its VJP.
+    """
+
+    value: int
+    graph: int
+    pull: int
+    forward: int
+    both: int
+
+    def sizes(self, way: Way, whole: Probe | None) -> Sizes:
+        """The sizes of the way that was probed, beside what was probed with whole graphs, if that could be."""
+        again = float(way != WHOLE)  # for a network of which no operation is counted
+        if self.forward:
+            # A VJP with regard to inputs takes about what the evaluation takes.
+            once = 2 * self.forward if whole is None else whole.both
+            again = max(0, self.both - once) / self.forward
+        return Sizes(self.value, self.graph, self.pull, again)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def probe(run: ProgramRun, x: Tensor, limit: int | None = None, blocks: bool = False) -> Sizes | None:
+def probe(run: ProgramRun, x: Tensor, limit: int | None = None, blocks: bool = False) -> Probe | None:
     """Measures one evaluation of a run's network at latents x, and one VJP of it.
 
     Args:
@@ -221,20 +252,21 @@ def probe(run: ProgramRun, x: Tensor, limit: int | None = None, blocks: bool = F
         blocks: Whether the run's network checkpoints its blocks. Then it is checked that it computes the same.
 
     Returns:
-        The sizes; None if memory ran out, if `limit` was met, or if checkpointed blocks compute something else.
+        What was measured; None if memory ran out, if `limit` was met, or if checkpointed blocks compute something else.
     """
     group = next((group for group in run.groups if group.calls_network), None)
     if group is None or group.coupling is None:
-        return Sizes(0, 0, 0)
+        return Probe(0, 0, 0, 0, 0)
     try:
         with run.evaluator.running():
             tensors = run.evaluator.tensors()
             source = x.detach().to(run.state_dtype, copy=True)
             pull = NetworkPull(run, [t.clone() for t in tensors], [t.requires_grad for t in tensors])
             # What a plan does not count, such as these copies, does not count against the limit either.
-            with Tracker(x.device.type, limit=limit):
+            with Tracker(x.device.type, limit=limit) as tracker:
                 with meter(x.device) as value, explain_first_evaluation(run.evaluator, source):
                     plain = run.evaluate(source, group.coupling, tensors).value
+                forward = tracker.flops
                 graph, held = None, 0
                 with meter(x.device) as whole:
                     if run.for_vjp() is run:
@@ -245,7 +277,7 @@ def probe(run: ProgramRun, x: Tensor, limit: int | None = None, blocks: bool = F
                     pull(source, group, [torch.zeros_like(source) for _ in range(run.num_latents)], True, graph)
                     del graph
                     most = whole.peak
-            return Sizes(value.peak, held, most)
+            return Probe(value.peak, held, most, forward, tracker.flops - forward)
     except (torch.OutOfMemoryError, OverLimit):
         pass
     release(x.device)
@@ -283,4 +315,4 @@ def without_graphs(run: ProgramRun, smaller: ProgramRun) -> ProgramRun:
 
     The states that it stored stay.
     """
-    return replace(run, evaluator=smaller.evaluator, graph_ends=frozenset())
+    return replace(run, evaluator=smaller.evaluator, graph_makers={})
