@@ -97,7 +97,7 @@ class TimestepsOfTheCpu(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         index = t.long().clamp(0, len(self.table) - 1)
-        return torch.where((index == t)[:, None], self.table[index], self.embed(t))
+        return torch.where((index == t)[:, None], self.table.to(t.device)[index], self.embed(t))
 
 
 def golden_denoiser(dtype: torch.dtype, guidance_scale: float = 7.5, vjp_dtype: Any = None) -> Denoiser:

@@ -1,4 +1,7 @@
-"""Tiny diffusers and transformers models in the formats of the real ones, for the tests of what loads and uses them."""
+"""Tiny diffusers and transformers models in the formats of the real ones, for the tests of what loads and uses them.
+
+They are on the CPU, wherever the tests of the chain run; only `golden_vae` is on the device of those tests.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,11 @@ def golden_vae(dtype: torch.dtype = torch.float32) -> Any:
     vae = AutoencoderKL(**json.loads((GOLDEN / "vae_config.json").read_text()))
     vae.load_state_dict({key[4:]: value for key, value in golden("models").items() if key.startswith("vae/")})
     return vae.to(DEVICE, dtype).eval()
+
+
+def on_cpu(module: Any) -> Any:
+    """Returns a module, or a copy of it if it is on another device than the CPU."""
+    return module if DEVICE.type == "cpu" else copy.deepcopy(module).cpu()
 
 
 def tokenizer(folder: Path) -> Any:
@@ -60,15 +68,15 @@ def stable_diffusion(work: Path) -> Any:
     words = tokenizer(work)
     torch.manual_seed(0)
     return StableDiffusionPipeline(
-        vae=golden_vae(),
+        vae=on_cpu(golden_vae()),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text_settings(words))).eval(),
         tokenizer=words,
-        unet=golden_unet(),
+        unet=on_cpu(golden_unet()),
         scheduler=sd_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).to(DEVICE)
+    )
 
 
 def stable_diffusion_xl(work: Path) -> Any:
@@ -85,14 +93,14 @@ def stable_diffusion_xl(work: Path) -> Any:
         "projection_class_embeddings_input_dim": 6 * 8 + 16,
     }
     return StableDiffusionXLPipeline(
-        vae=golden_vae(),
+        vae=on_cpu(golden_vae()),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text_settings(words))).eval(),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text_settings(words))).eval(),
         tokenizer=words,
         tokenizer_2=words,
         unet=UNet2DConditionModel(**config).eval(),
         scheduler=sd_scheduler(),
-    ).to(DEVICE)
+    )
 
 
 def clip(work: Path, size: int = 32) -> tuple[Any, Any]:
@@ -111,7 +119,7 @@ def clip(work: Path, size: int = 32) -> tuple[Any, Any]:
     torch.manual_seed(1)
     config = CLIPConfig(text_config=text_settings(words), vision_config=vision, projection_dim=16)
     pictures = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return CLIPModel(config).to(DEVICE).eval(), CLIPProcessor(pictures, words)
+    return CLIPModel(config).eval(), CLIPProcessor(pictures, words)
 
 
 def classifier() -> Any:
@@ -127,7 +135,7 @@ def classifier() -> Any:
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )
-    return ResNetForImageClassification(config).to(DEVICE).eval()
+    return ResNetForImageClassification(config).eval()
 
 
 def golden_vae_copy(dtype: torch.dtype) -> Any:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import (
+    DEVICE,
     Counting,
     TinyNet,
     conditions,
@@ -31,7 +32,7 @@ from doodl_fast.solvers.edict import EDICT
 
 def measured(chain: EDICT, x: torch.Tensor) -> tuple[torch.Tensor, int]:
     x = x.detach().clone().requires_grad_()
-    with Tracker("cpu") as tracker:
+    with Tracker(DEVICE.type) as tracker:
         outputs = chain(x)
         (gradient,) = torch.autograd.grad(sum(out.square().sum() for out in outputs), x)
         del outputs
@@ -82,7 +83,7 @@ def test_graphs_under_autocast():
     got = []
     for memory in ("checkpoint", "auto"):
         chain = EDICT(golden_denoiser(torch.float32), tiny_chain(3).schedule, memory=memory)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             outputs = (fix(chain, 2) if memory == "auto" else chain)(x, y)
         got.append(pull(outputs, [x, y]))
     assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
@@ -109,7 +110,7 @@ def test_graphs_are_freed_one_by_one():
     x = latents(1, 4, 8, 8, dtype=torch.float32)[0]
     chain = auto()
     chain(x.clone().requires_grad_())
-    with Tracker("cpu") as tracker:
+    with Tracker(DEVICE.type) as tracker:
         start = x.clone().requires_grad_()
         before = tracker.held
         outputs = chain(start)
@@ -290,7 +291,7 @@ def test_a_failed_run_is_freed_before_a_smaller_plan_is_sought():
     x, y = latents(1, 3, 32, 32, grad=True)
     graph = chain.make_plan(x).peak // 6
     shrink, seen = chain.planner.shrink, []
-    with Tracker("cpu") as tracker:
+    with Tracker(DEVICE.type) as tracker:
         chain.planner.shrink = lambda *case: seen.append(tracker.held) or shrink(*case)
         net.fill(4)
         with pytest.warns(RuntimeWarning, match="ran out of it"):
@@ -359,7 +360,7 @@ def held(steps: int, **options) -> tuple[int, list[int]]:
     x = latents(1, 4, 8, 8, dtype=torch.float32)[0]
     frozen = [p.requires_grad_(False) for p in denoiser.unet.parameters()]
     try:
-        with Tracker("cpu") as tracker:
+        with Tracker(DEVICE.type) as tracker:
             chain = EDICT(watching, Schedule.from_scheduler(sd_scheduler(), steps), **options)
             outputs = chain(x.clone().requires_grad_())
             between = tracker.held
@@ -381,8 +382,8 @@ def test_exact_reversal_holds_the_same_at_any_length():
 def test_naive_backpropagation_holds_a_graph_for_each_evaluation():
     denoiser = golden_denoiser(torch.float32)
     cond = torch.cat([denoiser.uncond, denoiser.cond])
-    with frozen_copy(denoiser.unet) as unet, Tracker("cpu") as tracker:
-        x = torch.zeros(2, 4, 8, 8, requires_grad=True)
+    with frozen_copy(denoiser.unet) as unet, Tracker(DEVICE.type) as tracker:
+        x = torch.zeros(2, 4, 8, 8, device=DEVICE, requires_grad=True)
         out = unet(x, torch.tensor(1), cond, return_dict=False)[0]
         graph = tracker.held - out.numel() * out.element_size()
     short, long = held(5, memory="naive")[0], held(6, memory="naive")[0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    DEVICE,
     DependsOnGradMode,
     TinyNet,
     conditions,
@@ -135,7 +136,7 @@ def test_vjps_in_another_dtype_differ_by_rounding(name, silent):
 def test_autocast_is_no_mismatch(dtype, silent):
     chain = tiny_chain(5, network=TinyNet(), dtype=torch.float32)
     x, y = latents(1, 3, 4, dtype=torch.float32, grad=True)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE.type, dtype=dtype):
         outputs = chain(x, y)
     pull(outputs, [x, y])
     assert chain.mismatch == 0
@@ -218,7 +219,7 @@ class Shifted(TinyNet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("offset", torch.zeros((), device=DEVICE))
 
     def forward(self, *args):
         return super().forward(*args) + self.offset.to(args[0].dtype)
@@ -252,7 +253,7 @@ def test_what_changes_no_weight_is_no_change(memory, silent):
     chain = tiny_chain(4, memory, network=net)
     x, y = latents(1, 3, 4, grad=True)
     outputs = chain(x, y)
-    net.to("cpu").eval()
+    net.to(DEVICE).eval()
     net.requires_grad_(False)
     net(x.detach(), torch.tensor(3), chain.denoiser.cond)
     pull(outputs, [x, y])
@@ -275,7 +276,7 @@ def test_weights_made_in_inference_mode_have_no_versions():
 def test_a_subset_of_weights_that_requires_grad_is_named_once(memory, latents_too):
     net = TinyNet().double()
     net.requires_grad_(False)
-    net.lora_a, net.lora_b = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+    net.lora_a, net.lora_b = (nn.Parameter(torch.ones((), device=DEVICE)) for _ in range(2))
     chain = tiny_chain(3, memory, network=net)
     x, _ = latents(1, 3, 4, grad=latents_too)
     with torch.no_grad(), warnings.catch_warnings():
@@ -337,7 +338,7 @@ def test_the_error_of_fp16_cotangents(scale):
 class Convolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, device=DEVICE)
 
     def forward(self, x, t, cond=None):
         return self.conv(x)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, pickled, pull, tiny_chain
+from conftest import DEVICE, TinyNet, conditions, latents, pickled, pull, tiny_chain
 
 from doodl_fast import backend
 from doodl_fast.chain import autograd
@@ -111,8 +111,8 @@ def test_two_threads_on_one_chain(memory, dtype, vjp_dtype):
 
 @pytest.mark.parametrize("name", ["eager", "native"])
 def test_a_backward_pass_has_the_backend_of_its_forward_run(name, monkeypatch):
-    if why_not(name, "cpu") is not None:
-        pytest.skip(why_not(name, "cpu"))
+    if why_not(name, DEVICE.type) is not None:
+        pytest.skip(why_not(name, DEVICE.type))
     chain = tiny_chain(3)
     x, _ = latents(1, 3, 4, grad=True)
     seen: list[str] = []

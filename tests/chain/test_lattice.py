@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import latents, pull
+from conftest import DEVICE, latents, pull
 from ops_cases import require
 from test_exact import Gentle, exact_chain
 
@@ -49,7 +49,7 @@ def test_faults_name_the_step(value, error, message, backend):
 
 
 def test_latents_out_of_range_and_the_wider_lattice():
-    x = torch.full((1, 3, 2), 600.0)
+    x = torch.full((1, 3, 2), 600.0, device=DEVICE)
     with pytest.raises(OverflowError, match=r"at the start; .* use arithmetic=\"exact64\""):
         exact_chain(3)(x)
     wide = exact_chain(3, arithmetic="exact64")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DTYPES, latents, tiny_chain
+from conftest import DEVICE, DTYPES, latents, tiny_chain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -95,7 +95,7 @@ def test_states_carry_no_gradient_and_leave_the_callers_tensors_alone():
     chain.forward_state(state)
     assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before, strict=True))
     assert not any(latent.requires_grad for latent in state.latents())
-    assert state.to("cpu").equals(state)
+    assert state.to(DEVICE).equals(state)
 
 
 def test_what_chains_refuse(state):
@@ -127,7 +127,7 @@ def test_what_chains_refuse(state):
     with pytest.raises(ValueError, match="end: expected one of 'noise', 'image', got 'middle'"):
         chain.state(*latents(1, 3, 4), end="middle")
     with pytest.raises(ValueError, match="x: expected finite latents"):
-        chain.state(torch.full((1, 3), float("nan")))
+        chain.state(torch.full((1, 3), float("nan"), device=DEVICE))
 
 
 def test_damaged_files(state, tmp_path):

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from conftest import golden_unet
+from conftest import DEVICE, golden_unet
 from torch.utils.checkpoint import checkpoint
 
 from doodl_fast.chain.memory import profiling
@@ -120,8 +120,8 @@ def test_the_timeline_is_what_was_held():
 
 def test_nothing_is_left_of_a_networks_graph():
     unet = golden_unet()
-    x = torch.zeros(1, 4, 8, 8, requires_grad=True)
-    cond = torch.zeros(1, 8, 16)
+    x = torch.zeros(1, 4, 8, 8, device=DEVICE, requires_grad=True)
+    cond = torch.zeros(1, 8, 16, device=DEVICE)
     gc.collect()
     with Tracker() as tracker:
         out = unet(x, torch.tensor(1), encoder_hidden_states=cond, return_dict=False)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TinyNet, latents, relative, tiny_chain
+from conftest import DEVICE, TinyNet, latents, relative, tiny_chain
 from torch import nn
 
 HALF = [torch.float16, torch.bfloat16]
@@ -36,7 +36,7 @@ def test_conditions_are_scaled_back(dtype):
 @pytest.mark.parametrize("scale", [1.0, 64.0])
 def test_tensors_that_the_network_closes_over_have_their_own_gradients(scale):
     """A plain function's weights are unknown to the chain, and must not be scaled with what it knows."""
-    weight = nn.Parameter(torch.full((), 0.5, dtype=torch.float16))
+    weight = nn.Parameter(torch.full((), 0.5, dtype=torch.float16, device=DEVICE))
     outer = (weight * 2).half()
     x, _ = latents(1, 3, 4, dtype=torch.float16, grad=True)
     both = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, tiny_chain
+from conftest import DEVICE, TinyNet, conditions, latents, tiny_chain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from doodl_fast import ops
@@ -50,7 +50,7 @@ def for_each_evaluation(dtype: torch.dtype) -> Counter[str]:
 
 def test_scaling_the_cotangents_of_fp16_networks_takes_few_operations() -> None:
     """A norm of both cotangents, their weighted sum, the mask of its exponent, two limits and the reciprocal."""
-    if ops.resolve("cpu") == "eager":
+    if ops.resolve(DEVICE.type) == "eager":
         pytest.skip("eager couplings are made of more operations for fp16 than for fp32")
     half, single = for_each_evaluation(torch.float16), for_each_evaluation(torch.float32)
     assert single.total() > 20

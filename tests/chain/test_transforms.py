@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, relative, sd_scheduler, tiny_chain
+from conftest import DEVICE, TinyNet, conditions, latents, relative, sd_scheduler, tiny_chain
 from tolerances import FP64
 from torch import Tensor
 from torch.autograd import forward_ad, functional
@@ -88,11 +88,11 @@ TRANSFORMS = {
 @pytest.mark.parametrize("ops_backend", ["eager", "native"])
 @pytest.mark.parametrize("memory", [*GUIDED, "naive"])
 def test_transforms_are_right_or_refused(name, memory, ops_backend):
-    if why_not(ops_backend, "cpu") is not None:
-        pytest.skip(why_not(ops_backend, "cpu"))
+    if why_not(ops_backend, DEVICE.type) is not None:
+        pytest.skip(why_not(ops_backend, DEVICE.type))
     transform, message = TRANSFORMS[name]
     chain = tiny_chain(3, memory)
-    x, v = (z.cpu() for z in latents(1, 3, 2))
+    x, v = latents(1, 3, 2)
 
     def run(z: Tensor) -> Tensor:
         return torch.cat(chain(z))
@@ -153,7 +153,7 @@ def test_a_transform_of_what_the_network_closes_over(memory):
         return Chain(Closure(scale), [Coupling(0, b=0.5, tag=1)], memory)(x)[0].sum()
 
     with pytest.raises(RuntimeError, match=r"the network's output: expected ordinary tensors, got those of forward"):
-        torch.func.jvp(run, (torch.ones((), dtype=x.dtype),), (torch.ones((), dtype=x.dtype),))
+        torch.func.jvp(run, (x.new_ones(()),), (x.new_ones(()),))
 
 
 @pytest.mark.parametrize("through", ["latents", "condition", "cotangent"])

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, latents, pull, relative, tiny_chain
+from conftest import DEVICE, TinyNet, conditions, latents, pull, relative, tiny_chain
 from tolerances import FP64
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class Unsteady(TinyNet):
         if self.calls <= self.after:
             return out
         noise = torch.randn(out.shape, generator=self.generator, dtype=torch.float64)
-        return out + self.amount * noise.to(out.dtype)
+        return out + self.amount * noise.to(out)
 
 
 class Switched(TinyNet):
@@ -156,7 +156,7 @@ def test_the_callers_autocast_holds_in_the_repeated_run():
 
     chain = tiny_chain(4, "reversible", network=Spy(6), dtype=torch.float32)
     x, y = latents(1, 3, 4, dtype=torch.float32, grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         outputs = chain(x, y)
     with pytest.warns(RuntimeWarning, match="drift"):
         pull(outputs, [x, y])
@@ -202,7 +202,7 @@ class Breaking(nn.Module):
 
     def __init__(self, at: int, where: str) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+        self.scale = nn.Parameter(torch.tensor(0.1, dtype=torch.float64, device=DEVICE))
         self.at, self.where, self.calls = at, where, 0
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
@@ -282,7 +282,7 @@ def test_a_conditions_gradient_that_is_not_finite_is_named():
 def test_empty_batches_pass():
     program = [Coupling(0, b=0.5, tag=1), Coupling(1, b=0.5, tag=1)]
     chain = Chain(Denoiser(TinyNet().double(), None), program, "reversible")
-    x = torch.zeros(0, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.zeros(0, 3, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
     assert torch.autograd.grad(chain(x)[0].sum(), x)[0].shape == (0, 3, 4)
 
 

@@ -157,18 +157,18 @@ def test_autocast_and_grad_scaler() -> None:
     chain = edict(network)
     x = latents(1, 3, 8, 8, dtype=torch.float32)[0]
     plain = pull(chain(x), list(network.parameters()))
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=256.0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         outputs = chain(x)
     mixed = pull(outputs, list(network.parameters()))
     for got, want in zip(mixed, plain, strict=True):
         assert relative(got, want) < 0.1
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         scaler.scale(chain(x)[0].float().sum()).backward()
     scaler.unscale_(optimizer)
     scaled = [weight.grad.clone() for weight in network.parameters()]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         want = torch.autograd.grad(chain(x)[0].float().sum(), list(network.parameters()))
     for got, expected in zip(scaled, want, strict=True):
         assert relative(got, expected) < 0.02

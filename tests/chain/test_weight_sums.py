@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MEMORY_MODES, TinyNet, conditions, latents, relative, sd_scheduler
+from conftest import DEVICE, MEMORY_MODES, TinyNet, conditions, latents, relative, sd_scheduler
 from torch import Tensor, nn
 
 from doodl_fast import DDIM, EDICT, Denoiser, Schedule
@@ -17,7 +17,7 @@ class Constant(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((3,), 0.5, dtype=dtype))
+        self.weight = nn.Parameter(torch.full((3,), 0.5, dtype=dtype, device=DEVICE))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         return self.weight.view(1, 3, 1, 1).expand_as(x)
@@ -26,7 +26,7 @@ class Constant(nn.Module):
 def gradient(dtype: torch.dtype, memory: str, **options: torch.dtype | None) -> Tensor:
     """The weight's gradient of the mean of the picture."""
     network = Constant(dtype)
-    denoiser = Denoiser(network, torch.zeros(1, 1), trainable=True, **options)
+    denoiser = Denoiser(network, torch.zeros(1, 1, device=DEVICE), trainable=True, **options)
     chain = DDIM(denoiser, Schedule.from_scheduler(sd_scheduler(), STEPS), memory=memory)
     chain(latents(1, 3, 2, 2)[0])[0].mean().backward()
     assert network.weight.grad is not None
@@ -42,7 +42,7 @@ def test_sums_of_half_precision_networks_are_not_rounded(dtype: torch.dtype, opt
     assert found.dtype == dtype
     assert relative(found.double(), expected) < unit  # one rounding of the sum, and those of 200 small terms
     # What it would be if 200 terms were added one by one in that dtype.
-    term, total = (expected / STEPS).to(dtype), torch.zeros(3, dtype=dtype)
+    term, total = (expected / STEPS).to(dtype), torch.zeros(3, dtype=dtype, device=DEVICE)
     for _ in range(STEPS):
         total = total + term
     assert relative(total.double(), expected) > 2 * unit

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_pipeline
 import torch
-from conftest import golden, golden_unet, relative, sd_scheduler
+from conftest import DEVICE, golden, golden_unet, relative, sd_scheduler
 from PIL import Image
 from torch import Tensor
 
@@ -103,7 +103,7 @@ def test_the_error_of_a_reconstruction(small):
     errors = [recon_test(picture, 4, run_baseline=one, mix_weight=0.93, pipeline=pipeline()) for one in (False, True)]
     # The tiny VAE decodes what it has encoded badly; DDIM adds its own error, and EDICT none.
     vae = pipeline().vae
-    pixels = torch.from_numpy(im_to_np(picture)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(im_to_np(picture)).permute(2, 0, 1)[None].to(DEVICE)
     latents = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(1))
     decoded = vae.decode(latents).sample.detach().clamp(-1, 1)
     assert abs(errors[0] - float((decoded - pixels).square().mean())) < 1e-3
@@ -159,7 +159,7 @@ def community(steps: int, leapfrog: bool = True, **scheduler: Any) -> EDICTPipel
     """`EDICTPipeline` on the recorded networks in float64."""
 
     class Text(torch.nn.Module):
-        dtype, device = torch.float64, torch.device("cpu")
+        dtype, device = torch.float64, DEVICE
 
         def forward(self, ids: Tensor) -> Any:
             return SimpleNamespace(last_hidden_state=embeddings()[bool(ids)])
@@ -208,7 +208,7 @@ def test_the_community_pipelines_outputs_and_errors():
         found[kind] = pipe("a dog", "", picture, output_type=kind, generator=generator, **options)
     assert found["pil"][0].size == (64, 64) and found["np"].shape == (1, 64, 64, 3)
     assert np.abs(np.asarray(found["pil"][0]) / 255 - found["np"][0]).max() < 0.003
-    assert torch.equal(found["pt"][0].permute(1, 2, 0).float(), torch.from_numpy(found["np"][0]).float())
+    assert torch.equal(found["pt"][0].permute(1, 2, 0).float().cpu(), torch.from_numpy(found["np"][0]).float())
     with pytest.raises(ValueError, match="strength: expected a number from 0 to 1, got 2"):
         pipe("a dog", "", picture, strength=2)
     with pytest.raises(ValueError, match="output_type: expected one of latent, pt, np, pil, got 'tuple'"):

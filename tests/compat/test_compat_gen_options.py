@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_pipeline
 import torch
-from conftest import golden, relative
+from conftest import DEVICE, golden, relative
 from PIL import Image
 from recorded_gen import errors, picture, pipeline, quick, run
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def test_editing_at_a_timestep_of_ones_choice(opt_t: int) -> None:
     result = gen(**options, opt_t=opt_t)
     encoded = Decoder(tiny_pipeline.golden_vae())
     torch.manual_seed(0)
-    expected = encoded.encode(source_pixels(picture(), 64, Quirks()).float(), sample=True)
+    expected = encoded.encode(source_pixels(picture(), 64, Quirks()).float().to(DEVICE), sample=True)
     with torch.no_grad():
         assert relative(result.images[0], encoded(expected)) < 1e-4
     assert relative(result.latents[0], gen(**options).latents[0]) > 1e-2
@@ -183,7 +183,7 @@ def test_an_unguided_edit_comes_back_without_the_quirks_of_inversion(opt_t: int 
     """With the quirks it does not come back."""
     decoder = Decoder(tiny_pipeline.golden_vae())
     torch.manual_seed(0)
-    source = decoder.encode(source_pixels(picture(), 64, Quirks()).float(), sample=True)
+    source = decoder.encode(source_pixels(picture(), 64, Quirks()).float().to(DEVICE), sample=True)
     options = quick(source_im=picture(), latent_traversal=False, grad_scale=0, opt_t=opt_t, steps=steps)
     options["sd_guidance_scale"] = 1.0
     exact = gen(**options, quirks=Quirks(unmixed_inversion=False, inverse_order_by_count=False))

@@ -34,7 +34,7 @@ def scheduler_of(kind: str, steps: int, quirks: Quirks = DEFAULT):
 @pytest.mark.parametrize("kind", ["reference", "diffusers"])
 def test_table_is_the_recorded_one(kind, steps):
     names = ("t", "alpha", "alpha_prev", "fwd_sample", "fwd_eps")
-    recorded = {name: golden("schedule")[f"{kind}/T{steps}/{name}"] for name in names}
+    recorded = {name: golden("schedule")[f"{kind}/T{steps}/{name}"].cpu() for name in names}
     scheduler = scheduler_of(kind, steps)
     assert scheduler.timesteps.tolist() == recorded["t"].tolist()
     schedule = reference_schedule(scheduler.timesteps, scheduler, steps)
@@ -50,7 +50,7 @@ def test_table_is_the_recorded_one(kind, steps):
 def test_alpha_between_timesteps(kind):
     scheduler, recorded = scheduler_of(kind, 50), golden("schedule")
     for t, alpha in zip(recorded[f"{kind}/fractional/t"], recorded[f"{kind}/fractional/alpha"], strict=True):
-        got = get_alpha_and_beta(t.float(), scheduler)
+        got = get_alpha_and_beta(t.float().cpu(), scheduler)
         assert got == pytest.approx((float(alpha), 1 - float(alpha)), rel=1e-12)
 
 

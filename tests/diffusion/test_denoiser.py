@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TinyNet, conditions, golden, golden_unet, latents, relative
+from conftest import DEVICE, TinyNet, conditions, golden, golden_unet, latents, relative
 from torch import nn
 
 from doodl_fast.diffusion.denoiser import Denoiser
@@ -231,7 +231,7 @@ def test_guidance_is_combined_in_full_precision():
 
 def test_tensors_and_their_replacements():
     cond, uncond = conditions()
-    shift = torch.ones(1, dtype=torch.float64)
+    shift = torch.ones(1, dtype=torch.float64, device=DEVICE)
     denoiser = Denoiser(TinyNet().double(), cond, uncond, 3.0, shift=shift)
     x, _ = latents(1, 3, 4)
     given = denoiser.tensors()

@@ -175,7 +175,7 @@ def test_autocast_does_not_narrow_the_vjps():
     cond, uncond = conditions(dtype=torch.float32)
     chain = EDICT(Denoiser(Spy(), cond, uncond, vjp_dtype=torch.float32), tiny_chain(3).schedule)
     x, y = latents(1, 3, 4, dtype=torch.float32, grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         outputs = chain(x, y)
     pull(outputs, [x, y])
     assert seen and set(seen) == {torch.float32}

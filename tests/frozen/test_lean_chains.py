@@ -127,6 +127,7 @@ def test_a_decoder():
 
 def test_a_guide(tmp_path):
     model, processor = tiny_pipeline.clip(tmp_path)
+    model.to(DEVICE)
     images = latents(1, 3, 40, 40, dtype=torch.float32, grad=True)[0]
     found = [
         torch.autograd.grad(ClipText(model, processor, "dog", lean=lean)(images), images) for lean in (False, *LEAN)

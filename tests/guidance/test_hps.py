@@ -22,8 +22,13 @@ from doodl_fast.guidance.hps import load_open_clip_file
 TEXTS = ["a red star", "a blue circle"]
 
 
+def recorded(name: str) -> Tensor:
+    """The models of these tests are on the CPU."""
+    return golden("rewards")[f"hps/{name}"].cpu()
+
+
 def recorded_weights() -> dict[str, Tensor]:
-    return {name[12:]: value for name, value in golden("rewards").items() if name.startswith("hps/weights/")}
+    return {name[12:]: recorded(name[4:]) for name in golden("rewards") if name.startswith("hps/weights/")}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["images", "wide"])
 def test_scores_are_those_of_the_package(file: Path, processor: Any, name: str) -> None:
     loss = HPSv2(load_open_clip_file(file), processor, TEXTS)
-    images, expected = golden("rewards")[f"hps/{name}"], golden("rewards")[f"hps/{name}_score"]
+    images, expected = recorded(name), recorded(f"{name}_score")
     assert float((loss.scores(images) - expected).abs().max()) < 1e-6
     assert float(loss(images)) == pytest.approx(-float(expected.mean()), abs=1e-6)
     assert float((expected[0] - expected[1]).abs()) > 1e-2
@@ -53,12 +58,12 @@ def test_scores_are_those_of_the_package(file: Path, processor: Any, name: str) 
 
 def test_the_gradient_is_that_of_finite_differences(file: Path, processor: Any) -> None:
     loss = HPSv2(load_open_clip_file(file, dtype=torch.float64), processor, TEXTS)
-    check_gradient(loss, golden("rewards")["hps/wide"])
+    check_gradient(loss, recorded("wide"))
     assert all(parameter.grad is None for parameter in loss.model.parameters())
 
 
 def test_files_and_folders(file: Path, processor: Any, tmp_path: Path) -> None:
-    images = golden("rewards")["hps/wide"]
+    images = recorded("wide")
     processor.save_pretrained(tmp_path / "processor")
     from_pt = HPSv2.from_pretrained(file, TEXTS, processor=tmp_path / "processor")
     save_file({name: value.contiguous() for name, value in recorded_weights().items()}, tmp_path / "hps.safetensors")

@@ -21,8 +21,14 @@ TEXTS = ["a red star", "a blue circle"]
 PREFIX = "image_reward/weights/"
 
 
+def recorded(name: str) -> Tensor:
+    """The networks of these tests are on the CPU."""
+    return golden("rewards")[f"image_reward/{name}"].cpu()
+
+
 def recorded_weights() -> dict[str, Tensor]:
-    return {name[len(PREFIX) :]: value for name, value in golden("rewards").items() if name.startswith(PREFIX)}
+    names = [name[len(PREFIX) :] for name in golden("rewards") if name.startswith(PREFIX)]
+    return {name: recorded(f"weights/{name}") for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_scores_are_those_of_the_package(file: Path) -> None:
     loss = ImageReward(load_image_reward(file), bert_words(), TEXTS)
-    images, expected = golden("rewards")["image_reward/images"], golden("rewards")["image_reward/images_score"]
+    images, expected = recorded("images"), recorded("images_score")
     assert float((loss.scores(images) - expected).abs().max()) < 2e-6
     assert float(loss(images)) == pytest.approx(-float(expected.mean()), abs=2e-6)
     for changed in (
@@ -67,7 +73,7 @@ def test_files_texts_and_sizes(file: Path, tmp_path: Path) -> None:
 def test_bad_input(file: Path, tmp_path: Path) -> None:
     network = load_image_reward(file)
     with pytest.raises(ValueError, match="prompt: expected 1 text or 2, one for each picture, got 3"):
-        ImageReward(network, bert_words(), ["a", "red", "star"])(golden("rewards")["image_reward/images"])
+        ImageReward(network, bert_words(), ["a", "red", "star"])(recorded("images"))
     with pytest.raises(ValueError, match="prompt: expected a text, or a text for each picture, got ' '"):
         ImageReward(network, bert_words(), " ")
     with pytest.raises(TypeError, match="network: expected that of load_image_reward, got Linear"):

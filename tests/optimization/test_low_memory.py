@@ -25,7 +25,7 @@ ON_CPU = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory):
     model, processor = clip(tmp_path_factory.mktemp("clip"))
-    return ClipText(model, processor, "a dog", num_cutouts=8)
+    return ClipText(model.to(DEVICE), processor, "a dog", num_cutouts=8)
 
 
 def pulled(function, x: Tensor) -> tuple[Tensor, int]:

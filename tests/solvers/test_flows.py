@@ -180,7 +180,7 @@ def test_a_transformer_of_stable_diffusion_3(name: str) -> None:
     exact = {} if name == "DDIM" else {"arithmetic": "exact"}
     schedule = Schedule.from_scheduler(scheduler, 4)
     chain = solver(Denoiser(network, text, pooled=pooled), schedule, **own, **exact)
-    x = latents(1, 4, 8, 8, dtype=torch.float32)[0]
+    x = latents(1, 4, 8, 8, dtype=torch.float32)[0].cpu()
     with torch.no_grad():
         if name != "DDIM":
             start = chain.state(x)

@@ -108,7 +108,7 @@ def test_low_variance_is_the_papers_formula(schedule: Schedule, copies: int) -> 
     kept = before.signal / after.signal
     points = []
     for _ in range(copies):
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(draws.getrandbits(63))).double()
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(draws.getrandbits(63))).to(x)
         added = (before.noise**2 - (kept * after.noise) ** 2) ** 0.5
         points.append((kept * plain + added * noise).requires_grad_())
     single = last_step(schedule, step)
