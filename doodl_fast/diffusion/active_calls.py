@@ -82,17 +82,23 @@ class ActiveCall:
         """Returns how the network is called now.
 
         Without grad mode nothing is kept for a gradient, so the caller's own network serves as well as a copy, unless
-        it has other weights. But torch.compile would compile the two one after the other.
+        it has other weights. But lean layers may round differently, so they are called in both cases, and torch.compile
+        would compile the two one after the other.
 
         Args:
             given: The tensors that stand for the trained weights, by the `id` of the weight.
         """
         if self.call is None or not _same_tensors(given, self.given):
             plain = not torch.is_grad_enabled() and not self.original.compiles and self.variant.cast_to is None
-            if plain and self._has_values_of(given):
+            if plain and self._has_values_of(given) and not self._is_lean():
                 return self.original
             self.call, self.given = self._call_for_graphs(given), dict(given)
         return self.call
+
+    def _is_lean(self) -> bool:
+        """Whether graphs are recorded by lean layers."""
+        lean = has_lean_layers(self.module, self.variant.lean)
+        return lean and why_not_copied(self.module, self.original.network) is None
 
     def _has_values_of(self, given: Given) -> bool:
         """Whether the network's trained weights are in the memory of the tensors that stand for them."""
