@@ -1,6 +1,7 @@
 # make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint, types, imports, sizes.
 # make coverage: tests, and the lines that none of them runs.   make bench: ops against eager, compiled eager and a copy.
 # make docs: the site, in site/.   make examples: every script in examples/.
+# make paper: the comparison of methods, hours on a CPU; with QUICK=1 a small version, with DEVICE=cuda on a GPU.
 # make wheel: builds a wheel, checks it, runs README's example in an empty environment with it.
 # make sanitize: the kernels' tests under AddressSanitizer and UBSan.   make matrix: what of the matrix of Pythons can run here.
 # make fuzz: the readers of files, SECONDS_EACH seconds for each.   make audit: known vulnerabilities in what the package depends on.
@@ -11,7 +12,7 @@ READY  := $(VENV)/.ready
 DOCS   := .venv-docs
 TOOLS  := .venv-release
 
-.PHONY: demo test check coverage bench docs examples wheel sanitize fuzz matrix audit install clean
+.PHONY: demo test check coverage bench paper docs examples wheel sanitize fuzz matrix audit install clean
 
 demo: $(READY)
 	$(BIN)/doodl-fast demo --out demo
@@ -32,6 +33,13 @@ coverage: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/ops.py
+
+# What is done is kept in PAPER, so that the same command goes on where it was stopped.
+DEVICE ?= cpu
+PAPER  ?= build/paper$(if $(QUICK),-quick)
+paper: $(READY)
+	$(BIN)/python -m bench.paper run --out $(PAPER) --device $(DEVICE) $(if $(QUICK),--quick)
+	$(BIN)/python -m bench.paper report $(PAPER) --to $(PAPER)
 
 # In an environment of its own, because nothing is imported for it: seconds in place of torch's minutes.
 docs: $(DOCS)/.ready

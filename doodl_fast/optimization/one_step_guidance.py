@@ -67,6 +67,7 @@ class OneStepGuidance(Evaluator):
             )
         self.denoiser, self.schedule, self.decode, self.loss, self.scale = denoiser, schedule, decode, loss, scale
         self._alphas = dict(zip(schedule.timesteps, schedule.alphas_cumprod, strict=True))
+        self._without_prompt: dict[int, Denoiser] = {}  # by batch; kept, as each has CUDA graphs of its own
 
     def __call__(
         self, x: Tensor, t: Any, tensors: Sequence[Tensor] | None = None, latents_dtype: torch.dtype | None = None
@@ -144,12 +145,16 @@ class OneStepGuidance(Evaluator):
         own = self.denoiser
         if own.uncond is None:
             return own
+        if batch in self._without_prompt:
+            return self._without_prompt[batch]
 
         def first_half(leaf: Tensor) -> Tensor:
             paired = leaf.ndim and leaf.shape[0] not in (1, batch) and leaf.shape[0] in (2, 2 * batch)
             return leaf[: leaf.shape[0] // 2] if paired else leaf
 
-        return Denoiser(own.unet, own.uncond, **tree_map_only(Tensor, first_half, unconditional(own.unet_kwargs)))
+        extras = tree_map_only(Tensor, first_half, unconditional(own.unet_kwargs))
+        self._without_prompt[batch] = Denoiser(own.unet, own.uncond, **extras)
+        return self._without_prompt[batch]
 
     # What the chain's engine asks for
 
