@@ -26,7 +26,7 @@ LIKELY_WEIGHT = 0.01
 """The weight of ReNO's regulariser, that of its paper."""
 STRONG = 4.0
 """The scale of classifier-free guidance of the method "guided"."""
-ADAM = (0.05, 0.1, 0.2, 0.4)
+ADAM = (0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 @dataclass
@@ -200,8 +200,8 @@ METHODS: dict[str, Method] = {
     "none": Method("none", unguided),
     "cfg": Method("classifier-free guidance of 4", lambda batch, trace: unguided(batch, trace, STRONG)),
     "best": Method("best of N", best_of),
-    "onestep": Method("one-step guidance, best of N", one_step, (0.3, 1.0, 3.0, 10.0)),
-    "doodl": Method("DOODL: EDICT, its own update", doodl, (10.0, 30.0, 100.0, 300.0)),
+    "onestep": Method("one-step guidance, best of N", one_step, (0.1, 0.3, 1.0, 3.0, 10.0)),
+    "doodl": Method("DOODL: EDICT, its own update", doodl, (3.0, 10.0, 30.0, 100.0, 300.0)),
     "edict": Method("DOODL: EDICT, Adam", edict, ADAM),
     "ddim": Method("DITTO: DDIM, Adam", ddim, ADAM),
     "obelm": Method("O-BELM, Adam", obelm, ADAM),

@@ -65,7 +65,7 @@ def _numbers(results: Results) -> dict[str, Any]:
     pictures = sum(len(results.rows(task, m)) for task in results.tasks for m in results.methods(task))
     options = f" {results.about['options']}".rstrip()
     chains = {"steps": STEPS, "few": FEW_STEPS, "strong": STRONG}
-    about = {"device": machine["device"], "torch": machine["torch"], "r2": head["r2"], "good": head["good"]}
+    about = {"device": machine["device"], "torch": machine["torch"], "r2": head["r2"]}
     return {**own, **chains, **about, "pictures": pictures, "options": options}
 
 
@@ -156,7 +156,7 @@ def _task(results: Results, task: str, figure: str) -> str:
             cells.append(form(interval(values)) if values else "")
         lines.append(f"| {title(method)} | " + " | ".join(cells) + " |")
     if task == "aesthetic":
-        lines += ["", "The rule's own value, from 0 to 1:", "", "| method | value |", "|---|---|"]
+        lines += ["", "The rule's own value, the contrast from 0 to 1:", "", "| method | value |", "|---|---|"]
         for method in results.methods(task):
             lines.append(f"| {title(method)} | {_number(interval(results.values(task, method, 'score')))} |")
     lines += ["", *_costs(results, task), "", *_equal_seconds(results, task)]

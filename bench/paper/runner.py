@@ -47,9 +47,9 @@ class Setting:
 
     prompts: int = 40
     seeds: int = 4
-    tune_prompts: int = 20
+    tune_prompts: int = 16
     tune_seeds: int = 2
-    trials: int = 4
+    trials: int = 5
     budget: int = 600
     checkpoints: int = 5
     drawn: int = 1200
@@ -78,16 +78,15 @@ class Judge:
 
     Args:
         workers: How many processes; 0 for this one.
-        good: See `tasks.judged`.
     """
 
-    def __init__(self, workers: int, good: float) -> None:
-        self.good, self.workers = good, workers
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers else None
 
     def __call__(self, pictures: np.ndarray, cases: Sequence[tasks.Case]) -> list[dict[str, Any]]:
         """The judgement of each picture of (N, 64, 64, 3)."""
-        work = [(picture, case, self.good) for picture, case in zip(pictures, cases, strict=True)]
+        work = list(zip(pictures, cases, strict=True))
         if self._pool is None:
             return tasks.judge_all(work)
         size = -(-len(work) // self.workers)
@@ -134,7 +133,7 @@ class Runner:
         self._check_setting(about)
         self.pipe = shapes.load_pipeline(self.device)
         self.guides = guides.Guides(self.device, head)
-        self.judge = Judge(workers, about["good"])
+        self.judge = Judge(workers)
         self.counter = Counter()
         self._denoisers: dict[tuple[str, ...], CountingDenoiser] = {}
 

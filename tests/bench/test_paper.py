@@ -132,15 +132,15 @@ def test_splits_have_no_case_in_common_and_noise_does_not_depend_on_the_batch() 
         tasks.cases("variety", "test", 41)
 
 
-def test_the_rule_prefers_margin_contrast_and_symmetry() -> None:
-    def drawn(colour: str, x: float, variety: str = "disc") -> Any:
-        thing = shapes.Object(colour, variety, x, 32, 12)
-        return shapes.render(shapes.Scene(shapes.Prompt.parse("a red circle"), (thing,)))
+def test_the_rule_is_contrast_and_success_also_needs_the_prompt() -> None:
+    def drawn(colour: str, background: float = 240.0) -> Any:
+        thing = shapes.Object(colour, "disc", 32, 32, 12)
+        return shapes.render(shapes.Scene(shapes.Prompt.parse("a red circle"), (thing,), (background,) * 3))
 
-    best = tasks.rule(drawn("black", 32))
-    assert best > tasks.rule(drawn("yellow", 32)) and best > tasks.rule(drawn("black", 20)) > 0
-    assert tasks.rule(np.full((64, 64, 3), 240, np.uint8)) == 0
     case = tasks.Case("aesthetic", "a red circle")
-    verdict = tasks.judged(drawn("red", 32), case, 0.5)
-    assert verdict["success"] == verdict["shows"] == 1 and verdict["score"] == tasks.rule(drawn("red", 32))
-    assert tasks.judged(drawn("blue", 32), case, 0.5)["success"] == 0
+    usual, strong = tasks.judged(drawn("red", 228.0), case), tasks.judged(drawn("red", 255.0), case)
+    assert tasks.rule(drawn("black")) > tasks.rule(drawn("red")) > tasks.rule(drawn("yellow")) > 0
+    assert tasks.rule(np.full((64, 64, 3), 240, np.uint8)) == 0
+    assert usual == {"success": 0, "score": tasks.rule(drawn("red", 228.0)), "shows": 1}
+    assert strong["success"] == strong["shows"] == 1 and strong["score"] > tasks.good(case) > usual["score"]
+    assert tasks.judged(drawn("black", 255.0), case)["success"] == 0
