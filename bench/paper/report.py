@@ -177,6 +177,8 @@ def _costs(results: Results, task: str) -> list[str]:
 
 
 def _equal_seconds(results: Results, task: str) -> list[str]:
+    if not set(results.methods(task)) - set(UNPAID):
+        return []
     limit, found = results.equal_seconds(task)
     lines = [f"At equal seconds, {1000 * limit:.3g} ms a picture (the last checkpoint that each reaches by then):", ""]
     lines += ["| method | success | calls | ms a picture |", "|---|---|---|---|"]

@@ -251,7 +251,8 @@ class Runner:
                 }
             )
         spent = [{"calls": k[0], "seconds": k[1], "evaluations": k[2]} for k in trace.kept]
-        return {**about, "samples": len(items), "checkpoints": spent, "rows": rows}
+        graphs = batch.denoiser.cuda_graphs.why_not or "replayed"
+        return {**about, "cuda_graphs": graphs, "samples": len(items), "checkpoints": spent, "rows": rows}
 
 
 def spread(scales: Sequence[float], trials: int) -> list[float]:
