@@ -9,10 +9,29 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
+
+
+class Recordings(Protocol):
+    """Recordings of an evaluator's calls and their VJPs, which are replayed in place of calls (docs/cuda-graphs.md).
+
+    Attributes:
+        why_not: Why the latest call was not replayed; None if it was.
+        seconds: What a call like the latest one takes, and its replay, each with the VJP if it has a graph; None if it
+            was not replayed.
+    """
+
+    why_not: str | None
+    seconds: tuple[float, float] | None
+
+    def refuse(self, reason: str) -> None:
+        """Says why calls are not replayed."""
+
+    def clear(self) -> None:
+        """Frees all recordings."""
 
 
 class Evaluator(ABC):
@@ -101,6 +120,14 @@ class Evaluator(ABC):
 
     def plain(self) -> Evaluator:
         """The same function by a network that is differentiated by PyTorch's own autograd and nothing else."""
+        return self
+
+    def recordings(self, device: torch.device) -> Recordings | None:
+        """The recordings of calls on a device, which are replayed in place of calls; None if none are made there."""
+        return None
+
+    def launched(self) -> Evaluator:
+        """The same function by calls that are never replayed."""
         return self
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
@@ -203,6 +230,13 @@ class _Adapted(Evaluator):
 
     def plain(self) -> Evaluator:
         own = getattr(self.function, "plain", None)
+        return self if own is None else as_evaluator(own())
+
+    def recordings(self, device: torch.device) -> Recordings | None:
+        return cast("Recordings | None", self._method("recordings")(device))
+
+    def launched(self) -> Evaluator:
+        own = getattr(self.function, "launched", None)
         return self if own is None else as_evaluator(own())
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:

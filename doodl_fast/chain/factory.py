@@ -57,6 +57,7 @@ class RunFactory:
         states: str | int = "checkpoint",
         graphs: Sequence[tuple[Way, int]] = (),
         way: Way = WHOLE,
+        launched: bool = False,
     ) -> ProgramRun:
         """Makes one run.
 
@@ -69,6 +70,7 @@ class RunFactory:
             graphs: The ways in which it keeps the network graphs of its last evaluations, in the program's order, and
                 of how many evaluations each.
             way: How the other evaluations have their graphs.
+            launched: Whether calls of the network are never replayed.
 
         A way that the network does not have stands for whole graphs.
 
@@ -84,7 +86,8 @@ class RunFactory:
                 raise ValueError(f'arithmetic: exact arithmetic needs float64, which {x.device} lacks; use "float"')
             ends, words = ENDS[::-1] if inverse else ENDS, words_needed(program)
             new_arithmetic = functools.partial(Exact, self.lattice, program, ends, words, x.dtype, state_dtype)
-        evaluators = {one: one.of(self.evaluator) or self.evaluator for one in {way, *(kept for kept, _ in graphs)}}
+        own = self.evaluator.launched() if launched else self.evaluator
+        evaluators = {one: one.of(own) or own for one in {way, *(kept for kept, _ in graphs)}}
         kept = [(evaluators[one], count) for one, count in graphs]
         return ProgramRun.create(
             evaluators[way], program, states, x, state_dtype, new_arithmetic, stores, self.trust, kept

@@ -63,6 +63,7 @@ class Recording:
         weights: The addresses of the network's weights when it was recorded.
         recorded: The recording, if there is one.
         refusal: Why there is none.
+        seconds: What a call and a replay take, each with its VJP if it has one.
         checked: The run in which the recording was last compared with the network.
     """
 
@@ -71,6 +72,7 @@ class Recording:
     weights: tuple[int, ...] = ()
     recorded: RecordedCall | None = None
     refusal: str | None = None
+    seconds: tuple[float, float] | None = None
     checked: weakref.ref[Any] | None = None
 
 
@@ -102,6 +104,8 @@ class CudaGraphs:
 
     Attributes:
         why_not: Why the latest call was not replayed; None if it was.
+        seconds: What a call like the latest one takes, and its replay, each with the VJP if it has a graph; None if it
+            was not replayed.
 
     Raises:
         ValueError: `mode` is none of the three.
@@ -112,6 +116,7 @@ class CudaGraphs:
             raise ValueError(f'cuda_graphs: expected "auto", True or False, got {mode!r}')
         self.mode = mode
         self.why_not: str | None = "nothing was called yet" if mode else OFF
+        self.seconds: tuple[float, float] | None = None
         self._recorder = recorder
         self._streams: dict[Any, _Stream] = {}
         self._run: weakref.ref[Any] | None = None
@@ -134,13 +139,13 @@ class CudaGraphs:
         if not self.mode:
             return new_call()(*args)
         if not self._lock.acquire(blocking=False):
-            self._refuse("another thread calls the same denoiser")
+            self.refuse("another thread calls the same denoiser")
             return new_call()(*args)
         try:
             reason = TRAINED if trains else self._why_not(run, args[0])
             if run is not None and reason is None:
                 return self._replayed(run, new_call, args)
-            self._refuse(reason or OUTSIDE)
+            self.refuse(reason or OUTSIDE)
             return new_call()(*args)
         finally:
             self._lock.release()
@@ -157,7 +162,7 @@ class CudaGraphs:
             return as_tensor(new_call()(*tree_unflatten(filled, structure)), "unet")
 
         if any(tensor.device != tensors[0].device for tensor in tensors):
-            self._refuse("a condition lies on another device than the latents")
+            self.refuse("a condition lies on another device than the latents")
             return function(*tensors)
         wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
         key = (run.variant, str(structure), tuple(map(_kind, tensors)), tuple(wanted))
@@ -173,9 +178,9 @@ class CudaGraphs:
                 found.recorded, found.weights = None, weights
                 found.refusal = self._record(stream.shared, found, function, tensors, wanted, expected)
         if found.recorded is None:
-            self._refuse(found.refusal or "")
+            self.refuse(found.refusal or "")
         else:
-            self.why_not = None
+            self.why_not, self.seconds = None, found.seconds
         if expected is not None and not any(wanted):
             return expected
         return function(*tensors) if found.recorded is None else found.recorded(*tensors)
@@ -202,8 +207,16 @@ class CudaGraphs:
             return f"the network's call cannot be recorded: {str(error).splitlines()[0]}"
         if self.mode == AUTO and replaying > FASTER * launching:
             return f"a replay takes {replaying:.3g} s, and a call {launching:.3g} s"
-        found.recorded = recorded
+        found.recorded, found.seconds = recorded, (launching, replaying)
         return None
+
+    def records_on(self, device: torch.device) -> bool:
+        """Whether calls on a device are recorded, if the network allows it."""
+        return bool(self.mode) and device.type == self._recorder.device_type
+
+    def clear(self) -> None:
+        """Frees all recordings. Later calls are recorded anew."""
+        self._streams.clear()
 
     def _stream(self, device: torch.device) -> _Stream:
         """The recordings of the current stream."""
@@ -232,8 +245,9 @@ class CudaGraphs:
             self._run, self._reason_of_run = weakref.ref(run), _why_not_run(run, self.mode == AUTO)
         return self._reason_of_run
 
-    def _refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> None:
         """Notes why calls are not replayed: as a warning where that was asked for by name, else in the log."""
+        self.seconds = None
         if self.why_not != reason:
             self.why_not = reason
             _LOG.info("CUDA graphs are not used: %s", reason)

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..chain.evaluator import Evaluator, guided_output
-from ..frozen import Level, gains_by_recompute, level_of
+from ..chain.evaluator import guided_output
+from ..frozen import Level, level_of
 from .active_calls import Variant, active_call, active_conditions, active_run, calling_copies, explain_cast
 from .calling import NetworkCall, module_of
 from .conditions import Fit, check_conditions, map_tensors, tensors_of
 from .cuda_graphs import CudaGraphs
+from .denoiser_forms import AUTO, DenoiserForms
 from .hooks import first_weight, refuse_caches
-from .module_copies import why_not_cast
-from .networks import FLOAT_DTYPES, HALF_DTYPES, as_tensor, has_blocks, refuse_stochastic, scales_adapters
+from .networks import FLOAT_DTYPES, as_tensor, refuse_stochastic
 from .timesteps import Timesteps
 from .trainable import Trainable, trained_weights
 
-AUTO = "auto"
 Combine = Callable[[Tensor, Tensor, float, Tensor], Tensor]
 
 
-class Denoiser(Evaluator):
+class Denoiser(DenoiserForms):
     """Predicts the noise eps(x, t) by a network, with its conditions and classifier-free guidance bound to it.
 
     With guidance, `eps = eps_u + guidance_scale * (eps_c - eps_u)` (arXiv 2207.12598), where both predictions come from
@@ -208,76 +205,6 @@ class Denoiser(Evaluator):
             return self._variant.cast_to
         found = first_weight(self._module)
         return latents_dtype if found is None else found[1]
-
-    def for_vjp(self) -> Denoiser | None:
-        """The same denoiser with weights in `vjp_dtype`; None where VJPs are taken of this one.
-
-        Raises:
-            ValueError: `vjp_dtype` names a dtype, and no copy of the network with cast weights can be made.
-        """
-        dtype, found = self._vjp_dtype, first_weight(self._module)
-        if dtype == AUTO:
-            slow = found is not None and found[0].device.type == "cpu" and found[1] in HALF_DTYPES
-            dtype = torch.float32 if slow else None
-        if not isinstance(dtype, torch.dtype) or self._module is None:
-            return None
-        reason = why_not_cast(self._module, self._unet)
-        if reason is not None:
-            self._refuse_cast(reason)
-            return None
-        other = copy.copy(self)
-        other._vjp_dtype, other._variant = None, replace(self._variant, cast_to=dtype)
-        return other
-
-    def _refuse_cast(self, reason: str) -> None:
-        """Says why VJPs cannot be taken in another dtype: by an error if that was asked for, else by one warning."""
-        what = f"vjp_dtype: VJPs in another dtype need a copy of the network, which cannot be made because {reason}"
-        if self._vjp_dtype != AUTO:
-            raise ValueError(f"{what}; use vjp_dtype=None, or cast the network's weights before")
-        if not self._said:
-            self._said.append(what)
-            warnings.warn(
-                f"{what}; they are taken in the network's own dtype. Use vjp_dtype=None to ask for that",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-
-    def for_blocks(self) -> Denoiser | None:
-        """The same denoiser, whose network keeps its blocks' inputs alone and computes the rest again for a gradient.
-
-        It is None if the network has no blocks that can be checkpointed, or if it is given a scale for its LoRA
-        adapters, which holds for the length of a call and not when a block is computed again.
-        """
-        if not has_blocks(self._module) or scales_adapters(self._module, self._unet_kwargs):
-            return None
-        other = copy.copy(self)
-        other._variant = replace(self._variant, checkpoints=True)
-        return other
-
-    def for_recompute(self) -> Denoiser | None:
-        """The same denoiser, whose graphs keep less than `lean=True` and compute some matrix products again.
-
-        It is None if the network has no layers for which that makes a difference.
-        """
-        if self._variant.lean is not Level.ON or self._module is None or not gains_by_recompute(self._module):
-            return None
-        return self._with_level(Level.RECOMPUTE)
-
-    def plain(self) -> Denoiser:
-        """The same denoiser, whose graphs are those of plain PyTorch."""
-        other = self._with_level(Level.OFF)
-        other._cuda_graphs = CudaGraphs(False)
-        return other
-
-    def _with_level(self, level: Level) -> Denoiser:
-        other = copy.copy(self)
-        other._variant = replace(self._variant, lean=level)
-        return other
-
-    @property
-    def insists_on_vjps(self) -> bool:
-        """Whether `vjp_dtype` names a dtype, which plain autograd through the network would not heed."""
-        return isinstance(self._vjp_dtype, torch.dtype)
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         """The name and the tensor of each of the network's parameters and buffers."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain.evaluator import Evaluator, as_evaluator, guided_output
+from ..chain.evaluator import Evaluator, Recordings, as_evaluator, guided_output
 from .conditions import map_tensors
 from .denoiser import Denoiser
 
@@ -128,6 +128,14 @@ class ReplacedConditions(Evaluator):
     def plain(self) -> Evaluator:
         """See `Evaluator`."""
         return self._around(self.inner.plain()) or self
+
+    def recordings(self, device: torch.device) -> Recordings | None:
+        """See `Evaluator`."""
+        return self.inner.recordings(device)
+
+    def launched(self) -> Evaluator:
+        """See `Evaluator`."""
+        return self._around(self.inner.launched()) or self
 
     @property
     def insists_on_vjps(self) -> bool:

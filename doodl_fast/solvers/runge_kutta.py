@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..chain.evaluator import Evaluator
+from ..chain.evaluator import Evaluator, Recordings
 from .clock import Clock
 from .coefficients import Level
 
@@ -165,6 +165,14 @@ class RungeKuttaSlope(Evaluator):
     def plain(self) -> RungeKuttaSlope:
         """The same with a network that is differentiated by PyTorch alone."""
         return self.with_network(self.network.plain())
+
+    def recordings(self, device: torch.device) -> Recordings | None:
+        """Those of the network's calls."""
+        return self.network.recordings(device)
+
+    def launched(self) -> RungeKuttaSlope:
+        """The same with a network whose calls are never replayed."""
+        return self.with_network(self.network.launched())
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         """The parameters and buffers of the network."""

@@ -108,6 +108,20 @@ class Workload:
         peak = stored + max(forward, between, backward)
         return Plan(graphs, states, way, peak, recomputed, self.evaluations, self.steps)
 
+    def replayed(self, reserve: int = 0) -> Plan | None:
+        """The plan in which recordings of calls are replayed; None where an evaluation cannot be measured.
+
+        A recording holds the memory of one call with its VJP, and the network's own call is compared with it while it
+        is made. What a replay leaves for a VJP is gone with the next replay, so no graphs are kept.
+        """
+        sizes = self.sizes(WHOLE)
+        if sizes is None:
+            return None
+        work = max(2 * self.state + sizes.value, WORKING * self.source + max(reserve, sizes.pull))
+        peak = self.source * self.evaluations + sizes.pull + work
+        n = self.evaluations
+        return Plan((), "checkpoint", WHOLE, peak, n, n, self.steps, sizes.pull)
+
     def plans(self, reserve: int = 0) -> Iterator[Plan]:
         """The plans that keep no graphs, the fastest first."""
         for way in WAYS:
@@ -122,8 +136,11 @@ class Workload:
         return None
 
     def smaller(self, plan: Plan, reserve: int = 0) -> Plan | None:
-        """The next smaller plan: half the bytes in graphs, then the plans without any; None after the smallest."""
+        """The next smaller plan: without recordings, with half the bytes in graphs, then without any graphs; None after
+        the smallest."""
         held = sum(count * self._known(kept).graph for kept, count in plan.graphs)
+        if plan.recordings:
+            return self.plan((), plan.states, plan.way, reserve)
         if held:
             bare = self.plan((), plan.states, plan.way, reserve)
             half = self._with_graphs(bare, plan.peak - (held + 1) // 2, reserve)
@@ -206,6 +223,7 @@ class Plan:
             evaluations count as the share of floating-point operations that they are.
         evaluations: How many evaluations a forward run of the chain has.
         steps: How many steps it has.
+        recordings: The bytes in recordings of the network's calls, which are replayed; 0 if it is called.
     """
 
     graphs: Graphs
@@ -215,11 +233,16 @@ class Plan:
     recomputed: float
     evaluations: int
     steps: int
+    recordings: int = 0
 
     @property
     def num_graphs(self) -> int:
         """Of how many of the last evaluations graphs are kept, in whatever way."""
         return sum(count for _, count in self.graphs)
+
+    def seconds(self, call: float, call_and_vjp: float) -> float:
+        """What the network takes in a gradient, given the seconds of a call, and of a call with a graph and its VJP."""
+        return self.evaluations * call_and_vjp + self.recomputed * call
 
     @property
     def kept(self) -> str:
@@ -253,6 +276,9 @@ class Plan:
             ("predicted peak", format_bytes(self.peak)),
             ("predicted recomputation", f"{self.again} ({share:.0%} of a forward run)"),
         ]
+        if self.recordings:
+            calls = f"replayed as CUDA graphs, whose recordings hold {format_bytes(self.recordings)}"
+            rows.insert(2, ("the network's calls", calls))
         return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import explain_first_evaluation
+from ..evaluator import Recordings
 from ..factory import RunFactory
 from ..latents import check_latents
 from ..program import count_network_calls, is_invertible, step_boundaries
@@ -70,6 +71,8 @@ class Case:
         budget: In bytes.
         plan: The latest plan. One that ran out of memory is replaced by a smaller one.
         reserve: What that plan was made for.
+        replayed: What a call, its replay, a call with its VJP and its replay take in seconds; None if that was not
+            measured yet, False if calls cannot be replayed.
     """
 
     runs: RunFactory
@@ -80,12 +83,18 @@ class Case:
     budget: int
     plan: Plan | None = None
     reserve: int = -1
+    replayed: tuple[float, ...] | bool | None = None
+
+    @property
+    def recordings(self) -> Recordings | None:
+        """The recordings of the network's calls; None if none are made."""
+        return self.runs.evaluator.recordings(self.x.device)
 
     def new_run(self, plan: Plan) -> ProgramRun:
         """A run that keeps what a plan says."""
-        return self.runs.new_run(
-            self.x, self.inverse, stores=True, states=plan.states, graphs=plan.graphs, way=plan.way
-        )
+        launched = not plan.recordings and self.recordings is not None
+        options = {"states": plan.states, "graphs": plan.graphs, "way": plan.way, "launched": launched}
+        return self.runs.new_run(self.x, self.inverse, stores=True, **options)  # type: ignore[arg-type]
 
     def smallest(self, reserve: int) -> Plan | None:
         """The plan of the lowest peak, whatever the budget; None where not even one evaluation can be measured."""
@@ -99,7 +108,7 @@ class Case:
 
     def _fitting(self, reserve: int) -> Plan:
         """The plan with the least recomputation that fits. Raises ValueError, naming the smallest possible budget."""
-        plan = self.workload.fastest(self.budget, reserve)
+        plan = self._replaying(reserve) or self.workload.fastest(self.budget, reserve)
         if plan is not None:
             return plan
         smallest = self.smallest(reserve)
@@ -109,6 +118,26 @@ class Case:
             f"memory_budget: expected {least}{size} for latents of shape {tuple(self.x.shape)}, got {self.budget} "
             f"({format_bytes(self.budget)}); give more, or use smaller or fewer latents or a network of half precision"
         )
+
+    def _replaying(self, reserve: int) -> Plan | None:
+        """The plan in which calls are replayed, if they can be, recordings fit, and it is the faster one."""
+        recordings = self.recordings
+        if recordings is None or self.replayed is False:
+            return None
+        plan, other = self.workload.replayed(reserve), self.workload.fastest(self.budget, reserve)
+        if plan is None or plan.peak > self.budget:
+            recordings.refuse('the plan of memory="auto" has no room for recordings')
+            return None
+        if self.replayed is None:
+            self.replayed = rehearse(self.new_run(plan), self.x, recordings) or False
+        if not isinstance(self.replayed, tuple):
+            return None
+        call, replay, call_and_vjp, replay_and_vjp = self.replayed
+        if other is not None and other.seconds(call, call_and_vjp) < plan.seconds(replay, replay_and_vjp):
+            recordings.refuse('the plan of memory="auto" keeps graphs, and so is faster without replays')
+            recordings.clear()
+            return None
+        return plan
 
 
 class Planner:
@@ -180,6 +209,12 @@ class Planner:
         """After running out of memory: the next smaller plan; None if there is none. Frees what can be freed, and warns
         the first time."""
         before = case.plan or case.current(self.reserve)
+        recordings = case.recordings
+        if recordings is not None:
+            case.replayed = False
+            recordings.clear()
+            if before.recordings:
+                recordings.refuse("memory ran out beside the recordings")
         release(case.x.device)
         after = case.workload.smaller(before, self.reserve)
         if after is None:
@@ -280,6 +315,37 @@ def probe(run: ProgramRun, x: Tensor, limit: int | None = None, blocks: bool = F
             return Probe(value.peak, held, most, forward, tracker.flops - forward)
     except (torch.OutOfMemoryError, OverLimit):
         pass
+    release(x.device)
+    return None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def rehearse(run: ProgramRun, x: Tensor, recordings: Recordings) -> tuple[float, ...] | None:
+    """Evaluates a run's network once, and once with its VJP, as all evaluations will be, so that both are recorded.
+
+    Returns:
+        See `Case.replayed`; None if not both were replayed. Then what was recorded is freed.
+    """
+    group = next((group for group in run.groups if group.calls_network), None)
+    if group is None or group.coupling is None:
+        return None
+    seconds: list[tuple[float, float] | None] = []
+    try:
+        with run.evaluator.running():
+            tensors = run.evaluator.tensors()
+            source = x.detach().to(run.state_dtype, copy=True)
+            pull = NetworkPull(run, [t.clone() for t in tensors], [t.requires_grad for t in tensors])
+            run.evaluate(source, group.coupling, tensors)
+            seconds.append(recordings.seconds)
+            pull(source, group, [torch.zeros_like(source) for _ in range(run.num_latents)], False)
+            seconds.append(recordings.seconds)
+    except torch.OutOfMemoryError:
+        recordings.refuse("memory ran out while calls were recorded")
+    found = [number for pair in seconds if pair is not None for number in pair]
+    if len(found) == 4:
+        return tuple(found)
+    recordings.clear()
     release(x.device)
     return None
 

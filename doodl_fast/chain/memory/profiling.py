@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..chain import Chain, replaced_evaluator
-from ..evaluator import Evaluator, raw_output
+from ..evaluator import Evaluator, Recordings, raw_output
 from .plan import format_bytes
 from .tracker import CudaMeter, Tracker, meter
 
@@ -211,6 +211,12 @@ class _Marked(Evaluator):
 
     def plain(self) -> Evaluator:
         return _Marked(self._inner.plain(), self._mark)
+
+    def recordings(self, device: torch.device) -> Recordings | None:
+        return self._inner.recordings(device)
+
+    def launched(self) -> Evaluator:
+        return _Marked(self._inner.launched(), self._mark)
 
     def weights(self) -> tuple[tuple[str, Tensor], ...]:
         return self._inner.weights()
