@@ -109,6 +109,7 @@ class Runner:
         workers: Of `Judge`.
         options: Those of the command, which the report repeats.
         deadline: The moment of `time.monotonic` after which no chunk is begun; None for none.
+        share: (i, n) for a process that does each n-th task, from the i-th on, beside n - 1 others.
 
     Raises:
         ValueError: The folder holds results of another setting.
@@ -123,12 +124,13 @@ class Runner:
         workers: int = 0,
         options: str = "",
         deadline: float | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.out, self.setting, self.device, self.chunk = out, setting, torch.device(device), chunk
-        self.options, self.deadline = options, deadline
+        self.options, self.deadline, self.share = options, deadline, share
         out.mkdir(parents=True, exist_ok=True)
         for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
-            remove_partial(folder)
+            remove_partial(folder, older_than=60)
         head, about = guides.train_head(shapes.load_clip("cpu"), setting.drawn)
         self._check_setting(about)
         self.pipe = shapes.load_pipeline(self.device)
@@ -160,7 +162,7 @@ class Runner:
     def run(self) -> bool:
         """Runs all chunks that are missing. Returns whether the folder is complete."""
         try:
-            for task in self.setting.tasks:
+            for task in self.setting.tasks[self.share[0] :: self.share[1]]:
                 for split in tasks.SPLITS:
                     for method in self.setting.methods:
                         for number, items in enumerate(self._chunks(task, method, split)):

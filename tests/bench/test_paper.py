@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import doodl_fast
-from bench.paper import __main__ as command
-from bench.paper import report, runner, tasks
+from bench.paper import cli, report, runner, tasks
 from bench.paper.counting import Counter, CountingDenoiser
 from bench.paper.methods import METHODS, Batch
 from bench.paper.rates import SampleAdam, SampleMomentum
@@ -35,7 +35,7 @@ def rows_of(out: Path) -> dict[str, Any]:
 
 def test_a_stopped_run_goes_on_with_equal_rows_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(out: Path, *more: str) -> int:
-        return command.main(["run", "--out", str(out), *TINY, *CHUNKS, *more])
+        return cli.main(["run", "--out", str(out), *TINY, *CHUNKS, *more])
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run(whole) == 0
@@ -44,7 +44,9 @@ def test_a_stopped_run_goes_on_with_equal_rows_and_is_reported(tmp_path: Path, m
 
     def stops(path: Path, value: Any) -> None:
         if len(done) == 3:
-            (path.parent / f".{path.name}.0123456789abcdef.tmp").write_text("half a chu")
+            partial = path.parent / f".{path.name}.0123456789abcdef.tmp"
+            partial.write_text("half a chu")
+            os.utime(partial, (0, 0))
             raise KeyboardInterrupt
         done.append(path)
         write(path, value)
@@ -59,7 +61,7 @@ def test_a_stopped_run_goes_on_with_equal_rows_and_is_reported(tmp_path: Path, m
     assert not list(stopped.rglob("*.tmp"))
     with pytest.raises(ValueError, match=r"another setting \(seeds differ\); pass another folder"):
         run(stopped, "--seeds", "2")
-    assert command.main(["report", str(whole), "--to", str(tmp_path / "page")]) == 0
+    assert cli.main(["report", str(whole), "--to", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / report.PAGE).read_text()
     stored = json.loads((tmp_path / "page" / report.DATA).read_text())
     assert (tmp_path / "page" / "paper-text.png").read_bytes().startswith(b"\x89PNG")
