@@ -1,14 +1,14 @@
 """Estimates the memory of a gradient with networks on PyTorch's meta device, which hold no memory.
 
 The memory tracker sees the results of every operator on the meta device too. So it gives the sizes of one evaluation,
-one graph and one VJP, with fused attention (Dao et al., arXiv 2205.14135) as on a GPU. Not included are the scratch
-memory of operators, the CUDA context (some hundred MB), fragmentation, text encoders and guides.
+one graph and one VJP, with fused attention (Dao et al., arXiv 2205.14135) and fused norms as on a GPU. Not included are
+the scratch memory of operators, the CUDA context (some hundred MB), fragmentation, text encoders and guides.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.video import VideoDecoder, VideoSpace
 from ..solvers.edict import EDICT
 from .meta_attention import fused_attention
+from .meta_norms import fused_norms
 from .published import meta_model
 
 CARDS = (6, 8, 12, 16, 24, 40, 80)
@@ -45,7 +46,7 @@ class Estimate:
         plain: The sizes of one evaluation of the network.
         recompute: The same where results of matrix products are computed again; None if that makes no difference.
         blocks: The same with checkpointed blocks; None if it has none.
-        decoders: Bytes that decoding takes at most, plainly and with checkpointed blocks.
+        decoders: Bytes that decoding takes at most, plainly and in each version that needs less.
         workload: What the planner needs to know of the chain.
         naive: The peak in bytes of plain backpropagation through the chain, without weights.
         per_step: The peak in bytes of `torch.utils.checkpoint` around every EDICT step, without weights.
@@ -90,7 +91,7 @@ class Estimate:
         lines = [
             ("weights: network, VAE", f"{format_bytes(self.network_weights)}, {format_bytes(self.vae_weights)}"),
             ("graph of an evaluation", ", ".join(f"{way}{format_bytes(s.graph)}" for way, s in ways if s)),
-            ("decoding", " or, checkpointed, ".join(format_bytes(size) for size in self.decoders)),
+            ("decoding", ", computing more again ".join(format_bytes(size) for size in self.decoders)),
             ("held for each step", f"{format_bytes(self.growth)} (stored sources), 0 (exact reversal), "
              f"{format_bytes(2 * self.plain.graph)} (whole graphs)"),
             ("naive backpropagation", f"{format_bytes(self.weights + self.naive)} with weights"),
@@ -149,7 +150,7 @@ def estimate(
         if resolution < 1:
             raise ValueError(f"resolution: expected a positive number of pixels, got {resolution}")
         call |= {"height": resolution, "width": resolution}
-    with warnings.catch_warnings(), fused_attention():
+    with warnings.catch_warnings(), fused_attention(), fused_norms():
         warnings.simplefilter("ignore")  # Nothing is run that a warning could be about.
         found = meta_model(model, dtype)
         request = _request(steps, {**found.call, **call})
@@ -186,7 +187,7 @@ def _measure(chain: EDICT, other: EDICT, space: LatentSpace, decode: Decoder) ->
     # Other code evaluates in every step, and keeps at least the sources beside the graphs.
     naive = 2 * steps * (usual.graph + load.source) + usual.pull - usual.graph
     per_step = 2 * steps * load.source + usual.graph + usual.pull
-    decoders = tuple(_decoding(decoder, x) for decoder in _leaner(decode))
+    decoders = _decoders(decode, x)
     coders = (getattr(decode, name, None) for name in ("vae", "vocoder"))
     weights = _weights(module_of(chain.denoiser.unet)), sum(map(_weights, coders))
     size = f"{space.height} x {space.width} pixels{', with guidance' if chain.denoiser.guided else ''}"
@@ -203,12 +204,14 @@ def _decoding(decode: Decoder, x: Tensor) -> int:
     return seen.peak
 
 
-def _leaner(decode: Decoder) -> Iterator[Decoder]:
-    """The plain decoder, and the one with checkpointed blocks if there is one."""
-    yield decode
-    other = decode.leaner()
-    if other is not None:
-        yield other
+def _decoders(decode: Decoder, x: Tensor) -> tuple[int, ...]:
+    """What decoding takes plainly, and in each version that needs less than the one before."""
+    sizes, version = [_decoding(decode, x)], decode.leaner()
+    while version is not None:
+        size = _decoding(version, x)
+        sizes += [size] if size < sizes[-1] else []
+        version = version.leaner()
+    return tuple(sizes)
 
 
 def _weights(network: nn.Module | None) -> int:

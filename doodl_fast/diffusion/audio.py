@@ -85,7 +85,7 @@ class AudioDecoder(Decoder):
         self.vae, self.sampling_rate, self.lean = vae, sampling_rate, level_of(True)
         self._rest, self._factor, self._start = rest, scaling_factor, start
         self._end: int | None = end
-        self._checkpoints = self._singly = False
+        self._checkpoints = self._singly = self._layers = False
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Decodes latents, differentiably.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..frozen import level_of
 from .images import check_images
-from .module_copies import frozen_copy
+from .module_copies import frozen_copy, is_residual_layer, why_not_copied
 from .networks import has_blocks, run_in_dtype
 
 
@@ -52,12 +52,13 @@ class Decoder:
         if not callable(getattr(vae, "decode", None)) or not is_scaled:
             raise TypeError(f"vae: expected a diffusers autoencoder (pipe.vae, for instance), got {type(vae).__name__}")
         self.vae, self.lean = vae, level_of(lean)
-        self._checkpoints = self._singly = False
+        self._checkpoints = self._singly = self._layers = False
 
     def leaner(self) -> Decoder | None:
         """Returns a decoder of the same images that needs less memory and more time for a gradient.
 
-        The first call checkpoints the VAE's blocks, if they can be; the next decodes the images one at a time as well.
+        The first call checkpoints the VAE's blocks, if they can be; the next decodes the images one at a time as well;
+        the third checkpoints the residual layers inside the blocks too, when a block is computed again.
 
         Returns:
             The other decoder, or None where nothing is left to save.
@@ -67,6 +68,8 @@ class Decoder:
             other._checkpoints = True
         elif not self._singly:
             other._singly = True
+        elif self._checkpoints and not self._layers and self._has_layers():
+            other._layers = True
         else:
             return None
         return other
@@ -91,6 +94,10 @@ class Decoder:
         """Whether there is a version that computes activations again."""
         # Some video autoencoders have the switch and never read it.
         return has_blocks(self.vae) and bool(getattr(self.vae, "_supports_gradient_checkpointing", True))
+
+    def _has_layers(self) -> bool:
+        """Whether the VAE has layers inside its blocks that can be checkpointed by themselves."""
+        return why_not_copied(self.vae) is None and any(map(is_residual_layer, self.vae.modules()))
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Returns what the VAE makes of latents whose shape is checked."""
@@ -158,7 +165,7 @@ class Decoder:
         """Decodes raw latents, all at once or one at a time."""
         from torch.utils.checkpoint import checkpoint
 
-        if not self._singly:
+        if not self._singly or len(z) == 1:
             return self._images(z)
         return torch.cat(
             [checkpoint(self._images, one, use_reentrant=False, preserve_rng_state=False) for one in z.split(1)]
@@ -166,7 +173,7 @@ class Decoder:
 
     def _images(self, z: Tensor) -> Tensor:
         """Calls the VAE."""
-        with frozen_copy(self.vae, self._checkpoints, self.lean) as vae:
+        with frozen_copy(self.vae, self._checkpoints, self.lean, self._layers) as vae:
             images: Tensor = vae.decode(z, return_dict=False)[0]
         return images
 

@@ -31,6 +31,8 @@ DEPTH = 3
 PLAIN = frozenset({bool, int, float, str, type(None), set, types.FunctionType, torch.dtype, torch.device, torch.Size})
 """Classes whose objects lead to no module and to no weight."""
 CONTAINERS = frozenset({dict, OrderedDict, list, tuple})
+LAYERS = frozenset({"diffusers.models.resnet.ResnetBlock2D"})
+"""Classes of residual layers that compute the same when they are checkpointed, by their full names."""
 TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -56,6 +58,7 @@ class ModuleCopies:
         dtype: The dtype of floating weights and buffers; None keeps theirs.
         evaluation: Whether the copies are in eval mode.
         checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
+        layers: Whether the residual layers in those blocks (see `LAYERS`) are as well, when a block is computed again.
         lean: How little of what happens in the copies' layers their graphs keep.
         trained: Tensors that stand in the copies for some of the weights, which want gradients, by the `id` of the
             weight. They are cast to the weight's dtype. The layers that have them are those of plain PyTorch.
@@ -70,6 +73,7 @@ class ModuleCopies:
         dtype: torch.dtype | None = None,
         evaluation: bool = False,
         checkpoints: bool = False,
+        layers: bool = False,
         lean: Level = Level.OFF,
         trained: Mapping[int, Tensor] | None = None,
     ) -> None:
@@ -97,6 +101,10 @@ class ModuleCopies:
                 "make the Denoiser after the network has its last parameters"
             )
         substitute(self._pairs, lean)
+        for _, copied in self._pairs if layers else ():
+            if is_residual_layer(copied):
+                kind: Any = type(copied)
+                copied.__class__ = _checkpointed_class(kind)
         self._before = [(copied.__dict__.copy(), copied._buffers.copy()) for _, copied in self._pairs]
 
     def of(self, network: Any) -> Any:
@@ -287,8 +295,25 @@ def _checkpoint(block: Any, *args: Any) -> Any:
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def is_residual_layer(module: nn.Module) -> bool:
+    """Whether a module is one of the layers that blocks consist of, and can be checkpointed by itself."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in LAYERS and "forward" not in module.__dict__
+
+
+@functools.cache
+def _checkpointed_class(kind: Any) -> Any:
+    """The subclass of a layer's class whose activations are computed again for a gradient."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(kind.forward, self)
+        return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    body = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), body)
+
+
 @contextlib.contextmanager
-def frozen_copy(network: Any, checkpoints: bool = False, lean: Level = Level.ON) -> Iterator[Any]:
+def frozen_copy(network: Any, checkpoints: bool = False, lean: Level = Level.ON, layers: bool = False) -> Iterator[Any]:
     """Yields a copy of a module in eval mode whose weights do not require grad, and leaves the module as it is.
 
     It is safe in threads. A graph that is made with the copy may be differentiated after the context has ended. Where
@@ -299,11 +324,12 @@ def frozen_copy(network: Any, checkpoints: bool = False, lean: Level = Level.ON)
         network: A module; any other object is yielded as it is.
         checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
         lean: How little graphs keep.
+        layers: Whether residual layers are checkpointed as well, if copies can be made.
     """
     if not isinstance(network, nn.Module):
         yield network
     elif why_not_copied(network) is None:
-        copies = ModuleCopies(network, evaluation=True, checkpoints=checkpoints, lean=lean)
+        copies = ModuleCopies(network, evaluation=True, checkpoints=checkpoints, layers=layers, lean=lean)
         try:
             yield copies.of(network)
         finally:

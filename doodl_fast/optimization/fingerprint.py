@@ -27,7 +27,7 @@ MEANING = {
     "decode": "decoder",
     "loss": "loss (a guide's prompt or weights, for instance)",
 }
-LOW_MEMORY_SWITCHES = frozenset({"_checkpoints", "_calls_again", "_singly", "_chunk"})
+LOW_MEMORY_SWITCHES = frozenset({"_checkpoints", "_calls_again", "_singly", "_layers", "_chunk"})
 """Attributes of our decoders and guides that change how much memory they take and not what they compute."""
 
 

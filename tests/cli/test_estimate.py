@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import pytest
 import tiny_pipeline
 import torch
 
-from doodl_fast import cli
-from doodl_fast.cli.estimate import CARDS, estimate
-from doodl_fast.cli.published import meta_model
+from doodl_fast import Decoder, cli, ops
+from doodl_fast.chain.memory.tracker import Tracker
+from doodl_fast.cli.estimate import CARDS, _decoders, estimate
+from doodl_fast.cli.meta_attention import fused_attention
+from doodl_fast.cli.meta_norms import fused_norms
+from doodl_fast.cli.published import VAE, meta_model
+from doodl_fast.frozen import convolution
 
 GIB = 2**30
 
@@ -41,10 +48,38 @@ def test_what_fits_on_which_card(sd15):
     assert sd15.plan(200 * GIB).recomputed == 0
 
 
-def test_sdxl_fits_16_gb(capsys):
+def test_sdxl_fits_12_gb(capsys):
     assert cli.main(["profile", "--estimate", "sdxl", "--resolution", "1024", "--dtype", "fp16"]) == 0
-    cards = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " GB  " in line}
-    assert "does not fit" in cards["12"] and "sources of the first " in cards["16"]
+    lines = capsys.readouterr().out.splitlines()
+    cards = {line.split()[0]: line for line in lines if " GB  " in line}
+    assert "does not fit" in cards["8"] and "sources of the first " in cards["12"]
+    smallest = next(line for line in lines if line.startswith("our smallest plan"))
+    assert float(smallest.split()[3]) <= 10 and smallest.split()[4] == "GiB"
+
+
+def test_decoders_of_real_width_take_what_is_estimated():
+    """Stable Diffusion's VAE at full width, decoding on the CPU, against the same on the meta device."""
+    from diffusers import AutoencoderKL
+
+    def unpack(self, packed):
+        """On a CPU the VJP of a convolution makes a tensor of the input's size, of which it reads the shape alone."""
+        return self.weight.new_empty(self.shape) if packed is None else packed
+
+    kernels = fused_norms() if ops.matches_torch() else contextlib.nullcontext()
+    with torch.device("meta"), fused_attention(), kernels, mock.patch.object(convolution._Saved, "unpack", unpack):
+        estimated = _decoders(Decoder(AutoencoderKL(**VAE)), torch.empty(1, 4, 12, 12))
+    torch.manual_seed(0)
+    decode, z, measured, gradients = Decoder(AutoencoderKL(**VAE)), torch.randn(1, 4, 12, 12), [], []
+    while decode is not None:
+        leaf = z.clone().requires_grad_()
+        with Tracker("cpu") as tracker:
+            image = decode(leaf)
+            gradients += torch.autograd.grad(image, leaf, torch.ones_like(image))
+        measured += [tracker.peak] if not measured or tracker.peak < measured[-1] else []
+        decode = decode.leaner()
+    assert len(estimated) == len(measured) == 3
+    assert estimated == pytest.approx(measured, rel=0.05)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 @pytest.mark.parametrize(
