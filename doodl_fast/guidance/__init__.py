@@ -19,7 +19,7 @@ from .cutouts import random_cutouts
 from .dense import Depth, Segmentation
 from .hps import HPSv2
 from .image_reward import ImageReward
-from .noise import NoiseNorm, NoiseProbability, StartDistance, Whiteness, white_projection
+from .noise import AllNoise, NoiseNorm, NoiseProbability, StartDistance, Whiteness, white_projection
 from .open_clip import load_open_clip
 from .picture import Picture
 from .similarity import Similarity
@@ -28,6 +28,7 @@ from .text_score import PickScore, TextScore
 
 __all__ = [
     "Aesthetic",
+    "AllNoise",
     "Classifier",
     "ClipImage",
     "ClipText",

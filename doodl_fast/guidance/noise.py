@@ -8,6 +8,7 @@ images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -217,3 +218,48 @@ class StartDistance:
                 f"got {tuple(reference.shape)}"
             )
         return (noise - reference).square().flatten(1).sum(1).mean() / 2
+
+
+class AllNoise:
+    """A regulariser of the noise of all steps as well as of the starting latents, for chains that add noise.
+
+    Its value is the sum of the regulariser's values, so that a step counts as much as the start.
+
+    Args:
+        regulariser: A loss that names `start`, such as `NoiseNorm`; or a list of them, the first of which is for the
+            starting latents and the others for the steps, for `StartDistance` with a reference for each.
+
+    Raises:
+        TypeError: `regulariser` is neither.
+
+    Example:
+        >>> losses = [guide, (AllNoise(NoiseNorm()), 0.01)]
+        >>> optimize(chain, noise, chain.decode, losses, variables=["start", "noise"], renormalize_latents=False)
+    """
+
+    def __init__(self, regulariser: Any) -> None:
+        listed = list(regulariser) if isinstance(regulariser, (list, tuple)) else [regulariser]
+        if not listed or not all(callable(one) for one in listed):
+            raise TypeError(f"regulariser: expected a loss that names start, or a list of them, got {regulariser!r}")
+        for number, one in enumerate(listed):
+            setattr(self, f"regulariser_{number}", one)
+        self.count = len(listed) if isinstance(regulariser, (list, tuple)) else 0
+
+    def __call__(self, images: Any, *, start: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """Computes the loss, a 0-dim tensor, of starting latents (B, C, ...) and of the noise of each step.
+
+        Raises:
+            ValueError: There is not one regulariser for each of them.
+        """
+        tensors = [start, *noise]
+        if self.count not in (0, len(tensors)):
+            raise ValueError(
+                f"regulariser: expected one, or {len(tensors)}, for the start and each of the steps that add noise, "
+                f"got {self.count}"
+            )
+        total: Tensor | None = None
+        for number, tensor in enumerate(tensors):
+            value: Tensor = getattr(self, f"regulariser_{number if self.count else 0}")(images, start=tensor)
+            total = value if total is None else total + value
+        assert total is not None
+        return total

@@ -50,7 +50,7 @@ def new_update(
             f"variables['start']: expected optimizer= with the option {next(iter(start.group))!r}, as the update "
             "without one has none; grad_scale and clip_grad_value are its step size"
         )
-    latent = LatentUpdate(x, y, settings, generator, own, schedule, dict(start.group), per_sample)
+    latent = LatentUpdate(x, y, settings, generator, own, schedule, dict(start.group), per_sample, start.project)
     others = {name: Variable(name, tensors, variables[name], optimizer, scheduler) for name, tensors in initial.items()}
     if per_sample and x.shape[0] > 1:
         for stepper in (latent.stepper, *(variable.stepper for variable in others.values())):

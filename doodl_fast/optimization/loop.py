@@ -102,9 +102,10 @@ def optimize(
             "negative_prompt_embeds", "guidance_scale", "weights" (those that the chain's `trainable` names; the network
             keeps its own, and `Result.state_dict` has the new ones) and any other argument of the network that holds
             tensors, such as "controlnet_cond". Options are those of the optimizer (``lr``, ...), `optimizer`,
-            `scheduler`, `grad_scale`, `clip_grad_value`, `renormalize` (whether every sample keeps its norm) and
-            `value` (where it starts). Variables besides the start get the gradient of the mean loss, are not clipped,
-            and are changed by Adam unless an optimizer is given.
+            `scheduler`, `grad_scale`, `clip_grad_value`, `renormalize` (whether every sample keeps its norm), `value`
+            (where it starts) and `project` (a function that is called with each tensor after every update, and returns
+            what takes its place, such as `doodl_fast.guidance.white_projection`). Variables besides the start get the
+            gradient of the mean loss, are not clipped, and are changed by Adam unless an optimizer is given.
         grad_scale: Multiplies the gradient before it is clipped. With clipping and momentum SGD it decides which
             entries of the gradient are clipped; it is no step size. The reference code calls it by this name too.
         momentum: Momentum of SGD, in [0, 1).

@@ -76,7 +76,7 @@ class Losses:
         if isinstance(loss, Losses):
             return loss
         if callable(loss):
-            return cls((Term(_name(loss), loss),), is_one=True)
+            return cls((Term(name_of(loss), loss),), is_one=True)
         if isinstance(loss, Mapping):
             terms = [_term(entry, str(key)) for key, entry in loss.items()]
         elif isinstance(loss, Sequence) and not isinstance(loss, str):
@@ -242,10 +242,10 @@ def _term(entry: Any, name: str | None, number: int = 0) -> Term:
         )
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise ValueError(f"loss {shown}: expected a finite number as its weight, got {weight!r}")
-    return Term(_name(function) if name is None else name, function, float(weight))
+    return Term(name_of(function) if name is None else name, function, float(weight))
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
     """The name of a function, or that of an object's class."""
     inner = getattr(function, "func", function)  # of a functools.partial
     return str(getattr(inner, "__name__", None) or type(inner).__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -140,18 +140,37 @@ class Objective:
             images.append(image.detach())
             del image, total
         numbers = self._numbers(scores, step)
-        through = [
-            (end, torch.zeros_like(end) if cotangent is None else cotangent.to(end.dtype))
-            for end, cotangent in zip(ends, [*cotangents, *[None] * (len(ends) - self.members)], strict=True)
-            if end.requires_grad and any(c is not None for c in cotangents)
-        ]
-        if through:
-            flow = torch.autograd.grad(
-                [end for end, _ in through], inputs, [cotangent for _, cotangent in through], allow_unused=True
-            )
-            sums = [_sum(before, more) for before, more in zip(sums, flow, strict=True)]
-        gradients = _checked([name for name, _ in named], sums, step)
+        given = [tensor for tensor in (*cotangents, *sums) if tensor is not None]
+        try:
+            sums = _through(ends, cotangents, inputs, sums)
+            gradients = _checked([name for name, _ in named], sums, step)
+        except FloatingPointError:
+            if not all_finite(given):  # The loss made it, and not the chain.
+                self._blame(ends, start, leaves, inputs, step)
+            raise
         return Evaluation(**numbers, images=as_images(images), starts=self.starts, **self._sorted(named, gradients))
+
+    def _blame(
+        self, ends: tuple[Tensor, ...], start: list[Tensor], leaves: Values, inputs: list[Tensor], step: int
+    ) -> NoReturn:
+        """Raises FloatingPointError that names the losses whose own gradient holds NaN or Inf."""
+        losses = Losses.of(self.loss)
+        bad = []
+        for term in losses.terms:
+            alone = replace(self, loss=replace(losses, terms=(replace(term, weight=1.0),)))
+            for number, end in enumerate(ends[: self.members]):
+                leaf = end.detach().to(decoder_dtype(self.decode, self.dtype, end.dtype)).requires_grad_()
+                _, total, _ = alone._score(leaf, start[min(number, len(start) - 1)], leaves)
+                if total.requires_grad:
+                    found = torch.autograd.grad(total, [leaf, *inputs], allow_unused=True)
+                    if not all_finite([gradient for gradient in found if gradient is not None]):
+                        bad.append(losses.label(term))
+                        break
+        of = " and ".join(bad) or "the losses' weighted sum"
+        raise FloatingPointError(
+            f"gradient: NaN or Inf at optimisation step {step} in that of {of}, whose value is finite; look at it and "
+            "at the decoder: a square root or a norm has no slope at 0, and float16 overflows"
+        )
 
     def _run(self, start: list[Tensor], values: Values) -> tuple[Tensor, ...]:
         """Runs the chain."""
@@ -277,6 +296,40 @@ def _sum(before: Tensor | None, more: Tensor | None) -> Tensor | None:
     return before + more
 
 
+def _through(
+    ends: tuple[Tensor, ...], cotangents: list[Tensor | None], inputs: list[Tensor], sums: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Adds to gradients what flows back through the chain.
+
+    Args:
+        ends: The chain's final latents, with their graph.
+        cotangents: The gradients of the losses with respect to the first of them, or None.
+        inputs: What is differentiated.
+        sums: The gradients so far.
+    """
+    if all(cotangent is None for cotangent in cotangents):
+        return sums
+    pairs = [
+        (end, torch.zeros_like(end) if cotangent is None else cotangent.to(end.dtype))
+        for end, cotangent in zip(ends, [*cotangents, *[None] * (len(ends) - len(cotangents))], strict=True)
+        if end.requires_grad
+    ]
+    if not pairs:
+        return sums
+    flow = torch.autograd.grad(
+        [end for end, _ in pairs], inputs, [cotangent for _, cotangent in pairs], allow_unused=True
+    )
+    return [_sum(before, more) for before, more in zip(sums, flow, strict=True)]
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor holds NaN or Inf, in one transfer from each device."""
+    flags: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        flags.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    return all(bool(torch.stack(found).all()) for found in flags.values())
+
+
 def _checked(names: list[str], gradients: list[Tensor | None], step: int) -> list[Tensor]:
     """The gradients, all of which must be there and finite. The errors name the variable."""
     found = []
@@ -287,7 +340,7 @@ def _checked(names: list[str], gradients: list[Tensor | None], step: int) -> lis
                 "no gradient; leave it out, or add a loss that does"
             )
         found.append(gradient)
-    if not bool(torch.stack([torch.isfinite(gradient).all() for gradient in found]).all()):
+    if not all_finite(found):
         bad = next(name for name, g in zip(names, found, strict=True) if not bool(torch.isfinite(g).all()))
         of = "" if bad == START else f" of variables[{bad!r}]"
         raise FloatingPointError(

@@ -19,6 +19,7 @@ from .optimizers import OptimizerFactory, SchedulerFactory, Stepper
 
 Evaluate = Callable[[list[Tensor]], tuple[float, list[Tensor]]]
 """Latents [x, y] -> the mean loss of their images, and its gradients."""
+Project = Callable[[Tensor], Tensor]
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_DEVIATION = 1e37
 """The largest standard deviation whose noise is finite in float32: normal numbers beyond 30 deviations do not occur."""
@@ -93,6 +94,28 @@ def norms(latents: Tensor) -> Tensor:
     return torch.linalg.vector_norm(latents, dim=tuple(range(1, latents.ndim)), keepdim=True, dtype=torch.float64)
 
 
+def projected(project: Project, values: Tensor, name: str) -> Tensor:
+    """Calls the function of the option `project`, and checks what it returns.
+
+    Args:
+        project: The function.
+        values: A tensor of a variable, (B, ...), without a graph.
+        name: The variable's name.
+
+    Raises:
+        TypeError: It returns no tensor.
+        ValueError: It returns a tensor of another shape.
+    """
+    found = project(values.clone())
+    if not isinstance(found, Tensor):
+        raise TypeError(f"variables[{name!r}]: expected project to return a tensor, got {type(found).__name__}")
+    if found.shape != values.shape:
+        raise ValueError(
+            f"variables[{name!r}]: expected project to return the shape {tuple(values.shape)}, got {tuple(found.shape)}"
+        )
+    return found.detach().to(values)
+
+
 class LatentUpdate:
     """Holds a pair of latents, in float32 at least, and what the next update of them needs.
 
@@ -108,6 +131,8 @@ class LatentUpdate:
         options: Options of the optimizer's group of parameters.
         per_sample: Whether each sample is an optimisation of its own, so that it gets the perturbation that it would
             get alone.
+        project: A function from latents to the nearest ones that are allowed, which is called after every update, after
+            renormalisation.
 
     Raises:
         TypeError: `optimizer` or `scheduler` is no such factory.
@@ -124,6 +149,7 @@ class LatentUpdate:
         scheduler: SchedulerFactory | None = None,
         options: dict[str, Any] | None = None,
         per_sample: bool = False,
+        project: Project | None = None,
     ) -> None:
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.settings = settings
@@ -136,7 +162,7 @@ class LatentUpdate:
             _check_norms(self.start_norms, settings.tied_latents)
         self.momenta = [torch.zeros_like(z) for z in self.latents]
         self.parameters = [z.clone().requires_grad_() for z in self.latents[: 1 if settings.tied_latents else 2]]
-        self.per_sample = per_sample
+        self.per_sample, self.project = per_sample, project
         if optimizer is None and (scheduler is not None or options):
             optimizer = self._momentum_sgd
         self.stepper = None if optimizer is None else Stepper(optimizer, self.parameters, scheduler, options)
@@ -193,6 +219,8 @@ class LatentUpdate:
             self._descend(gradients, noise)
         else:
             self._delegate(gradients, noise, loss, first, evaluate)
+        if self.project is not None:
+            self.latents = [projected(self.project, z, "start") for z in self.latents]
         if not bool(torch.stack([torch.isfinite(z).all() for z in self.latents]).all()):
             self._blame(noise)
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .losses import name_of
 from .optimizers import Stepper
-from .update import norms
+from .update import Project, norms, projected
 
 START, NOISE = "start", "noise"
 ALIASES = {"latents": START}
-OWN = ("optimizer", "scheduler", "grad_scale", "clip_grad_value", "renormalize", "value")
+OWN = ("optimizer", "scheduler", "grad_scale", "clip_grad_value", "renormalize", "value", "project")
 """Options of a variable that are ours. All others go to its group of parameters."""
 EvaluateOne = Callable[[list[Tensor]], tuple[float, list[Tensor]]]
 
@@ -30,6 +31,7 @@ class VariableOptions:
         clip_grad_value: Largest magnitude of an entry of the gradient; None for no limit, or the default.
         renormalize: Whether each tensor keeps the norm of every sample; None for the default: noise does.
         value: Where the variable starts; None for what the chain has.
+        project: A function from a tensor to the nearest one that is allowed, which is called after every update.
         group: Options of its group of parameters, such as ``lr``.
     """
 
@@ -39,13 +41,17 @@ class VariableOptions:
     clip_grad_value: float | None = None
     renormalize: bool | None = None
     value: Any = None
+    project: Project | None = None
     group: dict[str, Any] = field(default_factory=dict)
 
     @property
     def plain(self) -> dict[str, Any]:
         """What a resumed run must have in common with the stored one, as JSON can hold it."""
         names = ("grad_scale", "clip_grad_value", "renormalize")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        plain = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.project is not None:
+            plain["project"] = name_of(self.project)
+        return plain
 
 
 def parse(variables: Any) -> dict[str, VariableOptions]:
@@ -93,6 +99,10 @@ def _options(name: str, options: Any) -> VariableOptions:
             raise ValueError(f"variables[{name!r}]: expected a positive number for {key}, or None, got {value!r}")
     if own.get("renormalize") not in (None, True, False):
         raise TypeError(f"variables[{name!r}]: expected True or False for renormalize, got {own['renormalize']!r}")
+    if own.get("project") is not None and not callable(own["project"]):
+        raise TypeError(
+            f"variables[{name!r}]: expected a function from a tensor to a tensor for project, got {own['project']!r}"
+        )
     if name in (START, *ALIASES) and own.get("value") is not None:
         raise ValueError(f"variables[{name!r}]: expected no value, which the argument latents gives")
     return VariableOptions(**own, group={key: value for key, value in options.items() if key not in OWN})
@@ -159,6 +169,9 @@ class Variable:
         self.stepper.step(loss, closure)
         for parameter, norm in zip(self.parameters, self._norms, strict=False):
             parameter.mul_((norm / norms(parameter)).to(parameter.dtype))
+        if self.options.project is not None:
+            for parameter in self.parameters:
+                parameter.copy_(projected(self.options.project, parameter.detach(), self.name))
         for parameter, old in zip(self.parameters, before, strict=False):
             assert kept is not None
             parameter.copy_(torch.where(kept.view(-1, *[1] * (old.ndim - 1)), old, parameter))
