@@ -127,3 +127,39 @@ def test_a_lora_makes_more_pictures_of_held_out_captions_right(tmp_path):
     found = example("lora_from_reward").main([*few, "--out", str(tmp_path)])
     assert len(found["before"]) == 40 and 8 <= found["before"].sum() <= 24
     assert found["after"].sum() > found["before"].sum()
+
+
+def test_regularisers_keep_the_length_that_a_reward_alone_changes(tmp_path):
+    few = ["--prompts", "2", "--seeds", "1", "--steps", "2", "--optimization-steps", "3", "--rows", "0", "1"]
+    found = example("reward_hacking").main([*few, "--learning-rate", "0.3", "--out", str(tmp_path)])
+    before, alone, kept = found.values()
+    assert alone["score"] > before["score"]
+    assert 1 < kept["length"] < alone["length"] - 0.02
+    assert all(0 <= row["prompt"] <= row["either"] <= 1 for row in found.values())
+
+
+def test_a_word_is_learnt_by_a_gradient_through_the_chain(tmp_path):
+    module = example("textual_inversion")
+    few = ["--steps", "2", "--training-steps", "2", "--batch", "2", "--held-out", "2", "--out", str(tmp_path)]
+    found = module.main(few)
+    assert float((found["vector"] - found["first"]).norm()) > 1e-3 and len(found["losses"]) == 2
+    assert (tmp_path / "after_green.png").is_file()
+
+    pipe = shapes.load_pipeline()
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.double()
+    words = module.Words(pipe, "star")
+    table = words.table.clone()
+
+    def value(vector):
+        embeds = {"prompt_embeds": words(["a red star"], vector), "negative_prompt_embeds": words([""], words.first)}
+        chain = doodl_fast.DDIM.from_pipeline(pipe, num_inference_steps=2, guidance_scale=4.0, **embeds)
+        return chain(chain.noise(seed=0).double())[0].sin().sum()
+
+    leaf = words.first.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    direction = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        slope = float(value(leaf + 1e-6 * direction) - value(leaf - 1e-6 * direction)) / 2e-6
+    assert abs(slope) > 1e-2 and float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-5)
+    assert torch.equal(words.table, table)
