@@ -66,7 +66,13 @@ def _numbers(results: Results) -> dict[str, Any]:
     options = f" {results.about['options']}".rstrip()
     chains = {"steps": STEPS, "few": FEW_STEPS, "strong": STRONG}
     about = {"device": machine["device"], "torch": machine["torch"], "r2": head["r2"]}
-    return {**own, **chains, **about, "pictures": pictures, "options": options}
+    missing = [
+        f"{task} ({len(results.chunks.get(task, {}))} of {len(setting['methods'])} methods)"
+        for task in setting["tasks"]
+        if len(results.chunks.get(task, {})) < len(setting["methods"])
+    ]
+    left = f"\n**Not complete:** {', '.join(missing)}; the same command goes on.\n" if missing else ""
+    return {**own, **chains, **about, "pictures": pictures, "options": options, "left": left}
 
 
 QUESTIONS = (
@@ -84,7 +90,7 @@ def _statements(results: Results) -> str:
     lines = ["## What follows from the intervals", ""]
     for question, methods, baseline in QUESTIONS:
         lines += [f"**{question}** Difference of success in points, same prompt and seed:", ""]
-        lines += ["| less " + title(baseline) + " | " + " | ".join([*results.tasks, "all tasks"]) + " |"]
+        lines += ["| less " + title(baseline) + " | " + " | ".join([*results.tasks, "together"]) + " |"]
         lines += ["|---" * (len(results.tasks) + 2) + "|"]
         for method in methods:
             cells = []
@@ -99,7 +105,7 @@ def _statements(results: Results) -> str:
         lines.append("")
     lines += ["**Which method for which task?**", ""]
     lines += [f"- {task}: {_best(results, task)}" for task in results.tasks]
-    lines += ["", "**Where guide and judge part.**", "", *_parted(results)]
+    lines += ["", "**Where guide and judge part**, by the difference from what nothing guides:", "", *_parted(results)]
     return "\n".join(lines)
 
 
@@ -117,28 +123,28 @@ def _best(results: Results, task: str) -> str:
 
 
 def _parted(results: Results) -> list[str]:
-    """Methods whose guide finds their pictures better than those of nothing, while the judge does not."""
-    lines = []
+    """Methods whose guide finds their pictures better than those of nothing, while the judge finds them worse."""
+    lines, untold = [], []
     for task in results.tasks:
         for method in results.methods(task):
             if method in UNPAID or "none" not in results.methods(task):
                 continue
-            loss, success, prompt = (
+            loss, success, shows = (
                 difference(results.values(task, method, column), results.values(task, "none", column))
                 for column in ("loss", "success", "shows")
             )
-            if loss is None or success is None or prompt is None or loss.high >= 0:
+            if loss is None or success is None or shows is None or loss.high >= 0:
                 continue
-            what = [
-                f"{name} {_points(one)} points"
-                for name, one in (("success", success), ("pictures that show the prompt", prompt))
-                if one.high < 0
-            ]
-            if not what and success.low <= 0:
-                what = [f"success {_points(success)} points, no gain that can be told"]
+            pairs = (("success", success), ("pictures that show the prompt", shows))
+            what = [f"{name} {_points(one)} points" for name, one in pairs if one.high < 0]
             if what:
-                lines.append(f"- {task}, {title(method)}: loss {_number(loss)} against nothing, but {'; '.join(what)}.")
-    return lines or ["Nowhere: wherever the guide's loss is lower than that of nothing, success is higher too."]
+                lines.append(f"- {task}, {title(method)}: loss {_number(loss)}, but {'; '.join(what)}.")
+            elif success.low <= 0:
+                untold.append(f"- {task}, {title(method)}: success {_points(success)} points.")
+    lines = lines or ["Nowhere that can be told: where the loss is lower, the judge finds nothing worse."]
+    if untold:
+        lines += ["", "A lower loss than nothing has, and successes that cannot be told apart from its:", "", *untold]
+    return lines
 
 
 def _task(results: Results, task: str, figure: str) -> str:
@@ -189,7 +195,7 @@ def _equal_seconds(results: Results, task: str) -> list[str]:
 
 
 def _tuning(results: Results) -> str:
-    setting = results.about["setting"]
+    setting, ends = results.about["setting"], []
     lines = [
         "## Tuning",
         "",
@@ -208,6 +214,10 @@ def _tuning(results: Results) -> str:
                 chosen = results.rows(task, method)[0]["scale"]
                 shown = ", ".join(f"{one['scale']:g} ({one['score']:.2f})" for one in tried)
                 lines.append(f"| {task} | {title(method)} | {shown} | {chosen:g} |")
+                if chosen in (tried[0]["scale"], tried[-1]["scale"]):
+                    ends.append(f"{task}, {title(method)}")
+    if ends:
+        lines += ["", f"Chosen at an end of what was tried, so that a better one may lie beyond: {'; '.join(ends)}."]
     return "\n".join(lines)
 
 
