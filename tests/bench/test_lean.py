@@ -29,7 +29,9 @@ def test_the_goals_at_real_size(bench, tmp_path, capsys):
     assert unet["recompute"]["kept"] <= 0.38 * unet["plain"]["kept"]
     assert unet["blocks"]["kept"] < unet["recompute"]["kept"]
     assert vae["lean"]["peak"] <= 0.40 * vae["plain"]["peak"]
-    assert unet["lean"]["flops"] == pytest.approx(unet["plain"]["flops"], rel=1e-3)
+    # Cross-attention is computed again where that keeps less: 0.4% of a forward pass, in five layers of two widths.
+    queries = 5 * (320 * 64**2 + 640 * 32**2)
+    assert unet["lean"]["flops"] - unet["plain"]["flops"] == 2 * 77 * 4 * queries  # a batch of 2, 77 keys, two products
     assert unet["recompute"]["flops"] < unet["blocks"]["flops"]
     assert sum(unet["lean"]["operators"].values()) == pytest.approx(unet["lean"]["kept"], rel=0.01)
     assert "SD 1.5 UNet, 512 x 512" in capsys.readouterr().out
