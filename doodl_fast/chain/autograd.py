@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backends import registry
+from .host_reads import at_once
 from .run import Graphs, Kept, ProgramRun
 from .transforms import refuse_transforms
 from .weights import Snapshot
@@ -57,7 +58,7 @@ class ChainFunction(torch.autograd.Function):
         ctx.weights.check(ctx.run.evaluator)
         while True:
             try:
-                with _backend(ctx.backend):
+                with _backend(ctx.backend), at_once():
                     return None, None, *_input_gradients(ctx, grad_outputs)
             except torch.OutOfMemoryError as error:
                 failure = error.with_traceback(None)  # The traceback holds the tensors that the pass had made.

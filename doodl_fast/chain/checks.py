@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .evaluator import Evaluator
+from .host_reads import check_later
 from .program import Coupling, Program
 from .transforms import is_wrapped
 from .weights import listed, trained_subset
@@ -218,6 +219,16 @@ class Watch:
         values: list[float] = torch.stack([*(other.to(dtype) for other in others), *self._largest]).tolist()
         self._values = values[len(others) :]
         return values[: len(others)]
+
+    def check_later(self) -> None:
+        """Reads the notes and does `check`: at once, or inside `host_reads.together()` with what else is read."""
+
+        def check(values: list[float]) -> None:
+            self._values = values
+            self.check()
+
+        if self._largest:
+            check_later(torch.stack(self._largest), check)
 
     def check(self) -> None:
         """Raises FloatingPointError for the first place that is not finite, unless the pass was given what is not."""

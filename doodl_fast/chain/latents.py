@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .host_reads import check_later
 from .transforms import is_wrapped
 
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,12 +59,17 @@ def check_all(latents: Mapping[str, Tensor]) -> None:
     if any(map(is_wrapped, latents.values())):  # Their values cannot be read.
         return
     # All latents are checked in one synchronisation.
-    finite = torch.stack([torch.isfinite(latent.detach()).all() for latent in latents.values()]).tolist()
-    for name, good in zip(latents, finite, strict=True):
-        if not good:
-            raise ValueError(
-                f"{name}: expected finite latents, got NaN or Inf; check the image, noise or update that made them"
-            )
+    finite = torch.stack([torch.isfinite(latent.detach()).all() for latent in latents.values()])
+    names = list(latents)
+
+    def check(flags: list[float]) -> None:
+        for name, good in zip(names, flags, strict=True):
+            if not good:
+                raise ValueError(
+                    f"{name}: expected finite latents, got NaN or Inf; check the image, noise or update that made them"
+                )
+
+    check_later(finite, check)
 
 
 def _plain(value: Any) -> Any:

@@ -191,8 +191,7 @@ class ProgramRun:
         for coupling in walk_plainly(self.program, state, evaluate):
             if coupling.calls_network:
                 watch.note(state[coupling.target], coupling)
-        watch.read()
-        watch.check()
+        watch.check_later()
 
     def forward(
         self,
@@ -236,8 +235,7 @@ class ProgramRun:
                 watch.note(state[group.target], group.coupling)
             if self.stores and self.anchors is not None and group.end in self.anchors:
                 kept.tensors += state
-        watch.read()
-        watch.check()
+        watch.check_later()
         return kept
 
     def gradient(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chain.host_reads import check_later
 from ..frozen import level_of
 from .images import check_images
 from .module_copies import frozen_copy, is_residual_layer, why_not_copied
@@ -102,17 +103,9 @@ class Decoder:
     def _decoded(self, latents: Tensor) -> Tensor:
         """Returns what the VAE makes of latents whose shape is checked."""
         images = run_in_dtype(self._decode, self.raw(latents), self.vae.dtype)
-        has_values = not latents.is_meta  # On the meta device tensors have a shape alone.
-        if (
-            self.vae.dtype == torch.float16
-            and has_values
-            and torch.isfinite(latents).all()
-            and not torch.isfinite(images).all()
-        ):
-            raise ValueError(
-                "vae: the decoded images hold NaN or Inf because this VAE overflows in fp16; expected finite images: "
-                "run it in float32 with vae.float()"
-            )
+        if self.vae.dtype == torch.float16 and not latents.is_meta:  # Tensors on "meta" have a shape alone.
+            finite = [torch.isfinite(tensor.detach()).all() for tensor in (latents, images)]
+            check_later(torch.stack([flag.to(images.device) for flag in finite]), _check_overflow)
         return images
 
     @torch.no_grad()
@@ -187,3 +180,12 @@ class Decoder:
             means, deviations = (like.new_tensor(values).reshape(shape) for values in (mean, deviation))
             return scale / deviations, -scale * means / deviations
         return scale, -scale * float(getattr(config, "shift_factor", None) or 0.0)
+
+
+def _check_overflow(finite: list[float]) -> None:
+    """Raises ValueError if latents are finite and their images are not."""
+    if finite[0] and not finite[1]:
+        raise ValueError(
+            "vae: the decoded images hold NaN or Inf because this VAE overflows in fp16; expected finite images: "
+            "run it in float32 with vae.float()"
+        )

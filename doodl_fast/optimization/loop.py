@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..chain.host_reads import together
 from . import checkpoint
 from .arguments import (
     as_pair,
@@ -209,7 +210,8 @@ def descend(
         home: The folder where the progress is stored after every step, if any.
     """
     before_first_step = run.tree() if home is not None and run.step == 0 else None
-    with tqdm(total=num_optimization_steps, initial=min(run.step, num_optimization_steps), disable=not progress) as bar:
+    bar = tqdm(total=num_optimization_steps, initial=min(run.step, num_optimization_steps), disable=not progress)
+    with bar, together() as reads:
         while run.step < num_optimization_steps:
             found = objective.evaluate(run.update.latents, run.step, run.update.values())
             is_last = run.record(found)
@@ -233,6 +235,7 @@ def descend(
             run.step += 1
             bar.update()
             if home is not None:
+                reads.read()  # Only finite values are stored. Without a folder the next step checks the update.
                 run.save(home)
     return run.finish(objective)
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..chain.host_reads import together
 from ..chain.memory.planner import release
 from ..diffusion.pipeline import Decoder
 from . import low_memory
@@ -122,24 +123,25 @@ class Objective:
         named = [(START, z) for z in start if self.moves_start]
         named += [(name, t) for name, tensors in leaves.items() for t in tensors]
         inputs = [leaf for _, leaf in named]
-        ends = self._run(start, leaves)
         scores, images, cotangents = [], [], []
         sums: list[Tensor | None] = [None] * len(inputs)
-        for number, end in enumerate(ends[: self.members]):
-            # one member after the other, so that one decoder graph is alive at a time
-            leaf = end.detach().to(decoder_dtype(self.decode, self.dtype, end.dtype)).requires_grad_()
-            image, total, score = self._score(leaf, start[min(number, len(start) - 1)], leaves)
-            if self._first:
-                self._first = False
-                warn_of_ignored_leaves(total, [leaf, *inputs])
-            if self._names():
-                direct = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
-                sums = [_sum(before, more) for before, more in zip(sums, direct, strict=True)]
-            cotangents.append(cotangent_of(total, leaf, image.numel()))
-            scores.append(score)
-            images.append(image.detach())
-            del image, total
-        numbers = self._numbers(scores, step)
+        with together() as reads:
+            ends = self._run(start, leaves)
+            for number, end in enumerate(ends[: self.members]):
+                # one member after the other, so that one decoder graph is alive at a time
+                leaf = end.detach().to(decoder_dtype(self.decode, self.dtype, end.dtype)).requires_grad_()
+                image, total, score = self._score(leaf, start[min(number, len(start) - 1)], leaves)
+                if self._first:
+                    self._first = False
+                    warn_of_ignored_leaves(total, [leaf, *inputs])
+                if self._names():
+                    direct = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+                    sums = [_sum(before, more) for before, more in zip(sums, direct, strict=True)]
+                cotangents.append(cotangent_of(total, leaf, image.numel()))
+                scores.append(score)
+                images.append(image.detach())
+                del image, total
+            numbers = self._numbers(reads.read(torch.stack(scores)), step)
         given = [tensor for tensor in (*cotangents, *sums) if tensor is not None]
         try:
             sums = _through(ends, cotangents, inputs, sums)
@@ -200,12 +202,14 @@ class Objective:
         """Losses and images of the noise latents [x, y] and the other variables' values, without gradients."""
         start = [wide(z) for z in latents[: self.starts]]
         scores, images = [], []
-        for number, end in enumerate(self._run(start, values or {})[: self.members]):
-            leaf = end.to(decoder_dtype(self.decode, self.dtype, end.dtype))
-            image, _, score = self._score(leaf, start[min(number, len(start) - 1)], values or {})
-            scores.append(score)
-            images.append(image)
-        return Evaluation(**self._numbers(scores), images=as_images(images), starts=self.starts)
+        with together() as reads:
+            for number, end in enumerate(self._run(start, values or {})[: self.members]):
+                leaf = end.to(decoder_dtype(self.decode, self.dtype, end.dtype))
+                image, _, score = self._score(leaf, start[min(number, len(start) - 1)], values or {})
+                scores.append(score)
+                images.append(image)
+            numbers = self._numbers(reads.read(torch.stack(scores)))
+        return Evaluation(**numbers, images=as_images(images), starts=self.starts)
 
     def _score(self, end: Tensor, start: Tensor, values: Values) -> tuple[Tensor, Tensor, Tensor]:
         """Final latents -> their image, the sum of their losses, and the value of each loss (samples, losses)."""
@@ -235,10 +239,9 @@ class Objective:
         assert total is not None
         return image, total, torch.stack(rows)
 
-    def _numbers(self, scores: list[Tensor], step: int | None = None) -> dict[str, Any]:
-        """The losses as numbers, in one transfer from the device. Raises FloatingPointError if one is not finite."""
+    def _numbers(self, table: list[list[list[float]]], step: int | None = None) -> dict[str, Any]:
+        """The sums and means of losses (members, samples, losses). Raises FloatingPointError if one is not finite."""
         losses = Losses.of(self.loss)
-        table: list[list[list[float]]] = torch.stack(scores).tolist()  # members, samples, losses
         for member in table:
             for sample, row in enumerate(member):
                 for term, value in zip(losses.terms, row, strict=True):

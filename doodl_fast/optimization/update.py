@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..chain.host_reads import check_later
 from .arguments import renamed_arguments
 from .optimizers import OptimizerFactory, SchedulerFactory, Stepper
 
@@ -214,15 +215,17 @@ class LatentUpdate:
             shape, where = self.latents[0].shape, self.generator.device
             shape = torch.Size((1, *shape[1:])) if self.per_sample else shape
             noise = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=where)
-            noise = noise.to(self.latents[0]).expand_as(self.latents[0]).contiguous()
+            noise = _copied_to(noise, self.latents[0]).expand_as(self.latents[0]).contiguous()
         if self.optimizer is None:
             self._descend(gradients, noise)
         else:
             self._delegate(gradients, noise, loss, first, evaluate)
         if self.project is not None:
             self.latents = [projected(self.project, z, "start") for z in self.latents]
-        if not bool(torch.stack([torch.isfinite(z).all() for z in self.latents]).all()):
-            self._blame(noise)
+        check_later(
+            torch.stack([torch.isfinite(z).all() for z in self.latents]),
+            lambda finite: None if all(finite) else self._blame(noise),
+        )
 
     def _blame(self, noise: Tensor | None) -> NoReturn:
         """Raises FloatingPointError that names what made the update not finite."""
@@ -358,6 +361,13 @@ def _warn_of_unused(settings: UpdateSettings, optimizer: str) -> None:
             RuntimeWarning,
             stacklevel=6,
         )
+
+
+def _copied_to(noise: Tensor, like: Tensor) -> Tensor:
+    """A tensor in the dtype and on the device of another. A copy to a GPU does not wait for the GPU."""
+    if like.is_cuda and not noise.is_cuda:
+        noise = noise.pin_memory()
+    return noise.to(like, non_blocking=like.is_cuda)
 
 
 def _check_norms(start_norms: list[Tensor], tied: bool) -> None:

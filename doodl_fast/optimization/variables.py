@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chain.host_reads import check_later
 from .losses import name_of
 from .optimizers import Stepper
 from .update import Project, norms, projected
@@ -175,7 +176,12 @@ class Variable:
         for parameter, old in zip(self.parameters, before, strict=False):
             assert kept is not None
             parameter.copy_(torch.where(kept.view(-1, *[1] * (old.ndim - 1)), old, parameter))
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
+        finite = [torch.isfinite(parameter).all().to(self.parameters[0].device) for parameter in self.parameters]
+        check_later(torch.stack(finite), self._check)
+
+    def _check(self, finite: Sequence[float]) -> None:
+        """Raises FloatingPointError unless the new values are finite."""
+        if not all(finite):
             raise FloatingPointError(
                 f"variables[{self.name!r}]: the updated values hold NaN or Inf; lower its lr, or set its "
                 "clip_grad_value"

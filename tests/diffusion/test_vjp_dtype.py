@@ -240,7 +240,7 @@ class WithClosure(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Conv1d(3, 3, 1)
+        self.inner = nn.Conv1d(3, 3, 1, device=DEVICE)
         self.call = lambda x: torch.tanh(self.inner(x))
 
     def forward(self, x, t, cond=None):

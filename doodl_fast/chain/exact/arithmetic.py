@@ -12,6 +12,7 @@ from ... import ops
 from ...ops.lattice_coupling_op import limit
 from ...ops.layout import rounded
 from ..arithmetic import Eps, Group
+from ..host_reads import check_later
 from ..program import Coupling, Program
 from .lattice import Lattice, LatticeCoupling
 
@@ -141,11 +142,14 @@ class Exact:
             FloatingPointError: The network returned NaN or Inf.
             OverflowError: A value left the lattice's range. Of several faults the first one is raised.
         """
-        if self._faults is None:
-            return
-        table = self._faults.tolist()
+        if self._faults is not None:
+            check_later(self._faults, self._check)
+
+    def _check(self, table: list[float]) -> None:
+        """Raises for the first fault of the table, whose rows of two numbers follow one another."""
         for group in self._visited:
-            outside, infinite = table[0 if group is None else group.end]
+            row = 2 * (0 if group is None else group.end)
+            outside, infinite = table[row : row + 2]
             if infinite:
                 raise FloatingPointError(
                     f"evaluator: NaN or Inf {_place(group)}; try the network in bf16 or fp32, a smaller guidance_scale "
