@@ -77,7 +77,7 @@ def test_a_saved_state_goes_on(tmp_path, arithmetic):
     start = chain.state(*latents(1, 3, 4, dtype=torch.bfloat16))
     reached = chain.forward_state(start)
     reached.save(tmp_path / "state.safetensors")
-    loaded = LatticeState.load(tmp_path / "state.safetensors")
+    loaded = LatticeState.load(tmp_path / "state.safetensors").to(DEVICE)
     assert loaded.equals(reached) and loaded.units == reached.units and loaded.latents_dtype == torch.bfloat16
     assert exact_chain(6, arithmetic=arithmetic).inverse_state(loaded).equals(start)
 
