@@ -50,16 +50,22 @@ def _wants_gradients(layer: nn.Module) -> bool:
 def _convolution(cls: Any) -> Forward:
     """A convolution of one to three dimensions that keeps its weights alone."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if not active(x) or x.ndim != self.weight.ndim or x.dtype != self.weight.dtype or _wants_gradients(self):
-            result: Tensor = cls.forward(self, x)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if (
+            not active(input)
+            or input.ndim != self.weight.ndim
+            or input.dtype != self.weight.dtype
+            or _wants_gradients(self)
+        ):
+            result: Tensor = cls.forward(self, input)
             return result
         padding = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), (0,) * len(self.stride)
+            input = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
+            padding = (0,) * len(self.stride)
         none = (0,) * len(self.stride)
         geometry = Geometry(self.stride, padding, self.dilation, False, none, self.groups)
-        return convolution(x, self.weight, self.bias, geometry)
+        return convolution(input, self.weight, self.bias, geometry)
 
     return forward
 
@@ -67,13 +73,18 @@ def _convolution(cls: Any) -> Forward:
 def _transposed_convolution(cls: Any) -> Forward:
     """A transposed convolution that keeps its weights alone."""
 
-    def forward(self: Any, x: Tensor, output_size: Any = None) -> Tensor:
-        plain = not active(x) or x.ndim != self.weight.ndim or x.dtype != self.weight.dtype or _wants_gradients(self)
+    def forward(self: Any, input: Tensor, output_size: Any = None) -> Tensor:
+        plain = (
+            not active(input)
+            or input.ndim != self.weight.ndim
+            or input.dtype != self.weight.dtype
+            or _wants_gradients(self)
+        )
         if plain or output_size is not None:
-            result: Tensor = cls.forward(self, x, output_size)
+            result: Tensor = cls.forward(self, input, output_size)
             return result
         geometry = Geometry(self.stride, self.padding, self.dilation, True, self.output_padding, self.groups)
-        return convolution(x, self.weight, self.bias, geometry)
+        return convolution(input, self.weight, self.bias, geometry)
 
     return forward
 
@@ -85,14 +96,14 @@ def _padding_by_name(layer: Any) -> str | None:
 def _group_norm(cls: Any) -> Forward:
     """A group norm whose output need not be saved by what follows."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        both = fused(self, x)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        both = fused(self, input)
         if both is not None:
             return both
-        output: Tensor = cls.forward(self, x)
+        output: Tensor = cls.forward(self, input)
         return (
-            remember(output, F.group_norm, x, self.num_groups, self.weight, self.bias, self.eps)
-            if active(x)
+            remember(output, F.group_norm, input, self.num_groups, self.weight, self.bias, self.eps)
+            if active(input)
             else output
         )
 
@@ -102,11 +113,11 @@ def _group_norm(cls: Any) -> Forward:
 def _layer_norm(cls: Any) -> Forward:
     """A layer norm whose output need not be saved by what follows."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        output: Tensor = cls.forward(self, x)
-        if not active(x):
+    def forward(self: Any, input: Tensor) -> Tensor:
+        output: Tensor = cls.forward(self, input)
+        if not active(input):
             return output
-        return remember(output, F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return remember(output, F.layer_norm, input, self.normalized_shape, self.weight, self.bias, self.eps)
 
     return forward
 
@@ -114,10 +125,10 @@ def _layer_norm(cls: Any) -> Forward:
 def _linear(cls: Any) -> Forward:
     """A linear layer whose output need not be saved by what follows, if that makes something smaller of it."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        output: Tensor = cls.forward(self, x)
-        if active(x) and (recipe_of(x) is not None or self.in_features <= self.out_features):
-            remember(output, F.linear, x, self.weight, self.bias)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        output: Tensor = cls.forward(self, input)
+        if active(input) and (recipe_of(input) is not None or self.in_features <= self.out_features):
+            remember(output, F.linear, input, self.weight, self.bias)
         return output
 
     return forward
@@ -126,13 +137,14 @@ def _linear(cls: Any) -> Forward:
 def _whole(cls: Any) -> Forward:
     """A layer of one argument that keeps nothing but that, and computes everything inside again."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if not active(x) or _wants_gradients(self):
-            result: Tensor = cls.forward(self, x)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # Classes name their argument differently: where it is given by its name, the layer stays as it is.
+        if len(args) != 1 or kwargs or not active(args[0]) or _wants_gradients(self):
+            result: Tensor = cls.forward(self, *args, **kwargs)
             return result
         weights = tuple(weight for weight in self._parameters.values() if weight is not None)
         again = functools.partial(cls.forward, self)
-        return remember(recomputed(again, x, weights=weights), again, x)
+        return remember(recomputed(again, args[0], weights=weights), again, args[0])
 
     return forward
 
@@ -146,11 +158,11 @@ def _elementwise(function: Callable[[Any], Callable[[Tensor], Tensor]], backward
     """
 
     def make(cls: Any) -> Forward:
-        def forward(self: Any, x: Tensor) -> Tensor:
-            if not active(x):
-                result: Tensor = cls.forward(self, x)
+        def forward(self: Any, input: Tensor) -> Tensor:
+            if not active(input):
+                result: Tensor = cls.forward(self, input)
                 return result
-            return activation(x, function(self), functools.partial(backward, self))
+            return activation(input, function(self), functools.partial(backward, self))
 
         return forward
 
@@ -165,8 +177,8 @@ def _silu(cls: Any) -> Forward:
     """SiLU, which a norm before it may have computed already."""
     alone = _elementwise(lambda layer: F.silu, _silu_backward)(cls)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        result: Tensor = x if activated(x) else alone(self, x)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        result: Tensor = input if activated(input) else alone(self, input)
         return result
 
     return forward
@@ -198,10 +210,10 @@ def _projected(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Forward]
     """A row for a projection and an activation: the projection's result is kept, and nothing of the activation."""
 
     def make(cls: Any) -> Forward:
-        def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not active(hidden_states) or args or kwargs or hidden_states.device.type not in ("cpu", "cuda", "meta"):
-                return cls.forward(self, hidden_states, *args, **kwargs)
-            return recomputed(function, self.proj(hidden_states))
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) != 1 or kwargs or not active(args[0]) or args[0].device.type not in ("cpu", "cuda", "meta"):
+                return cls.forward(self, *args, **kwargs)
+            return recomputed(function, self.proj(args[0]))
 
         return forward
 
