@@ -111,6 +111,20 @@ def clip(pictures: int, dtype: torch.dtype, **changes: Any) -> Network:
     return net, torch.randn(pictures, 3, side, side, dtype=dtype), lambda net, x: net(x).image_embeds
 
 
+def embedded() -> Network:
+    """The UNet of the pipeline that is part of this package, with guidance."""
+    from doodl_fast.shapes import load_pipeline
+
+    net = load_pipeline().unet
+    cond = torch.randn(2, 16, net.config.cross_attention_dim)
+    timestep = torch.full((), 500, dtype=torch.int64)
+    return (
+        net,
+        torch.randn(2, net.config.in_channels, 16, 16),
+        lambda net, x: net(x, timestep, encoder_hidden_states=cond, return_dict=False)[0],
+    )
+
+
 SD15_UNET = dict(PUBLISHED["sd15"].parts["unet"][1])
 SD3 = {
     "num_layers": 24,
@@ -159,6 +173,7 @@ SMALL: dict[str, tuple[str, Callable[[], Network]]] = {
         "VAE decode of half the channels, 128 x 128, fp32",
         lambda: vae(16, SINGLE, block_out_channels=(64, 128, 256, 256)),
     ),
+    "embedded": ("the embedded pipeline's UNet, 64 x 64, fp32, guided", embedded),
     "clip": ("CLIP in small, 8 cutouts, fp32", lambda: clip(8, SINGLE, **SMALL_CLIP)),
 }
 
@@ -235,7 +250,7 @@ def report(name: str, title: str, network: Network, args: argparse.Namespace) ->
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=REAL, help="which networks; default: all")
+    parser.add_argument("--networks", nargs="+", choices=REAL | SMALL, help="which networks; default: all")
     parser.add_argument("--measure", action="store_true", help="small networks on the CPU, with times")
     parser.add_argument("--rounds", type=int, default=5, help="how often each way is timed")
     parser.add_argument("--operators", type=int, default=5, help="how many operators are listed for each way")

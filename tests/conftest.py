@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.schedule import Schedule
+from doodl_fast.frozen import level
 from doodl_fast.solvers.edict import EDICT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,6 +49,13 @@ if DEVICE.type == "cuda":  # The tolerances are those of fp32, and some tests co
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 torch.set_num_threads(1)  # With models this tiny, more threads only wait for each other.
+
+
+@pytest.fixture
+def lean_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has lean layers used for tensors of any size, as those of tests are tiny."""
+    for name in ("SMALL", "SMALL_NORM", "SMALL_QUERY"):
+        monkeypatch.setattr(level, name, 0)
 
 
 @cache

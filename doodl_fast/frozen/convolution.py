@@ -57,8 +57,9 @@ class _Saved:
             return packed
         if self.strides is not None:
             return self.weight.new_empty_strided(self.shape, self.strides)
-        # The kernels for a CPU would make a contiguous tensor of it, unseen by whoever counts memory; others need none.
-        return self.weight.new_empty(self.shape if self.weight.is_cpu else ()).expand(self.shape)
+        if self.weight.is_cpu:  # Its kernels would make a contiguous tensor of it, unseen by whoever counts memory.
+            return self.weight.new_empty(self.shape)
+        return self.weight.new_empty(()).expand(self.shape)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -80,3 +80,44 @@ def activation(x: Tensor, function: Function, backward: Function) -> Tensor:
         return function(x)
     result: Tensor = _Activation.apply(x, recipe, function, backward)  # type: ignore[no-untyped-call]
     return result
+
+
+def _gated(x: Tensor, function: Function) -> Tensor:
+    """The first half of a tensor times a function of its second half."""
+    hidden, gate = x.chunk(2, dim=-1)
+    return hidden * function(gate)
+
+
+class _Gated(torch.autograd.Function):
+    """`hidden * function(gate)`, which keeps the tensor whose halves they are, or what that follows from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Any, function: Function, backward: Callable[..., Any]) -> Tensor:
+        save(ctx, kept)
+        ctx.function, ctx.gradient = function, backward
+        return _gated(x, function)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (grad,) = load(ctx), grad_outputs
+        if torch.is_grad_enabled():  # A second derivative needs the way back to x.
+            y = _gated(x, ctx.function)
+            return *torch.autograd.grad(y, x, grad, create_graph=True), None, None, None
+        hidden, gate = x.chunk(2, dim=-1)
+        result = x.new_empty(x.shape)  # Autograd would make the two halves, and copy them.
+        of_hidden, of_gate = result.chunk(2, dim=-1)
+        torch.mul(grad, ctx.function(gate), out=of_hidden)
+        ctx.gradient(grad * hidden, gate, grad_input=of_gate)
+        return result, None, None, None
+
+
+def gated(x: Tensor, function: Function, backward: Callable[..., Any]) -> Tensor:
+    """Multiplies the first half of the last dimension by a function of the second, and keeps x alone.
+
+    Args:
+        x: A tensor whose last dimension is even.
+        function: An elementwise function.
+        backward: Writes the gradient of the function for a cotangent and the argument into `grad_input`.
+    """
+    result: Tensor = _Gated.apply(x, recipe_of(x) or x, function, backward)  # type: ignore[no-untyped-call]
+    return result

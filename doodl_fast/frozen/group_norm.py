@@ -76,13 +76,13 @@ def fused(layer: Any, x: Tensor) -> Tensor | None:
     """Returns SiLU of a norm's result if SiLU follows and the op is used for such an input, else None."""
     if torch.compiler.is_compiling() or _SILU_FOLLOWS not in layer.__dict__ or not _is_used(layer, x):
         return None
+    weights = layer._parameters["weight"], layer._parameters["bias"]
     if x.requires_grad and torch.is_grad_enabled():
         y: Tensor = _GroupNormSilu.apply(  # type: ignore[no-untyped-call]
-            x, recipe_of(x) or x, layer.weight, layer.bias, layer.num_groups, layer.eps
+            x, recipe_of(x) or x, *weights, layer.num_groups, layer.eps
         )
     else:
-        weights = layer.weight.detach(), layer.bias.detach()
-        y = ops.group_norm_silu(x.detach(), *weights, layer.num_groups, layer.eps)[0]
+        y = ops.group_norm_silu(x, _tensor(weights[0]), _tensor(weights[1]), layer.num_groups, layer.eps)[0]
     setattr(y, _ACTIVATED, True)
     return y
 
@@ -98,7 +98,7 @@ def _is_used(layer: Any, x: Tensor) -> bool:
     That depends on the input's device, dtype and layout, and not on whether a graph is made or the call is recorded as
     a CUDA graph. So all calls of a run with equal inputs give the same bits.
     """
-    weight, bias = layer.weight, layer.bias
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     return (
         type(x) is Tensor
         and x.ndim == 4
@@ -129,12 +129,17 @@ def _pays(x: Tensor) -> bool:
     return (x.is_cuda or x.is_cpu) and ops.has_kernel("group_norm_silu", x)
 
 
+def _tensor(weight: Tensor) -> Tensor:
+    """A frozen weight as a plain tensor, which the op's kernels are called with directly."""
+    return weight if type(weight) is Tensor else weight.detach()
+
+
 class _GroupNormSilu(torch.autograd.Function):
     """`silu(group_norm(x))`, which keeps x, or what x follows from, and the statistics of the groups."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Any, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
-        y, mean, rstd = ops.group_norm_silu(x.detach(), weight.detach(), bias.detach(), num_groups, eps)
+        y, mean, rstd = ops.group_norm_silu(x, _tensor(weight), _tensor(bias), num_groups, eps)
         save(ctx, kept, mean, rstd, weight, bias)
         ctx.num_groups, ctx.eps, ctx.backend = num_groups, eps, ops.choice()
         return y
@@ -145,7 +150,8 @@ class _GroupNormSilu(torch.autograd.Function):
         if torch.is_grad_enabled():  # A second derivative needs the way back to x.
             y = F.silu(F.group_norm(x, ctx.num_groups, weight, bias, ctx.eps))
             return *torch.autograd.grad(y, x, grad_outputs, create_graph=True), None, None, None, None, None
-        weights = weight.detach(), bias.detach()
+        given = (grad_outputs[0], x, mean, rstd, _tensor(weight), _tensor(bias), ctx.num_groups)
+        if ops.choice() == ctx.backend:
+            return ops.group_norm_silu_backward(*given), None, None, None, None, None
         with ops.backend(ctx.backend):
-            grad = ops.group_norm_silu_backward(grad_outputs[0], x, mean, rstd, *weights, ctx.num_groups)
-        return grad, None, None, None, None, None
+            return ops.group_norm_silu_backward(*given), None, None, None, None, None

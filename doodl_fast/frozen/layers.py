@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import level
 from .attention import Recording
 from .convolution import Geometry, convolution
-from .functions import activation, recomputed
+from .functions import activation, gated, recomputed
 from .group_norm import activated, fused
 from .level import Level
 from .recipes import active, recipe_of, remember
@@ -42,30 +43,37 @@ class Pattern(NamedTuple):
     gains: bool = False
 
 
+def _is_small(layer: Any, x: Tensor, limit: int) -> bool:
+    """Whether PyTorch's layer is used because a tensor has few elements. With lean="recompute" none has."""
+    return x.numel() < limit and layer._doodl_fast_level is Level.ON
+
+
 def _wants_gradients(layer: nn.Module) -> bool:
     """Whether one of a layer's own weights is the result of something that wants a gradient, a LoRA for instance."""
     return any(weight is not None and weight.requires_grad for weight in layer._parameters.values())
+
+
+def _is_plain(layer: Any, x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's convolution is called for an input."""
+    if _is_small(layer, x, level.SMALL) or not active(x):
+        return True
+    return x.ndim != weight.ndim or x.dtype != weight.dtype or _wants_gradients(layer)
 
 
 def _convolution(cls: Any) -> Forward:
     """A convolution of one to three dimensions that keeps its weights alone."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if (
-            not active(input)
-            or input.ndim != self.weight.ndim
-            or input.dtype != self.weight.dtype
-            or _wants_gradients(self)
-        ):
+        table = self._parameters  # An attribute of a module that is a weight takes a microsecond to find.
+        weight, bias = table["weight"], table["bias"]
+        if _is_plain(self, input, weight):
             result: Tensor = cls.forward(self, input)
             return result
-        padding = self.padding
+        padding, none = self.padding, (0,) * (input.ndim - 2)
         if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
-            padding = (0,) * len(self.stride)
-        none = (0,) * len(self.stride)
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), none
         geometry = Geometry(self.stride, padding, self.dilation, False, none, self.groups)
-        return convolution(input, self.weight, self.bias, geometry)
+        return convolution(input, weight, bias, geometry)
 
     return forward
 
@@ -74,13 +82,7 @@ def _transposed_convolution(cls: Any) -> Forward:
     """A transposed convolution that keeps its weights alone."""
 
     def forward(self: Any, input: Tensor, output_size: Any = None) -> Tensor:
-        plain = (
-            not active(input)
-            or input.ndim != self.weight.ndim
-            or input.dtype != self.weight.dtype
-            or _wants_gradients(self)
-        )
-        if plain or output_size is not None:
+        if output_size is not None or _is_plain(self, input, self.weight):
             result: Tensor = cls.forward(self, input, output_size)
             return result
         geometry = Geometry(self.stride, self.padding, self.dilation, True, self.output_padding, self.groups)
@@ -97,13 +99,14 @@ def _group_norm(cls: Any) -> Forward:
     """A group norm whose output need not be saved by what follows."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        both = fused(self, input)
+        # The op may round differently. So whether it is called must not depend on the level, which may change in a run.
+        both = fused(self, input) if input.numel() >= level.SMALL_NORM else None
         if both is not None:
             return both
         output: Tensor = cls.forward(self, input)
         return (
             remember(output, F.group_norm, input, self.num_groups, self.weight, self.bias, self.eps)
-            if active(input)
+            if active(input) and not _is_small(self, input, level.SMALL_NORM)
             else output
         )
 
@@ -207,13 +210,18 @@ def _other_gelu(layer: Any) -> str | None:
 
 
 def _projected(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Forward]:
-    """A row for a projection and an activation: the projection's result is kept, and nothing of the activation."""
+    """A row for a projection and an activation: the projection's result is kept, and nothing of the activation.
+
+    Args:
+        function: It is called with the projection's result, and keeps that alone.
+    """
 
     def make(cls: Any) -> Forward:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(args) != 1 or kwargs or not active(args[0]) or args[0].device.type not in ("cpu", "cuda", "meta"):
+            plain = len(args) != 1 or kwargs or _is_small(self, args[0], level.SMALL) or not active(args[0])
+            if plain or args[0].device.type not in ("cpu", "cuda", "meta"):
                 return cls.forward(self, *args, **kwargs)
-            return recomputed(function, self.proj(args[0]))
+            return function(self.proj(args[0]))
 
         return forward
 
@@ -221,13 +229,15 @@ def _projected(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Forward]
 
 
 def _geglu(x: Tensor) -> Tensor:
-    hidden, gate = x.chunk(2, dim=-1)
-    return hidden * F.gelu(gate)
+    return gated(x, F.gelu, _aten.gelu_backward.grad_input)
 
 
 def _swiglu(x: Tensor) -> Tensor:
-    hidden, gate = x.chunk(2, dim=-1)
-    return hidden * F.silu(gate)
+    return gated(x, F.silu, _aten.silu_backward.grad_input)
+
+
+def _whole_quick_gelu(x: Tensor) -> Tensor:
+    return recomputed(_quick_gelu, x)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -258,6 +268,19 @@ def _recording(cls: Any) -> Forward:
     return forward
 
 
+def _attention(cls: Any) -> Forward:
+    """diffusers' attention. Where nothing would be saved otherwise, it runs without a mode that sees each operator."""
+    recording = _recording(cls)
+
+    def forward(self: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
+        cheap = type(self.to_q) is nn.Linear and getattr(self, "norm_q", None) is getattr(self, "norm_k", None) is None
+        if cheap and (encoder_hidden_states is None or _is_small(self, hidden_states, level.SMALL_QUERY)):
+            return cls.forward(self, hidden_states, encoder_hidden_states, *args, **kwargs)
+        return recording(self, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+    return forward
+
+
 _CONVOLUTION = Pattern(_convolution, refuse=_padding_by_name)
 _TRANSPOSED = Pattern(_transposed_convolution)
 _SILU = Pattern(_silu, refuse=_in_place)
@@ -281,9 +304,9 @@ PATTERNS: dict[str, Pattern] = {
     "diffusers.models.normalization.SD35AdaLayerNormZeroX": _MODULATION,
     "diffusers.models.activations.GEGLU": Pattern(_projected(_geglu), gains=True),
     "diffusers.models.activations.SwiGLU": Pattern(_projected(_swiglu), gains=True),
-    "diffusers.models.activations.ApproximateGELU": Pattern(_projected(_quick_gelu), gains=True),
+    "diffusers.models.activations.ApproximateGELU": Pattern(_projected(_whole_quick_gelu), gains=True),
     "diffusers.models.activations.GELU": Pattern(_gelu_of_projection, Level.RECOMPUTE, gains=True),
-    "diffusers.models.attention_processor.Attention": _ATTENTION,
+    "diffusers.models.attention_processor.Attention": Pattern(_attention, gains=True),
     "diffusers.models.transformers.transformer_flux.FluxAttention": _ATTENTION,
     "transformers.activations.QuickGELUActivation": Pattern(_whole),
     "transformers.activations.NewGELUActivation": Pattern(_whole),

@@ -5,13 +5,22 @@ from __future__ import annotations
 import enum
 from typing import Any
 
+SMALL = 2**12
+"""Convolutions and projections of inputs of fewer elements are those of PyTorch with lean=True. A lean layer takes some
+20 to 100 microseconds of Python, beside kernels that are as fast, and would save some KiB."""
+SMALL_NORM = 2 * SMALL
+"""The same for inputs of GroupNorm. A lean one saves less, as the layer before it often keeps its input anyway."""
+SMALL_QUERY = 8 * SMALL
+"""The same for inputs of attention, whose output alone is saved, and which costs the most Python."""
+
 
 class Level(enum.IntEnum):
     """What a graph leaves out, and what its gradient computes again for that.
 
     Attributes:
         OFF: Nothing: layers are those of PyTorch.
-        ON: What the input's gradient does not need, or what cheap operators make of something that is kept anyway.
+        ON: What the input's gradient does not need, or what cheap operators make of something that is kept anyway; but
+            for tensors so small that Python takes longer than their kernels.
         RECOMPUTE: Also what one matrix product makes of something that is kept anyway, in feed-forward and attention
             layers.
     """

@@ -107,6 +107,8 @@ def load(ctx: Any) -> list[Tensor]:
     """What was saved: the tensors, computed again where a recipe was saved. It is differentiable in grad mode alone."""
     saved: Sequence[Tensor] = ctx.saved_tensors
     made: dict[int, Tensor] = {}
+    if not torch._C._is_any_autocast_enabled():
+        return [_take(place, saved, made) for place in ctx.places]
     with _without_autocast():
         return [_take(place, saved, made) for place in ctx.places]
 
@@ -148,9 +150,6 @@ def _take(place: Any, saved: Sequence[Tensor], made: dict[int, Tensor]) -> Any:
 @contextlib.contextmanager
 def _without_autocast() -> Iterator[None]:
     """A backward pass that somebody runs under autocast computes again what was computed without it."""
-    if not torch._C._is_any_autocast_enabled():
-        yield
-        return
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))

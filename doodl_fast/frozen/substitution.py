@@ -52,6 +52,7 @@ def lean_class(cls: type, level: Level) -> type:
     if key not in _CLASSES:
         body = {
             "forward": PATTERNS[name_of(cls)].make(cls),
+            "_doodl_fast_level": level,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
         }

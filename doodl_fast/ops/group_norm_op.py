@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .backends.registry import eager, resolve, select
-from .layout import check_floating, check_same, compute_dtype, dense_format, store
+from .backends.registry import Kernel, eager, kernel, select
+from .layout import DTYPES, check_floating, check_same, compute_dtype, dense_format, store
 from .registration import register, registered
 from .signatures import GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD
 from .transforms import cast, is_plain, is_transformed, needs_formula, wants_gradient
@@ -122,11 +122,11 @@ def matches_torch() -> bool:
     Example:
         >>> fused = ops.matches_torch()  # Use the fused op where it changes no bit.
     """
-    return _matches_torch(resolve("cpu"), torch.get_num_threads() > 1)
+    return _matches_torch(kernel("cpu", "group_norm_silu"), torch.get_num_threads() > 1)
 
 
 @functools.cache
-def _matches_torch(backend: str, threaded: bool) -> bool:
+def _matches_torch(computing: Kernel, threaded: bool) -> bool:
     """Compares both for `matches_torch`. The arguments tell apart what the result depends on."""
     # What counts the memory or the calls of a network in a dispatch mode must not see the comparison.
     with _disable_current_modes():
@@ -155,6 +155,18 @@ def _same_bits() -> bool:
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int) -> None:
     """Raises ValueError or TypeError, which names the argument, if the operands do not fit together."""
+    shape, device, dtype = x.shape, x.device, x.dtype
+    if (  # It is called before every kernel, so the usual case is tested first.
+        dtype in DTYPES
+        and len(shape) >= 2
+        and num_groups >= 1
+        and shape[1] % num_groups == 0
+        and all(
+            z is None or (z.dtype is dtype and z.ndim == 1 and z.shape[0] == shape[1] and z.device == device)
+            for z in (weight, bias)
+        )
+    ):
+        return
     check_floating(x=x, weight=weight, bias=bias)
     if x.ndim < 2:
         raise ValueError(f"x: expected a tensor (N, C, ...), got the shape {tuple(x.shape)}")
@@ -187,7 +199,8 @@ def _outputs(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Checks the operands and returns uninitialised tensors for y, mean and rstd."""
     x = call.x
     _check(x, call.weight, call.bias, call.num_groups)
-    mean, rstd = (x.new_empty(x.shape[0], call.num_groups, dtype=compute_dtype(x.dtype)) for _ in range(2))
+    mean = x.new_empty(x.shape[0], call.num_groups, dtype=compute_dtype(x.dtype))
+    rstd = torch.empty_like(mean)
     return torch.empty_like(x, memory_format=dense_format(x)), mean, rstd
 
 

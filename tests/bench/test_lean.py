@@ -37,6 +37,7 @@ def test_the_goals_at_real_size(bench, tmp_path, capsys):
     assert "SD 1.5 UNet, 512 x 512" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("lean_small_tensors")
 def test_what_is_measured_is_the_same_function(bench):
     network = bench.vae(
         4,

@@ -218,6 +218,7 @@ def test_a_reserve_leaves_room_for_a_decoder():
     assert chain.make_plan(x, budget // 2).recomputed > 0
 
 
+@pytest.mark.usefixtures("lean_small_tensors")
 def test_looking_at_a_plan_changes_nothing():
     x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
     budget = auto().make_plan(x).peak

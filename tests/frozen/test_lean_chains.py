@@ -18,6 +18,7 @@ from doodl_fast.frozen import Level
 from doodl_fast.guidance import ClipText
 from doodl_fast.solvers.sampler import Sampler
 
+pytestmark = pytest.mark.usefixtures("lean_small_tensors")
 LEAN = [True, "recompute"]
 MODES = {
     "checkpoint": {"memory": "checkpoint"},

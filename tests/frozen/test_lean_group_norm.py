@@ -24,6 +24,8 @@ from doodl_fast.frozen import Level, group_norm
 from doodl_fast.ops import group_norm_op
 from doodl_fast.ops.backends import registry
 
+pytestmark = pytest.mark.usefixtures("lean_small_tensors")
+
 
 @pytest.fixture
 def calls(monkeypatch):

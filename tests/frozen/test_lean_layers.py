@@ -17,6 +17,7 @@ from transformers import activations as transformers_activations
 from doodl_fast.diffusion.module_copies import ModuleCopies
 from doodl_fast.frozen import Level, kept_by_operator
 
+pytestmark = pytest.mark.usefixtures("lean_small_tensors")
 LEVELS = [Level.ON, Level.RECOMPUTE]
 
 

@@ -122,7 +122,15 @@ def select(op: str, tensor: Tensor) -> Kernel:
     Raises:
         BackendUnavailable: The explicitly chosen backend cannot compute on that device.
     """
-    device_type = "cpu" if tensor.is_cpu else tensor.device.type
+    return kernel("cpu" if tensor.is_cpu else tensor.device.type, op)
+
+
+def kernel(device_type: str, op: str) -> Kernel:
+    """Returns the kernel that computes an op on a type of device, such as "cuda", at present.
+
+    Raises:
+        BackendUnavailable: The explicitly chosen backend cannot compute on that device.
+    """
     entries = _entries.get()
     key = (device_type, entries[-1].name if entries else _environment)
     table = _chosen.get(key)
