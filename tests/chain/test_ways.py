@@ -61,6 +61,7 @@ def test_a_mixture_in_a_network_that_cannot_be_copied():
     assert not any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
 
 
+@pytest.mark.usefixtures("lean_small_tensors")
 def test_measured_sizes_of_each_way():
     """Each way keeps less or holds less at once than the one before, and what it computes again is a share."""
     x = latents(1, 4, 16, 16, dtype=torch.float32)[0]
