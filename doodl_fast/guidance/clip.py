@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.module_copies import frozen_copy
-from ..diffusion.networks import check_source, loading, run_in_dtype
+from ..diffusion.networks import loading, run_in_dtype
 from ..frozen import level_of
 from .arguments import check_channels, check_count, check_positive
 from .cutouts import FITS, check_images, normalized, random_cutouts, unit_range
-from .model_loading import load_model
+from .model_loading import load_model, load_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,10 +67,10 @@ def load_clip(
     from transformers import AutoModel, AutoProcessor
 
     model, name = load_model(AutoModel, source, dtype)
-    words = name if processor is None else check_source(processor, "tokenizer_config.json", "processor")
-    with loading(words, "guidance model" if processor is None else "processor"):
-        loaded = AutoProcessor.from_pretrained(words)
-    return model.to(device), loaded
+    if processor is not None:
+        return model.to(device), load_words(AutoProcessor, processor)
+    with loading(name, "guidance model"):
+        return model.to(device), AutoProcessor.from_pretrained(name)
 
 
 class ClipGuide:

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.images import open_picture
+from ..chain.host_reads import check_later
 from ..frozen import Level, level_of
 from .classifier import find_label
-from .cutouts import check_images
 from .model_loading import load_model
-from .view import View, load_processor, run_network
+from .view import View, load_processor, run_network, target_pictures
 
 UNCOUNTED = -1
 """What marks pixels of a map of classes that do not count."""
@@ -88,16 +87,13 @@ class _Dense:
     def _mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """The weighted mean over all pixels."""
         total = weights.sum()
-        if not bool(total > 0):
-            raise ValueError("region: expected some pixels that count, got none")
+        check_later(total, _check_counted)
         return (values * weights).sum() / total
 
     def _looked_at(self, target: Any) -> Tensor:
         """What the network says of target pictures."""
-        pictures = check_images(target if isinstance(target, Tensor) else open_picture(target, "target"), "target")
-        weight = next(iter(getattr(self.model, "parameters", list)()), pictures)
         with torch.no_grad():
-            return self.maps(pictures.to(weight.device)).detach()
+            return self.maps(target_pictures(target, self.model)).detach()
 
 
 class Segmentation(_Dense):
@@ -153,6 +149,8 @@ class Segmentation(_Dense):
             self.classes = _as_maps(target, "target", torch.long)
         else:
             self.classes = self._looked_at(target).argmax(1)
+        # It is read here, once, as a GPU would wait for it in every step.
+        self.largest = self.label if self.classes is None else int(self.classes.max())
 
     def __call__(self, images: Tensor) -> Tensor:
         """Computes the loss, a 0-dim tensor, of images (B, 3, H, W) in [-1, 1].
@@ -170,10 +168,11 @@ class Segmentation(_Dense):
             classes = self.classes.to(logits.device).expand(len(logits), -1, -1)
             if classes.shape[-2:] != logits.shape[-2:]:
                 logits = F.interpolate(logits, classes.shape[-2:], mode="bilinear", align_corners=False)
-        if int(classes.max()) >= logits.shape[1]:
+        assert self.largest is not None
+        if self.largest >= logits.shape[1]:
             raise ValueError(
-                f"target: expected classes below {logits.shape[1]}, got {int(classes.max())}; mark pixels that do not "
-                f"count by {UNCOUNTED}"
+                f"target: expected classes below {logits.shape[1]}, got {self.largest}; mark pixels that do not count "
+                f"by {UNCOUNTED}"
             )
         counted = classes >= 0
         values = F.cross_entropy(logits, classes.clamp(min=0), reduction="none")
@@ -302,6 +301,12 @@ def _as_maps(values: Any, name: str, dtype: torch.dtype) -> Tensor:
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{name}: expected a tensor of shape (H, W) or (B, H, W), got {got}")
     return values.detach().to(dtype, copy=True).reshape(-1, *values.shape[-2:])
+
+
+def _check_counted(total: list[float]) -> None:
+    """Raises ValueError unless the sum of all weights is positive."""
+    if not total[0] > 0:
+        raise ValueError("region: expected some pixels that count, got none")
 
 
 def _check_count(maps: Tensor, pictures: Tensor, name: str) -> None:

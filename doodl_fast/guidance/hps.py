@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.networks import check_source, loading
 from .clip import load_clip
-from .model_loading import load_model, read_tensors
+from .model_loading import load_model, load_words, read_tensors
 from .text_score import TextScore
 
 HEADS = 16
@@ -132,10 +131,8 @@ def load_hpsv2(
         return load_clip(source, device, dtype, processor)
     from transformers import AutoProcessor
 
-    words = check_source(processor or PROCESSOR, "tokenizer_config.json", "processor")
-    model = load_open_clip_file(source, device, dtype)
-    with loading(words, "processor"):
-        return model, AutoProcessor.from_pretrained(words)
+    words = load_words(AutoProcessor, processor or PROCESSOR)
+    return load_open_clip_file(source, device, dtype), words
 
 
 class HPSv2(TextScore):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.module_copies import frozen_copy
-from ..diffusion.networks import check_source, loading, run_in_dtype
+from ..diffusion.networks import run_in_dtype
 from ..frozen import level_of
 from .aesthetic import linear_head
 from .arguments import check_texts, checked_prompt
 from .clip import CLIP_MEAN, CLIP_STD
 from .cutouts import check_images, normalized, resize_and_crop, unit_range
-from .model_loading import load_model, read_tensors
+from .model_loading import load_model, load_words, read_tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """The mean and the deviation of the network's scores over the pictures that it was trained on."""
@@ -135,9 +135,7 @@ def load_tokenizer(source: str | Path = TOKENIZER) -> Any:
     """Loads the tokenizer of a folder or a hub id. Raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
-    words = check_source(source, "tokenizer_config.json", "processor")
-    with loading(words, "processor"):
-        return AutoTokenizer.from_pretrained(words)
+    return load_words(AutoTokenizer, source)
 
 
 class ImageReward:

@@ -51,6 +51,21 @@ def read_tensors(source: str | Path, argument: str, expected: str) -> dict[str, 
     return entries
 
 
+def load_words(kind: Any, source: str | Path) -> Any:
+    """Loads the tokenizer or the processor of texts that a model's own folder lacks.
+
+    Args:
+        kind: A class of transformers with `from_pretrained`: AutoTokenizer, or AutoProcessor.
+        source: A folder or a hub id.
+
+    Raises:
+        ValueError: There is none.
+    """
+    words = check_source(source, "tokenizer_config.json", "processor")
+    with loading(words, "processor"):
+        return kind.from_pretrained(words)
+
+
 def load_model(
     kind: Any,
     source: str | Path,

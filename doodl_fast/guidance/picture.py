@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.images import open_picture
 from ..diffusion.module_copies import frozen_copy
 from .cutouts import check_images
+from .view import target_pictures
 
 
 class Picture:
@@ -39,7 +39,7 @@ class Picture:
     ) -> None:
         if distance is not None and not callable(distance):
             raise TypeError(f"distance: expected a function of two batches of pictures, got {type(distance).__name__}")
-        self.target = check_images(target if isinstance(target, Tensor) else open_picture(target, "target"))
+        self.target = target_pictures(target)
         self.distance = distance
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.images import open_picture
 from ..diffusion.networks import check_source, loading
 from ..frozen import level_of
-from .cutouts import check_images
 from .model_loading import load_model
-from .view import View, load_processor, run_network
+from .view import View, load_processor, run_network, target_pictures
 
 LOOKS = ("whole", "patches")
 
@@ -103,10 +101,8 @@ class Similarity:
             raise ValueError(f"look: expected one of {', '.join(map(repr, LOOKS))}, got {look!r}")
         self.model, self.look, self.lean = model, look, level_of(lean)
         self.view = View.of(model, processor, mean, std, size)
-        pictures = check_images(target if isinstance(target, Tensor) else open_picture(target, "target"), "target")
-        weight = next(iter(getattr(model, "parameters", list)()), pictures)
         with torch.no_grad():
-            self.target = self.features(pictures.to(weight.device)).detach()
+            self.target = self.features(target_pictures(target, model)).detach()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Computes the loss, a 0-dim tensor from 0 to 2, of images (B, 3, H, W) in [-1, 1].

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..diffusion.images import open_picture
 from ..diffusion.module_copies import frozen_copy
 from ..diffusion.networks import run_in_dtype
 from ..frozen import Level
@@ -109,6 +110,22 @@ def run_network(model: Any, pixels: Tensor, pick: Callable[[Any], Tensor], lean:
 
     weight = next((p for p in getattr(model, "parameters", list)() if p.is_floating_point()), pixels)
     return run_in_dtype(run, pixels, weight.dtype)
+
+
+def target_pictures(target: Any, model: Any = None) -> Tensor:
+    """Returns target pictures (B, 3, H, W) in [-1, 1], on the device of a network's weights if it has any.
+
+    Args:
+        target: A floating tensor of that shape, a file, or a PIL picture.
+        model: The network that will see them.
+
+    Raises:
+        TypeError: It is a tensor that is not floating.
+        ValueError: It is a tensor of another shape, or a file that cannot be read.
+    """
+    pictures = check_images(target if isinstance(target, Tensor) else open_picture(target, "target"), "target")
+    weight = next(iter(getattr(model, "parameters", list)()), pictures)
+    return pictures.to(weight.device)
 
 
 def size_of(processor: Any) -> int | None:

@@ -9,10 +9,11 @@ import torch
 from conftest import golden_denoiser, latents, sd_scheduler, tiny_chain
 from test_optimize import optimize, problem
 from tiny_pipeline import golden_vae
-from torch import Tensor
+from torch import Tensor, nn
 
 import doodl_fast
 from doodl_fast import EDICT, Decoder, Schedule
+from doodl_fast.guidance import Depth, Segmentation
 
 HALF = torch.float16
 
@@ -47,6 +48,27 @@ def test_a_step_reads_the_host_three_times(reads: list[str], memory: Any) -> Non
     count(1)  # Plans of memory are made once.
     assert count(5) - count(4) == 3
     assert reads
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "depth"])
+def test_guides_that_look_at_pixels_read_nothing_by_themselves(reads: list[str], kind: str) -> None:
+    """Their check that some pixels count is done with what the step reads anyway."""
+    region = torch.zeros(8, 8)
+    region[:, :4] = 1
+    network = nn.Conv2d(3, 3, 1).eval()
+    if kind == "segmentation":
+        guide: Any = Segmentation(network, 1, region=region)
+    else:
+        guide = Depth(lambda x: network(x.float())[:, 0], torch.rand(8, 8), region=region, relative=False)
+    chain = tiny_chain(3, guidance_scale=1.0)
+
+    def count(loss: Any, steps: int) -> int:
+        reads.clear()
+        doodl_fast.optimize(chain, latents(1, 3, 8, 8)[0], lambda z: z, loss, steps, progress=False)
+        return len(reads)
+
+    plain = count(torch.sum, 5) - count(torch.sum, 4)
+    assert count(guide, 5) - count(guide, 4) == plain > 0
 
 
 def overflowing(images: Tensor) -> Tensor:
