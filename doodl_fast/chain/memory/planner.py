@@ -108,7 +108,8 @@ class Case:
 
     def _fitting(self, reserve: int) -> Plan:
         """The plan with the least recomputation that fits. Raises ValueError, naming the smallest possible budget."""
-        plan = self._replaying(reserve) or self.workload.fastest(self.budget, reserve)
+        other = self.workload.fastest(self.budget, reserve)
+        plan = self._replaying(reserve, other) or other
         if plan is not None:
             return plan
         smallest = self.smallest(reserve)
@@ -119,12 +120,12 @@ class Case:
             f"({format_bytes(self.budget)}); give more, or use smaller or fewer latents or a network of half precision"
         )
 
-    def _replaying(self, reserve: int) -> Plan | None:
-        """The plan in which calls are replayed, if they can be, recordings fit, and it is the faster one."""
+    def _replaying(self, reserve: int, other: Plan | None) -> Plan | None:
+        """The plan in which calls are replayed, if they can be, recordings fit, and it is faster than another plan."""
         recordings = self.recordings
         if recordings is None or self.replayed is False:
             return None
-        plan, other = self.workload.replayed(reserve), self.workload.fastest(self.budget, reserve)
+        plan = self.workload.replayed(reserve)
         if plan is None or plan.peak > self.budget:
             recordings.refuse('the plan of memory="auto" has no room for recordings')
             return None
