@@ -165,8 +165,8 @@ class Workload:
     def _with_graphs(self, bare: Plan, budget: int, reserve: int) -> Plan:
         """A plan without graphs, with those graphs that leave the least to compute again within a budget.
 
-        Each evaluation has one of a few ways to keep a graph, or none, which is a knapsack whose items are all the
-        same. So no more than two ways fill it but for a rest, for which a third is tried.
+        Each evaluation keeps its graph in one of a few ways, or keeps none. All evaluations have the same sizes. So a
+        mixture of two ways uses the budget up to a rest that is smaller than one graph, and a third way is tried there.
         """
         if not self.graphs or bare.peak > budget:
             return bare
