@@ -148,7 +148,8 @@ def _parted(results: Results) -> list[str]:
 
 
 def _task(results: Results, task: str, figure: str) -> str:
-    lines = [f"## {tasks.TITLES[task]}", "", f"![Success and loss of all methods in this task]({figure})", ""]
+    lines = [f"## {tasks.TITLES[task]}", "", *_where(results, task)]
+    lines += [f"![Success and loss of all methods in this task]({figure})", ""]
     lines += ["| method | success | shows the prompt | guide's loss | diversity | distance from unguided |"]
     lines += ["|---|---|---|---|---|---|"]
     for method in results.methods(task):
@@ -167,6 +168,19 @@ def _task(results: Results, task: str, figure: str) -> str:
             lines.append(f"| {title(method)} | {_number(interval(results.values(task, method, 'score')))} |")
     lines += ["", *_costs(results, task), "", *_equal_seconds(results, task)]
     return "\n".join(lines)
+
+
+def _where(results: Results, task: str) -> list[str]:
+    """Says where a task was run, if not where most of the page was."""
+    machines = results.machines(task)
+    if machines == [results.about["machine"]]:
+        return []
+    shown = " and ".join(f"{one['device']} ({_threads(one)}, torch {one['torch']})" for one in machines)
+    return [f"The pictures of this task were made on {shown}, so its seconds and peaks are of that machine.", ""]
+
+
+def _threads(machine: dict[str, Any]) -> str:
+    return "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
 
 
 def _costs(results: Results, task: str) -> list[str]:

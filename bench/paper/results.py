@@ -57,6 +57,16 @@ class Results:
     def methods(self, task: str) -> list[str]:
         return list(self.chunks[task])
 
+    def machines(self, task: str) -> list[dict[str, Any]]:
+        """Where a task's test split was run. Chunks that do not say it were run where the folder was begun."""
+        found = []
+        for chunks in self.chunks[task].values():
+            for chunk in chunks:
+                machine = chunk.get("machine", self.about["machine"])
+                if machine not in found:
+                    found.append(machine)
+        return found
+
     def rows(self, task: str, method: str) -> list[dict[str, Any]]:
         """The rows of the test split."""
         return [row for chunk in self.chunks[task].get(method, []) for row in chunk["rows"]]

@@ -151,13 +151,16 @@ class Runner:
                     "another folder"
                 )
             return
-        machine = {
+        write_json(path, {"setting": own, "head": about, "machine": self._machine(), "options": self.options})
+
+    def _machine(self) -> dict[str, Any]:
+        """Where and by which versions the runs are computed."""
+        return {
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
             "torch": torch.__version__,
             "doodl_fast": doodl_fast.__version__,
             "threads": torch.get_num_threads(),
         }
-        write_json(path, {"setting": own, "head": about, "machine": machine, "options": self.options})
 
     def run(self) -> bool:
         """Runs all chunks that are missing. Returns whether the folder is complete."""
@@ -201,7 +204,7 @@ class Runner:
         path.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         found = self._result(method, items)
-        write_json(path, {"task": task, "method": method, "split": split, **found})
+        write_json(path, {"task": task, "method": method, "split": split, "machine": self._machine(), **found})
         rate = np.mean([row["success"][-1] for row in found["rows"]])
         calls = found["forward"] + found["backward"]
         print(

@@ -70,6 +70,13 @@ def test_a_stopped_run_goes_on_with_equal_rows_and_is_reported(tmp_path: Path, m
     assert own["rows"]["loss"] == pytest.approx(losses, 1e-3)
     assert f"| {METHODS['ddim'].title} | 20 + 10 | 1 |" in page, page
     assert "--budget 30 --drawn 40" in page and "Does DOODL beat one-step guidance" in page
+    assert "were made on" not in page
+    chunk = whole / "text" / "ddim" / "test-000.json"
+    elsewhere = json.loads(chunk.read_text())
+    elsewhere["machine"]["device"] = "another machine"
+    chunk.write_text(json.dumps(elsewhere))
+    page = report.write(whole, tmp_path / "page")
+    assert "The pictures of this task were made on" in page and "and another machine (1 thread," in page
 
 
 class Seen:
