@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from streamed import read
+
 KEYS = ("part", "exit", "seconds", "said")
 
 
@@ -37,6 +39,24 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines + ["| " + " | ".join(cell(row.get(key)) for key in keys) + " |" for row in rows]
 
 
+def error_line(message: str) -> str:
+    """The first line of the error in pytest's message, which begins with E, or else the last line."""
+    lines = message.splitlines() or [""]
+    return next((line[1:].strip() for line in lines if line.startswith("E  ")), lines[-1])[:300]
+
+
+def said_of_tests(tests: dict[str, Any]) -> list[str]:
+    """The counts of the tests, and the names of those that failed or had not ended, as lines of the page."""
+    if not tests["counts"] and not tests["unfinished"]:
+        return []
+    failed = [
+        {"test": row["test"], "outcome": row["outcome"], "error": error_line(row.get("message", ""))}
+        for row in tests["failed"]
+    ]
+    lines = ["## tests", "", cell(tests["counts"]) or "no test has ended", "", *(table(failed) if failed else []), ""]
+    return lines + [f"- had not ended: {name}" for name in tests["unfinished"]] + [""]
+
+
 def main() -> None:
     out, scratch = map(Path, sys.argv[1:])
     parts = [
@@ -44,9 +64,10 @@ def main() -> None:
     ]
     doctor = (scratch / "doctor").read_text().splitlines() if (scratch / "doctor").is_file() else []
     rows, ops = read_json(out / "end_to_end.json") or [], read_json(out / "ops.json")
-    session = {"parts": parts, "doctor": doctor, "end_to_end": rows, "ops": ops}
+    tests = read(out / "tests.jsonl")
+    session = {"parts": parts, "doctor": doctor, "tests": tests, "end_to_end": rows, "ops": ops}
     (out / "session.json").write_text(json.dumps(session, indent=1) + "\n")
-    page = ["# GPU session", "", *table(parts), "", "```", *doctor, "```", ""]
+    page = ["# GPU session", "", *table(parts), "", "```", *doctor, "```", "", *said_of_tests(tests)]
     for part in dict.fromkeys(row["part"] for row in rows):
         shared = ("part", "on", "torch")
         found = [{key: value for key, value in row.items() if key not in shared} for row in rows if row["part"] == part]
