@@ -12,6 +12,9 @@
 #define SCHEMA_GROUP_NORM_SILU_BACKWARD                                                                              \
   "group_norm_silu_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "  \
   "Tensor? bias, int num_groups, bool silu) -> ()"
+#define SCHEMA_GATED_ACTIVATION "gated_activation(Tensor(a!) y, Tensor x, int activation) -> ()"
+#define SCHEMA_GATED_ACTIVATION_BACKWARD \
+  "gated_activation_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor x, int activation) -> ()"
 
 namespace {
 

@@ -27,6 +27,10 @@ bool has_avx512() {
 #endif
 }
 
+}  // namespace
+
+namespace doodl_fast {
+
 const LayerKernels& layers() {
   static const LayerKernels* const chosen = [] {
 #if defined(__x86_64__)
@@ -40,6 +44,15 @@ const LayerKernels& layers() {
   return *chosen;
 }
 
+int64_t torch_step() {
+  static const int64_t step = has_avx512() ? 32 : 16;  // Two vectors.
+  return step;
+}
+
+}  // namespace doodl_fast
+
+namespace {
+
 // Fills the fields that say how PyTorch's own kernels would be run.
 void set_torch(GroupNormCall& call) {
   constexpr int64_t TORCH_GRAIN = 32768;
@@ -47,8 +60,7 @@ void set_torch(GroupNormCall& call) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = numel < TORCH_GRAIN ? 1 : std::min(threads, ranges);
   call.tail_chunk = (numel + parts - 1) / parts;
-  static const int64_t step = has_avx512() ? 32 : 16;  // PyTorch's SiLU handles two vectors at once.
-  call.tail_step = call.dtype == Dtype::f32 ? step : 1;
+  call.tail_step = call.dtype == Dtype::f32 ? torch_step() : 1;
   call.threaded = threads > 1 && call.n * call.groups > 1;
 }
 

@@ -37,6 +37,21 @@ struct PixelRange {
   double* sums = nullptr;         // (2, channels): what the two kernels that sum up add to.
 };
 
+enum class Activation : int64_t { gelu, gelu_tanh, silu };
+
+// A call of gated_activation or of gated_activation_backward on rows of two halves, of `half` elements each: what is
+// multiplied, and the activation's argument. The rows of y and grad_y have one half. All tensors have one dtype.
+struct GatedCall {
+  const void *x = nullptr, *grad_y = nullptr;
+  void *y = nullptr, *grad_x = nullptr;
+  Dtype dtype = Dtype::f32;
+  Activation activation = Activation::gelu;
+  int64_t rows = 0, half = 0;
+  // The ranges of PyTorch's threads for the activation and for its gradient, in a tensor of the size of y. A row's end
+  // ends a range, too. In each, PyTorch calls the C library for the elements after the last multiple of `tail_step`.
+  int64_t value_range = 1, gradient_range = 1, tail_step = 1;
+};
+
 // The kernels for one instruction set.
 struct LayerKernels {
   const char* name;
@@ -48,10 +63,16 @@ struct LayerKernels {
   void (*pixel_norm)(const GroupNormCall&, const PixelRange&);           // writes y
   void (*pixel_backward_sums)(const GroupNormCall&, const PixelRange&);  // sums: gradient, and times x - center
   void (*pixel_backward)(const GroupNormCall&, const PixelRange&);       // writes grad_x
+  // These compute the rows [begin, end).
+  void (*gated)(const GatedCall&, int64_t begin, int64_t end);
+  void (*gated_backward)(const GatedCall&, int64_t begin, int64_t end);
 };
 
 const LayerKernels& layer_kernels_default();
 const LayerKernels* layer_kernels_avx2();    // They are null if the compiler had not that instruction set.
 const LayerKernels* layer_kernels_avx512();
+
+const LayerKernels& layers();  // The kernels for this processor.
+int64_t torch_step();          // How many floats PyTorch's loops over vectors handle at once on this processor.
 
 }  // namespace doodl_fast

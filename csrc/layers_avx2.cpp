@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define DF_FMA 1
+#include "gated_impl.h"
 #include "pixel_norm_impl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -24,7 +25,7 @@ const LayerKernels* layer_kernels_avx2() {
 #if defined(DF_FMA)
   static constexpr LayerKernels table{"avx2",        group_norm, group_norm_backward,
                                       pixel_moments, pixel_norm, pixel_backward_sums,
-                                      pixel_backward};
+                                      pixel_backward, gated,      gated_backward};
   return &table;
 #else
   return nullptr;

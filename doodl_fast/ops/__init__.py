@@ -13,10 +13,12 @@ from __future__ import annotations
 from .backends.registry import AUTO, NAMES, BackendUnavailable, backend, choice, has_kernel, resolve, why_not
 from .coupling_mix_op import Mixing, coupling_mix, coupling_mix_vjp, mix, mix_inverse
 from .coupling_op import coupling, coupling_inverse, coupling_vjp
-from .group_norm_op import group_norm_silu, group_norm_silu_backward, matches_torch
+from .gated_op import gated_activation, gated_activation_backward
+from .group_norm_op import group_norm_silu, group_norm_silu_backward
 from .latent_update_op import latent_update
 from .lattice_coupling_op import lattice_coupling
 from .lattice_mix_op import LatticeMixing, lattice_mix
+from .matching import matches_torch
 
 __all__ = [
     "AUTO",
@@ -31,6 +33,8 @@ __all__ = [
     "coupling_mix",
     "coupling_mix_vjp",
     "coupling_vjp",
+    "gated_activation",
+    "gated_activation_backward",
     "group_norm_silu",
     "group_norm_silu_backward",
     "has_kernel",

@@ -18,16 +18,15 @@ bfloat16 too, because PyTorch rounds z to the tensor's dtype.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
-from .backends.registry import Kernel, eager, kernel, select
+from .backends.registry import eager, select
 from .layout import DTYPES, check_floating, check_same, compute_dtype, dense_format, store
+from .matching import compared
 from .registration import register, registered
 from .signatures import GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD
 from .transforms import cast, is_plain, is_transformed, needs_formula, wants_gradient
@@ -113,26 +112,7 @@ def group_norm_silu_backward(
     return result
 
 
-def matches_torch() -> bool:
-    """Whether the ops give the bits of PyTorch's own kernels here, for contiguous float32 tensors on the CPU.
-
-    That depends on the chosen backend, on the processor, and on the compiler that PyTorch was built with. So both are
-    compared on a few tensors when this is first called, once for one thread and once for several.
-
-    Example:
-        >>> fused = ops.matches_torch()  # Use the fused op where it changes no bit.
-    """
-    return _matches_torch(kernel("cpu", "group_norm_silu"), torch.get_num_threads() > 1)
-
-
-@functools.cache
-def _matches_torch(computing: Kernel, threaded: bool) -> bool:
-    """Compares both for `matches_torch`. The arguments tell apart what the result depends on."""
-    # What counts the memory or the calls of a network in a dispatch mode must not see the comparison.
-    with _disable_current_modes():
-        return _same_bits()
-
-
+@compared("group_norm_silu")
 def _same_bits() -> bool:
     """Whether values and gradients have the bits of PyTorch's kernels for a few tensors."""
     generator = torch.Generator().manual_seed(0)

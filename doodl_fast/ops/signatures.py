@@ -177,10 +177,15 @@ GROUP_NORM_SILU_BACKWARD = Signature(
     native_devices=("cpu",),
 )
 
+GATED_ACTIVATION = Signature("gated_activation", "Tensor x, int activation", "Tensor y", native_devices=("cpu",))
+GATED_ACTIVATION_BACKWARD = Signature(
+    "gated_activation_backward", "Tensor grad_y, Tensor x, int activation", "Tensor grad_x", native_devices=("cpu",)
+)
+
 LATENT_OPS = (COUPLING, COUPLING_VJP, COUPLING_MIX, COUPLING_MIX_VJP, LATENT_UPDATE, LATTICE_COUPLING, LATTICE_MIX)
 """The ops on latents."""
 
-LAYER_OPS = (GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD)
+LAYER_OPS = (GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD, GATED_ACTIVATION, GATED_ACTIVATION_BACKWARD)
 """The ops that compute layers of frozen networks, and the gradients of these layers' inputs."""
 
 TABLE = (*LATENT_OPS, *LAYER_OPS)

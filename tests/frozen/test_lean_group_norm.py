@@ -21,7 +21,7 @@ from doodl_fast import ops
 from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.diffusion.module_copies import ModuleCopies
 from doodl_fast.frozen import Level, group_norm
-from doodl_fast.ops import group_norm_op
+from doodl_fast.ops import matching
 from doodl_fast.ops.backends import registry
 
 pytestmark = pytest.mark.usefixtures("lean_small_tensors")
@@ -256,7 +256,7 @@ def test_a_unet_and_a_decoder(calls):
 
 
 def test_the_comparison_with_pytorch_is_not_counted():
-    group_norm_op._matches_torch.cache_clear()
+    matching._matches_torch.cache_clear()
     with Tracker("cpu", limit=0) as seen:
         ops.matches_torch()
     assert seen.peak == 0

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from doodl_fast import ops
 from doodl_fast.chain.memory.tracker import Tracker
-from doodl_fast.ops import group_norm_op
+from doodl_fast.ops import matching
 from doodl_fast.ops.backends import native, registry
 
 # The shapes, with their numbers of groups. Odd sizes end in the middle of a vector, a block, or a part of a group.
@@ -157,7 +157,7 @@ def test_matches_torch_says_no_for_a_backend_with_other_bits():
 def test_the_comparison_is_no_part_of_the_callers_memory():
     """A plan of memory is made by counting what a first call allocates."""
     expected = ops.matches_torch()
-    group_norm_op._matches_torch.cache_clear()
+    matching._matches_torch.cache_clear()
     with torch.device("meta"), Tracker("cpu") as tracker:
         assert ops.matches_torch() == expected
         assert tracker.peak == 0

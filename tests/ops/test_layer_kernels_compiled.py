@@ -21,10 +21,11 @@ import triton
 from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from doodl_fast.ops.backends import triton_layer_kernels as k
+from doodl_fast.ops.backends import triton_gated_kernels, triton_layer_kernels as k
 
 GROUP_NORM = (k.group_moments_kernel, k.group_norm_kernel, k.group_norm_backward_sums_kernel,
               k.group_norm_backward_kernel)
+GATED = (triton_gated_kernels.gated_kernel, triton_gated_kernels.gated_backward_kernel)
 WIDE = ("mean_ptr", "rstd_ptr", "parts_ptr")
 
 def cases(architecture):
@@ -35,6 +36,9 @@ def cases(architecture):
         for dtype, last in kinds:
             constants = dict(CHANNELS_LAST=last, WEIGHT=True, BIAS=True, SILU=True, PARTS=8)
             yield kernel, dtype, constants
+    for kernel in GATED:
+        for number, dtype in enumerate(("fp16", "bf16", "fp32", "fp64") if architecture == 90 else ("fp16",)):
+            yield kernel, dtype, dict(ACTIVATION=number % 3)
 
 for architecture in json.loads(sys.argv[1]):
     for kernel, dtype, constants in cases(architecture):
@@ -83,9 +87,10 @@ def built(tmp_path_factory) -> list[dict]:
 
 
 def test_every_kernel_is_compiled_for_every_architecture(built):
-    from doodl_fast.ops.backends import triton_layer_kernels
+    from doodl_fast.ops.backends import triton_gated_kernels, triton_layer_kernels
 
-    kernels = {name for name in vars(triton_layer_kernels) if name.endswith("_kernel")}
+    modules = (triton_layer_kernels, triton_gated_kernels)
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(case["kernel"], case["architecture"]) for case in built}
     assert found == {(name, architecture) for name in kernels for architecture in ARCHITECTURES}
     assert all(case["cubin"] > 0 for case in built)

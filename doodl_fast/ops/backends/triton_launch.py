@@ -17,9 +17,9 @@ def launch(
     name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, block: int = BLOCK, **constants: Any
 ) -> None:
     """Launches a kernel on the device of a tensor. arguments: its pointers and numbers; constants: its constexprs."""
-    from . import triton_kernels, triton_lattice, triton_layer_kernels
+    from . import triton_gated_kernels, triton_kernels, triton_lattice, triton_layer_kernels
 
-    modules = (triton_kernels, triton_lattice, triton_layer_kernels)
+    modules = (triton_kernels, triton_lattice, triton_layer_kernels, triton_gated_kernels)
     kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     if like.is_cpu:  # The interpreter takes no options of the compiler.
         kernel[grid](*arguments, **constants, BLOCK=block)

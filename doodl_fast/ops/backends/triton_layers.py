@@ -87,7 +87,27 @@ def _group_norm_silu_backward(call: Any) -> None:
     )
 
 
+def _gated(name: str, call: Any, *tensors: Tensor) -> None:
+    """Launches a kernel of a gated activation on each block of each row."""
+    half = call.x.shape[-1] // 2
+    block = min(BLOCK, 1 << (half - 1).bit_length())
+    grid = (call.x.numel() // (2 * half), -(-half // block))
+    launch(name, grid, call.x, *tensors, half, block=block, **arithmetic(call.x), ACTIVATION=call.activation)
+
+
+def _gated_activation(call: Any) -> None:
+    """Launches `gated_activation`."""
+    _gated("gated_kernel", call, call.y, call.x)
+
+
+def _gated_activation_backward(call: Any) -> None:
+    """Launches `gated_activation_backward`."""
+    _gated("gated_backward_kernel", call, call.grad_x, call.grad_y, call.x)
+
+
 KERNELS = (
     (signatures.GROUP_NORM_SILU, _group_norm_silu),
     (signatures.GROUP_NORM_SILU_BACKWARD, _group_norm_silu_backward),
+    (signatures.GATED_ACTIVATION, _gated_activation),
+    (signatures.GATED_ACTIVATION_BACKWARD, _gated_activation_backward),
 )
