@@ -16,6 +16,7 @@ DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 KINDS = {
     "clip-text": "clip",
     "clip-image": "clip",
+    "aesthetic": "clip",
     "text-score": "clip",
     "pick-score": "clip",
     "hpsv2": "hpsv2",
@@ -29,6 +30,7 @@ KINDS = {
 DEFAULTS = {
     "clip-text": DEFAULT_CLIP,
     "clip-image": DEFAULT_CLIP,
+    "aesthetic": DEFAULT_CLIP,
     "text-score": DEFAULT_CLIP,
     "pick-score": "yuvalkirstain/PickScore_v1",
     "similarity": "facebook/dinov2-base",

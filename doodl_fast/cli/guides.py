@@ -41,6 +41,16 @@ def _clip_image(args: argparse.Namespace, device: torch.device, dtype: torch.dty
     return ClipImage(model, args.guidance_image, processor, args.num_cutouts, args.cut_power)
 
 
+def _aesthetic(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, load: Load) -> Guide:
+    """Makes the loss of an aesthetic score."""
+    from ..guidance import Aesthetic
+    from ..guidance.aesthetic import load_aesthetic_head
+
+    head = load_aesthetic_head(args.guidance_head)
+    model, processor = load("aesthetic", args, device, dtype)
+    return Aesthetic(model, processor, head, None, args.num_cutouts, args.cut_power)
+
+
 def _classifier(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, load: Load) -> Guide:
     """Makes the loss of guidance to a class of an image classifier."""
     from ..guidance import Classifier
@@ -109,6 +119,7 @@ def _depth(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, l
 MAKERS: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype, Load], Guide]] = {
     "clip-text": _clip_text,
     "clip-image": _clip_image,
+    "aesthetic": _aesthetic,
     "classifier": _classifier,
     "symmetry": _symmetry,
     "picture": _picture,
@@ -171,6 +182,12 @@ def add_arguments(parser: Parser) -> None:
         help=f"folder, file or hub id, for one guide or for each (default for CLIP: {DEFAULT_CLIP}; {EMBEDDED}: its)",
     )
     parser.add_argument(
+        "--guidance-head",
+        type=text,
+        metavar="FILE",
+        help="for aesthetic: the file of the head, .pth or .safetensors, for the CLIP or SigLIP of --guidance-model",
+    )
+    parser.add_argument(
         "--guidance-processor",
         nargs="+",
         type=text,
@@ -186,6 +203,7 @@ def add_arguments(parser: Parser) -> None:
 USES: dict[str, tuple[str, ...]] = {
     "clip-text": ("guidance_prompt", "guidance_model", "num_cutouts", "cut_power"),
     "clip-image": ("guidance_image", "guidance_model", "num_cutouts", "cut_power"),
+    "aesthetic": ("guidance_head", "guidance_model", "num_cutouts", "cut_power"),
     "classifier": ("label", "guidance_model"),
     "symmetry": ("direction",),
     "picture": ("target",),
@@ -242,6 +260,11 @@ def _check_what_it_needs(args: argparse.Namespace, name: str) -> None:
         raise ValueError("--guidance-prompt: prompt: expected a text to guide to, got none")
     if name == "clip-image" and not args.guidance_image:
         raise ValueError("--guidance-image: expected one or more files with --guidance clip-image, got none")
+    if name == "aesthetic" and (args.guidance_head is None or not Path(args.guidance_head).expanduser().is_file()):
+        raise ValueError(
+            '--guidance-head: expected the file of a head, e.g. "sac+logos+ava1-l14-linearMSE.pth", with --guidance '
+            f"aesthetic, got {args.guidance_head or 'none'}"
+        )
     if name == "classifier" and args.label is None:
         raise ValueError("--label: expected a class's name or index with --guidance classifier, got none")
     if name == "segmentation" and args.label is None and args.target is None:

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chain.host_reads import check_later
+from ..diffusion.networks import check_source, loading
 from ..frozen import Level, level_of
 from .classifier import find_label
+from .masks import KINDS, OTHERS, has_masks, mask_logits
 from .model_loading import load_model
 from .view import View, load_processor, run_network, target_pictures
 
@@ -39,11 +41,21 @@ def load_dense(
     """
     import transformers
 
-    kinds = {
-        "segmentation": transformers.AutoModelForSemanticSegmentation,
-        "depth": transformers.AutoModelForDepthEstimation,
-    }
-    model, name = load_model(kinds[kind], source, dtype)
+    if kind == "depth":
+        loader: Any = transformers.AutoModelForDepthEstimation
+    else:
+        name = check_source(source, "config.json", "guidance model")
+        with loading(name, "guidance model"):
+            config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type in OTHERS:
+            raise ValueError(
+                f"guidance model: expected one that gives every pixel of a picture a class, got {name!r}, a "
+                f"{config.model_type}: {OTHERS[config.model_type]}"
+            )
+        universal = config.model_type in KINDS
+        names = "AutoModelForUniversalSegmentation", "AutoModelForSemanticSegmentation"
+        loader = getattr(transformers, names[0] if universal else names[1])
+    model, name = load_model(loader, source, dtype)
     return model.to(device), load_processor(name)
 
 
@@ -102,7 +114,8 @@ class Segmentation(_Dense):
     The network is called in its own dtype, in eval mode and without gradients of its weights, and is not changed.
 
     Args:
-        model: A transformers model for semantic segmentation, or any callable from pixels (N, 3, h, w) to logits
+        model: A transformers model for semantic segmentation, or one that returns masks and a class for each of them
+            (MaskFormer, Mask2Former, EoMT; see `masks.mask_logits`). Or any callable from pixels (N, 3, h, w) to logits
             (N, classes, rows, columns), to an object that has them as `.logits`, or to a tuple that begins with them.
         target: What pixels shall show. A class, by its index or its name in the model's config; or a tensor of ints
             (H, W) or (1 or B, H, W), the class of each pixel, where -1 is for pixels that do not count; or pictures, a
@@ -127,6 +140,15 @@ class Segmentation(_Dense):
     """
 
     output = "logits"
+
+    def _pick(self, output: Any) -> Tensor:
+        found = mask_logits(output) if has_masks(output) else super()._pick(output)
+        if found.ndim != 4:
+            raise TypeError(
+                f"model: expected logits (N, classes, rows, columns), got shape {tuple(found.shape)} of "
+                f"{type(self.model).__name__}"
+            )
+        return found
 
     def __init__(
         self,
@@ -187,7 +209,7 @@ class Segmentation(_Dense):
         dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> Segmentation:
-        """Loads the model from a folder or a hub id, with the class of transformers for semantic segmentation.
+        """Loads the model from a folder or a hub id, as transformers' class for semantic segmentation or for masks.
 
         Args:
             source: The folder or the hub id.

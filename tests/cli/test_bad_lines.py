@@ -82,7 +82,7 @@ BAD = [
         [*RUN, "--guidance-model", "x/y"],
         "--guidance-model: expected --guidance clip-text or clip-image or",
     ),
-    ([*RUN, "--num-cutouts", "0"], "--num-cutouts: expected --guidance clip-text or clip-image with it"),
+    ([*RUN, "--num-cutouts", "0"], "--num-cutouts: expected --guidance clip-text or clip-image or aesthetic with it"),
     ([*TEXT, "--direction", "vertical"], "--direction: expected --guidance symmetry with it"),
     ([*CLASS, "--cut-power", "0.3", "--label", "1"], "--cut-power: expected --guidance clip-text or clip-image"),
     ([*TEXT, "--cut-power", "inf"], "--cut-power: expected a positive finite number, got inf"),

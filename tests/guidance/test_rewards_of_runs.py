@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,14 @@ LINE = ["run", "--model", "shapes", "--prompt", PROMPT, "--steps", "2", "--optim
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders clip, words, dino, segformer, dpt; files HPS.pt, ImageReward.pt, target.png."""
+    """Folders clip, words, dino, segformer, dpt; files head.pth, HPS.pt, ImageReward.pt, target.png."""
     work = tmp_path_factory.mktemp("models")
     for part in tiny_pipeline.clip(work):
         part.save_pretrained(work / "clip")
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 1)
+    torch.nn.init.constant_(head.bias, 5.0)
+    torch.save(head.state_dict(), work / "head.pth")
     torch.save(test_hps.recorded_weights(), work / "HPS.pt")
     torch.save(test_image_reward.recorded_weights(), work / "ImageReward.pt")
     bert_words().save_pretrained(work / "words")
@@ -63,6 +68,10 @@ CASES: dict[str, tuple[list[str], Any]] = {
     "pick-score": (
         ["--guidance-model", "{clip}"],
         lambda work: guidance.PickScore.from_pretrained(work / "clip", PROMPT),
+    ),
+    "aesthetic": (
+        ["--guidance-model", "{clip}", "--guidance-head", "{head.pth}"],
+        lambda work: guidance.Aesthetic.from_pretrained(work / "clip", work / "head.pth"),
     ),
     "text-score": (
         ["--guidance-model", "{clip}", "--guidance-processor", "{clip}", "--guidance-prompt", "a star"],
@@ -107,6 +116,48 @@ def test_each_name_stands_for_its_class(
     assert float(found(images)) == float(expected(images)) != 0
 
 
+DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
+STAND_INS = {
+    "PICK_SCORE_FOLDER": "{clip}",
+    "HPS_v2.1_compressed.pt": "{HPS.pt}",
+    "DINOV2_FOLDER": "{dino}",
+    "CLIP_FOLDER": "{clip}",
+    "openai/clip-vit-large-patch14": "{clip}",
+    "sac+logos+ava1-l14-linearMSE.pth": "{head.pth}",
+    "dog.png": "{target.png}",
+    "FOLDER": "shapes",
+}
+"""What takes the place of published models in the commands of the docs."""
+
+
+def test_the_commands_of_the_docs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = re.findall(r"^    doodl-fast (run .*(?:\n        .*)*)", DOCS.read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    for number, command in enumerate(commands):
+        words = shlex.split(command.replace("\\\n", " "))
+        words[words.index("--out") + 1] = str(tmp_path / str(number))
+        for name, stand_in in STAND_INS.items():
+            words = [re.sub(rf"(^|=){re.escape(name)}$", rf"\1{stand_in}", word) for word in words]
+        losses = losses_of(filled(words, models), monkeypatch)
+        assert len(losses) == words.index("--guidance-model" if number else "--target") - words.index("--guidance") - 1
+
+
+def test_guides_of_one_kind_share_a_model_and_cutouts(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    more = ["aesthetic:0.5", "clip-text", "--guidance-model", "{clip}", "--guidance-head", "{head.pth}"]
+    line = [*LINE, "--out", str(tmp_path), "--guidance", *more, "--num-cutouts", "3", "--cut-power", "0.5"]
+    losses = losses_of(filled(line, models), monkeypatch)
+    (aesthetic, weight), (text, _) = losses["aesthetic"], losses["clip-text"]
+    assert weight == 0.5 and aesthetic.num_cutouts == text.num_cutouts == 3 and aesthetic.cut_power == 0.5
+    assert torch.equal(aesthetic.head.bias, torch.tensor([5.0]))
+
+
+def test_a_head_of_another_model_is_named(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.nn.Linear(9, 1).state_dict(), tmp_path / "other.pth")
+    more = ["aesthetic", "--guidance-model", "{clip}", "--guidance-head", str(tmp_path / "other.pth")]
+    assert cli.main(filled([*LINE, "--out", str(tmp_path / "out"), "--guidance", *more], models)) == 2
+    assert "head: expected one for embeddings of 16 features (the model's), got one for 9" in capsys.readouterr().err
+
+
 def test_several_with_a_model_each(models: Path, tmp_path: Path) -> None:
     """A whole run, which can be resumed."""
     given = ["--guidance", "text-score:0.1", "pick-score", "similarity", "segmentation:2", "--target", "{target.png}"]
@@ -126,6 +177,15 @@ def test_several_with_a_model_each(models: Path, tmp_path: Path) -> None:
     [
         (["hpsv2"], '--guidance-model: expected the file "HPS_v2.1_compressed.pt" or a folder with --guidance hpsv2'),
         (["image-reward", "--guidance-model", "{clip}"], '--guidance-model: expected the file "ImageReward.pt" with'),
+        (
+            ["aesthetic"],
+            "--guidance-head: expected the file of a head, .* with --guidance aesthetic, got none",
+        ),
+        (
+            ["aesthetic", "--guidance-head", "no.pth"],
+            "--guidance-head: expected the file of a head, .* got no.pth",
+        ),
+        (["symmetry", "--guidance-head", "{head.pth}"], "--guidance-head: expected --guidance aesthetic with it, got"),
         (["similarity"], "--target: expected a picture file with --guidance similarity, got none"),
         (["depth", "--target", "{target.png}"], "--guidance-model: expected a model for depth estimation with"),
         (["segmentation", "--guidance-model", "{segformer}"], "--label: expected a class, or a picture as --target"),
