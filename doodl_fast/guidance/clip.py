@@ -17,6 +17,7 @@ from ..frozen import level_of
 from .arguments import check_channels, check_count, check_positive
 from .cutouts import FITS, check_images, normalized, random_cutouts, unit_range
 from .model_loading import load_model, load_words
+from .naflex import Patches
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,7 +96,8 @@ class ClipGuide:
 
     Attributes:
         fit: How a whole picture becomes a square, a key of `cutouts.FITS`: "squeeze" if the processor names a height
-            and a width to resize to, as that of SigLIP, else "crop"; or what the processor has as its own `fit`.
+            and a width to resize to, as that of SigLIP, else "crop"; or what the processor has as its own `fit`. For
+            SigLIP 2 NaFlex it is "patches": pictures keep their shape.
     """
 
     def __init__(
@@ -106,14 +108,16 @@ class ClipGuide:
         if not callable(getattr(model, "get_image_features", None)):
             raise TypeError(f"model: expected a transformers CLIPModel, got {type(model).__name__}")
         pictures = getattr(processor, "image_processor", processor)
-        if getattr(model.config.vision_config, "image_size", None) is None:
+        self.patches = Patches.of(model, pictures)
+        side: Any = getattr(model.config.vision_config, "image_size", None)
+        if side is None and self.patches is None:
             raise ValueError(
-                f"model: expected one with a fixed image_size, got {type(model).__name__} without it; take a CLIP, a "
-                "SigLIP, or a SigLIP 2 that is not NaFlex"
+                f"model: expected one whose vision_config has image_size or, as that of SigLIP 2 NaFlex, num_patches, "
+                f"got {type(model).__name__} without both; take a CLIP or a SigLIP"
             )
         self.model, self.lean = model, level_of(lean)
         self._chunk: int | None = None
-        self.size = int(model.config.vision_config.image_size)
+        self.size = int(side) if self.patches is None else self.patches.square
         self.mean = check_channels(getattr(pictures, "image_mean", None) or CLIP_MEAN, "processor.image_mean")
         self.std = check_channels(
             getattr(pictures, "image_std", None) or CLIP_STD, "processor.image_std", positive=True
@@ -122,6 +126,8 @@ class ClipGuide:
         # SigLIP's processors resize to the square and crop nothing.
         squeezed = "height" in (getattr(pictures, "size", None) or {})
         self.fit: str = getattr(pictures, "fit", None) or ("squeeze" if squeezed else "crop")
+        if self.patches is not None:
+            self.fit = "patches"
         self.target: Tensor  # (1, D), normalised, float32
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -144,11 +150,13 @@ class ClipGuide:
         return self.embed(self.view(pixels))
 
     def view(self, pixels: Tensor) -> Tensor:
-        """Makes squares (B, 3, size, size) of whole pictures (B, 3, H, W)."""
+        """Makes squares (B, 3, size, size) of whole pictures (B, 3, H, W), or what `fit` says."""
+        if self.fit == "patches" and self.patches is not None:
+            return self.patches.resize(pixels, self.mode)
         return FITS[self.fit](pixels, self.size, self.mode)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Embeds square pictures (B, 3, size, size) in [0, 1], to (B, D) in float32 at least."""
+        """Embeds square pictures (B, 3, size, size), or those of `view`, in [0, 1], to (B, D) in float32 at least."""
 
         def features(x: Tensor) -> Tensor:
             if self._chunk is None:
@@ -165,6 +173,8 @@ class ClipGuide:
     def _features(self, x: Tensor) -> Tensor:
         """Calls the model."""
         with frozen_copy(self.model, lean=self.lean) as model:
+            if self.patches is not None:
+                return projected(model.get_image_features(**self.patches.arguments(x)))
             return image_features(model, x)
 
     def leaner(self) -> Self | None:

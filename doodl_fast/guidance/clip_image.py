@@ -47,8 +47,9 @@ class ClipImage(ClipGuide):
         if not pictures:
             raise ValueError("images: expected at least one picture, got none")
         squares = [self.view(unit_range(check_images(p))) for p in pictures]
+        alike = [torch.cat(squares)] if self.fit != "patches" else squares  # which have shapes of their own
         with torch.no_grad():
-            embedded = F.normalize(self.embed(torch.cat(squares).to(model.device)), dim=-1)
+            embedded = F.normalize(torch.cat([self.embed(part.to(model.device)) for part in alike]), dim=-1)
         self.target = F.normalize(embedded.mean(0, keepdim=True), dim=-1)
 
     @classmethod

@@ -22,14 +22,15 @@ class TextScore(ClipGuide):
     The score is the model's logit: the cosine of both embeddings times its learned scale, plus its bias if it has one.
 
     Args:
-        model: A transformers CLIPModel or SiglipModel (which SigLIP 2 of a fixed resolution is too), in any dtype.
+        model: A transformers CLIPModel or SiglipModel (which SigLIP 2 of a fixed resolution is too), or a
+            Siglip2Model (SigLIP 2 NaFlex), in any dtype.
         processor: Its processor, whose tokenizer, mean, deviation and way of resizing are taken.
         prompt: One text for all pictures, or one for each.
         lean: See `ClipGuide`.
 
     Raises:
         TypeError: `model` is no such model, or `processor` has no tokenizer.
-        ValueError: `prompt` is empty, or the model has no fixed resolution, as SigLIP 2 NaFlex.
+        ValueError: `prompt` is empty.
 
     Example:
         >>> loss = TextScore.from_pretrained("google/siglip-base-patch16-224", "a dog with a hat")

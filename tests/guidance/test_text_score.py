@@ -12,7 +12,7 @@ from conftest import smooth_pictures
 from PIL import Image
 from torch import Tensor
 
-from doodl_fast.guidance import ClipText, PickScore, TextScore
+from doodl_fast.guidance import PickScore, TextScore
 
 TEXTS = ["a red star", "a blue circle"]
 
@@ -132,14 +132,3 @@ def test_bad_input_is_refused(clip: tuple[Any, Any]) -> None:
         TextScore(model, processor.image_processor, "a")
     with pytest.raises(ValueError, match="images: expected shape"):
         TextScore(model, processor, "a")(torch.zeros(1, 4, 8, 8))
-
-
-def test_siglip_2_naflex_is_refused_by_name(clip: tuple[Any, Any]) -> None:
-    """Its processor cuts pictures into as many patches as their shape asks for."""
-    from transformers import Siglip2Config, Siglip2Model
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = Siglip2Model(Siglip2Config(text_config=sizes, vision_config={**sizes, "num_patches": 16}))
-    for guide in (TextScore, ClipText):
-        with pytest.raises(ValueError, match=r"fixed image_size, got Siglip2Model without it; .* not NaFlex"):
-            guide(model, clip[1], "a")
