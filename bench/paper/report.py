@@ -214,9 +214,9 @@ def _tuning(results: Results) -> str:
         "## Tuning",
         "",
         f"Every method with a scale tried {setting['trials']} of them on {setting['tune_prompts']} other prompts x "
-        f"{setting['tune_seeds']} other seeds, at the same budget. The one with the highest mean score by the judge "
-        "was taken (the share of attributes that are right, or the rule's value); of equal ones that with the lowest "
-        "loss. Best of N has no scale. In brackets: the mean score.",
+        f"{setting['tune_seeds']} other seeds, at the same budget. The one that the judge found best was taken, by the "
+        "mean share of attributes that are right, and by success in the task of an aesthetic score; of equal ones that "
+        "with the lowest loss. Best of N has no scale. In brackets: this mean.",
         "",
         "| task | method | scales that were tried | chosen |",
         "|---|---|---|---|",
@@ -226,7 +226,7 @@ def _tuning(results: Results) -> str:
             tried: list[dict[str, Any]] = results.tuning[task][method]
             if tried:
                 chosen = results.rows(task, method)[0]["scale"]
-                shown = ", ".join(f"{one['scale']:g} ({one['score']:.2f})" for one in tried)
+                shown = ", ".join(f"{one['scale']:g} ({one[tasks.TUNED_BY[task]]:.2f})" for one in tried)
                 lines.append(f"| {task} | {title(method)} | {shown} | {chosen:g} |")
                 if chosen in (tried[0]["scale"], tried[-1]["scale"]):
                     ends.append(f"{task}, {title(method)}")

@@ -289,8 +289,9 @@ def tuning(out: Path, task: str, method: str) -> list[dict[str, float]]:
 
 
 def chosen_scale(out: Path, task: str, method: str) -> float:
-    """The scale with the highest mean score by the judge on the split for tuning; of equal ones the lowest loss."""
-    return max(tuning(out, task, method), key=lambda one: (round(one["score"], 6), -one["loss"]))["scale"]
+    """The scale with the best mean by the judge on the split for tuning; of equal ones that with the lowest loss."""
+    best = tasks.TUNED_BY[task]
+    return max(tuning(out, task, method), key=lambda one: (round(one[best], 6), -one["loss"]))["scale"]
 
 
 @contextlib.contextmanager

@@ -22,6 +22,9 @@ TITLES = {
     "picture": "a picture as the target, by CLIP",
     "aesthetic": "an aesthetic score, a linear head on CLIP",
 }
+TUNED_BY = {"text": "score", "variety": "score", "picture": "score", "aesthetic": "success"}
+"""What of the judgement a scale is chosen by. In the last task the score is the rule's value alone: it would choose the
+scale that raises the rule most, also where the pictures show nothing of the prompt any more."""
 SPLITS = ("tune", "test")
 DRAWINGS = 40
 """How many drawings of a prompt say what a good value of the rule is for it."""
