@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,7 +47,7 @@ class LatentSpace:
 
     def noise(
         self,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -57,16 +58,21 @@ class LatentSpace:
     ) -> Tensor:
         """Draws standard normal latents. See `DiffusionChain.noise`."""
         rest = self._shape(*self._checked_size(height, width), num_frames)
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+        if not seeds or any(isinstance(one, bool) or not isinstance(one, int) for one in seeds):
+            raise ValueError(f"seed: expected an int, or a list of ints, one for each picture, got {seed!r}")
         if batch is None:
-            batch = self.prompts
+            batch = max(self.prompts, len(seeds))
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: expected an int of at least 1, got {batch!r}")
         if self.prompts not in (1, batch):
             raise ValueError(f"batch: expected {self.prompts}, one for each prompt of the chain, got {batch}")
-        if generator is None:
-            generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn((batch, *rest), generator=generator, device=generator.device, dtype=torch.float32)
-        return drawn.to(self.device if device is None else device, dtype)
+        if len(seeds) not in (1, batch):
+            raise ValueError(f"seed: expected one seed, or {batch}, one for each picture, got {len(seeds)}")
+        generators = [torch.Generator().manual_seed(one) for one in seeds] if generator is None else [generator]
+        shape = (batch // len(generators), *rest)
+        drawn = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
+        return torch.cat(drawn).to(self.device if device is None else device, dtype)
 
     def _checked_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Returns the size in pixels that is asked for. Raises ValueError for one that does not fit."""

@@ -16,6 +16,7 @@ from conftest import golden, relative
 from tolerances import FP32
 from torch import Tensor, nn
 
+from doodl_fast import EDICT
 from doodl_fast.diffusion.denoiser import Denoiser
 from doodl_fast.diffusion.pipeline import Decoder, encode_prompt, initial_latents, load_pipeline, to_pil
 
@@ -225,6 +226,17 @@ def test_noise_depends_on_the_seed_alone(pipeline: Any) -> None:
     assert many.shape == (4, 4, 32, 64)
     assert abs(float(many.mean())) < 0.02
     assert abs(float(many.std()) - 1) < 0.02
+
+
+def test_a_seed_for_each_picture_gives_its_noise_in_every_batch(pipeline: Any) -> None:
+    chain = EDICT.from_pipeline(pipeline, "a dog", num_inference_steps=2)
+    together = chain.noise(seed=[5, 7, 5])
+    assert torch.equal(together, torch.cat([chain.noise(seed) for seed in (5, 7, 5)]))
+    for seed in ([], 1.5, [1, "a"], True):
+        with pytest.raises(ValueError, match="seed: expected an int, or a list of ints, one for each picture, got"):
+            chain.noise(seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed: expected one seed, or 3, one for each picture, got 2"):
+        chain.noise(seed=[1, 2], batch=3)
 
 
 @pytest.mark.parametrize("size", [0, -8, 7, 130, 128.0, True])

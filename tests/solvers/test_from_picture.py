@@ -240,4 +240,6 @@ def test_what_does_not_fit_is_refused(pipes: dict[str, Any], base: dict[str, Any
         chain.noise(height=128)
     with pytest.raises(ValueError, match=r"^batch: expected a multiple of 2, the number of pictures, got 3"):
         chain.noise(batch=3)
+    with pytest.raises(ValueError, match=r"^seed: expected an int, of what is drawn for all pictures together, got"):
+        chain.noise(seed=[1, 2])
     assert chain.noise(device="meta").shape == (2, 4, 8, 8)

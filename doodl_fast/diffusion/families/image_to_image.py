@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -41,7 +41,7 @@ class FromPicture(LatentSpace):
 
     def noise(
         self,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -52,6 +52,8 @@ class FromPicture(LatentSpace):
     ) -> Tensor:
         """Encodes the picture and adds noise, both drawn in the order in which the pipeline draws them."""
         assert self.image is not None
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed: expected an int, of what is drawn for all pictures together, got {seed!r}")
         source = torch.Generator().manual_seed(seed) if generator is None else generator
         rows = len(self.image)
         batch = max(rows, self.prompts) if batch is None else batch
