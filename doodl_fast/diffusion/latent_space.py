@@ -58,7 +58,7 @@ class LatentSpace:
     ) -> Tensor:
         """Draws standard normal latents. See `DiffusionChain.noise`."""
         rest = self._shape(*self._checked_size(height, width), num_frames)
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+        seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [seed]
         if not seeds or any(isinstance(one, bool) or not isinstance(one, int) for one in seeds):
             raise ValueError(f"seed: expected an int, or a list of ints, one for each picture, got {seed!r}")
         if batch is None:
