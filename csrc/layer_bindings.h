@@ -15,6 +15,12 @@
 #define SCHEMA_GATED_ACTIVATION "gated_activation(Tensor(a!) y, Tensor x, int activation) -> ()"
 #define SCHEMA_GATED_ACTIVATION_BACKWARD \
   "gated_activation_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor x, int activation) -> ()"
+#define SCHEMA_MODULATED_NORM                                                                                          \
+  "modulated_norm(Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor x, Tensor? weight, Tensor? bias, Tensor? "    \
+  "scale, Tensor? shift, float eps, bool center) -> ()"
+#define SCHEMA_MODULATED_NORM_BACKWARD                                                                                 \
+  "modulated_norm_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "     \
+  "Tensor? scale, bool center) -> ()"
 
 namespace {
 

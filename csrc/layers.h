@@ -52,6 +52,19 @@ struct GatedCall {
   int64_t value_range = 1, gradient_range = 1, tail_step = 1;
 };
 
+// A call of modulated_norm or of modulated_norm_backward on contiguous rows, of which each sample has `tokens`. x, y and
+// the gradients have one dtype. The others have the dtype of the arithmetic: double for double, else float.
+struct ModulatedNormCall {
+  const void *x = nullptr, *grad_y = nullptr;
+  void *y = nullptr, *grad_x = nullptr;
+  void *mean = nullptr, *rstd = nullptr;          // (rows), which the forward pass writes. For RMSNorm mean is null.
+  const void *weight = nullptr, *bias = nullptr;  // (channels), or null
+  const void *scale = nullptr, *shift = nullptr;  // (samples, channels), or null
+  Dtype dtype = Dtype::f32;
+  int64_t samples = 0, rows = 0, tokens = 0, channels = 0;
+  double eps = 0;
+};
+
 // The kernels for one instruction set.
 struct LayerKernels {
   const char* name;
@@ -66,6 +79,8 @@ struct LayerKernels {
   // These compute the rows [begin, end).
   void (*gated)(const GatedCall&, int64_t begin, int64_t end);
   void (*gated_backward)(const GatedCall&, int64_t begin, int64_t end);
+  void (*modulated_norm)(const ModulatedNormCall&, int64_t begin, int64_t end);
+  void (*modulated_norm_backward)(const ModulatedNormCall&, int64_t begin, int64_t end);
 };
 
 const LayerKernels& layer_kernels_default();

@@ -11,6 +11,7 @@
 #endif
 #define DF_FMA 1
 #include "gated_impl.h"
+#include "modulated_norm_impl.h"
 #include "pixel_norm_impl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -25,7 +26,8 @@ const LayerKernels* layer_kernels_avx2() {
 #if defined(DF_FMA)
   static constexpr LayerKernels table{"avx2",        group_norm, group_norm_backward,
                                       pixel_moments, pixel_norm, pixel_backward_sums,
-                                      pixel_backward, gated,      gated_backward};
+                                      pixel_backward, gated,      gated_backward,
+                                      modulated_norm, modulated_norm_backward};
   return &table;
 #else
   return nullptr;

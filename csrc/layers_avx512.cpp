@@ -12,6 +12,7 @@
 #define DF_FMA 1
 #define DF_AVX512 1
 #include "gated_impl.h"
+#include "modulated_norm_impl.h"
 #include "pixel_norm_impl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -26,7 +27,8 @@ const LayerKernels* layer_kernels_avx512() {
 #if defined(DF_FMA)
   static constexpr LayerKernels table{"avx512",      group_norm, group_norm_backward,
                                       pixel_moments, pixel_norm, pixel_backward_sums,
-                                      pixel_backward, gated,      gated_backward};
+                                      pixel_backward, gated,      gated_backward,
+                                      modulated_norm, modulated_norm_backward};
   return &table;
 #else
   return nullptr;

@@ -1,5 +1,6 @@
 // The CPU kernels of layers for the instruction set that the compiler targets by default.
 #include "gated_impl.h"
+#include "modulated_norm_impl.h"
 #include "pixel_norm_impl.h"
 
 namespace doodl_fast {
@@ -7,7 +8,8 @@ namespace doodl_fast {
 const LayerKernels& layer_kernels_default() {
   static constexpr LayerKernels table{"baseline",    group_norm, group_norm_backward,
                                       pixel_moments, pixel_norm, pixel_backward_sums,
-                                      pixel_backward, gated,      gated_backward};
+                                      pixel_backward, gated,      gated_backward,
+                                      modulated_norm, modulated_norm_backward};
   return table;
 }
 

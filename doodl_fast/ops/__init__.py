@@ -19,6 +19,7 @@ from .latent_update_op import latent_update
 from .lattice_coupling_op import lattice_coupling
 from .lattice_mix_op import LatticeMixing, lattice_mix
 from .matching import matches_torch
+from .modulated_norm_op import modulated_norm, modulated_norm_backward
 
 __all__ = [
     "AUTO",
@@ -44,6 +45,8 @@ __all__ = [
     "matches_torch",
     "mix",
     "mix_inverse",
+    "modulated_norm",
+    "modulated_norm_backward",
     "resolve",
     "why_not",
 ]

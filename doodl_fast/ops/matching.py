@@ -31,7 +31,8 @@ def matches_torch(op: str = "group_norm_silu") -> bool:
     compared on a few tensors when this is first called, once for one thread and once for several.
 
     Args:
-        op: "group_norm_silu", or "gated_activation": with GELU and SiLU, for tensors of several rows.
+        op: "group_norm_silu"; "gated_activation", with GELU and SiLU, for tensors of several rows; or
+            "modulated_norm", with `center=True`, for a multiple of 8 channels.
 
     Raises:
         ValueError: No op of that name is compared.

@@ -182,10 +182,26 @@ GATED_ACTIVATION_BACKWARD = Signature(
     "gated_activation_backward", "Tensor grad_y, Tensor x, int activation", "Tensor grad_x", native_devices=("cpu",)
 )
 
+MODULATED_NORM = Signature(
+    "modulated_norm",
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, bool center",
+    "Tensor y, Tensor mean, Tensor rstd",
+    native_devices=("cpu",),
+)
+MODULATED_NORM_BACKWARD = Signature(
+    "modulated_norm_backward",
+    "Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? scale, bool center",
+    "Tensor grad_x",
+    native_devices=("cpu",),
+)
+
 LATENT_OPS = (COUPLING, COUPLING_VJP, COUPLING_MIX, COUPLING_MIX_VJP, LATENT_UPDATE, LATTICE_COUPLING, LATTICE_MIX)
 """The ops on latents."""
 
-LAYER_OPS = (GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD, GATED_ACTIVATION, GATED_ACTIVATION_BACKWARD)
+LAYER_OPS = (
+    *(GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD, GATED_ACTIVATION, GATED_ACTIVATION_BACKWARD),
+    *(MODULATED_NORM, MODULATED_NORM_BACKWARD),
+)
 """The ops that compute layers of frozen networks, and the gradients of these layers' inputs."""
 
 TABLE = (*LATENT_OPS, *LAYER_OPS)

@@ -21,11 +21,13 @@ import triton
 from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from doodl_fast.ops.backends import triton_gated_kernels, triton_layer_kernels as k
+from doodl_fast.ops.backends import triton_gated_kernels, triton_layer_kernels as k, triton_norm_kernels
+from doodl_fast.ops.backends.triton_launch import warps_for
 
 GROUP_NORM = (k.group_moments_kernel, k.group_norm_kernel, k.group_norm_backward_sums_kernel,
               k.group_norm_backward_kernel)
 GATED = (triton_gated_kernels.gated_kernel, triton_gated_kernels.gated_backward_kernel)
+NORM = (triton_norm_kernels.modulated_norm_kernel, triton_norm_kernels.modulated_norm_backward_kernel)
 WIDE = ("mean_ptr", "rstd_ptr", "parts_ptr")
 
 def cases(architecture):
@@ -39,11 +41,18 @@ def cases(architecture):
     for kernel in GATED:
         for number, dtype in enumerate(("fp16", "bf16", "fp32", "fp64") if architecture == 90 else ("fp16",)):
             yield kernel, dtype, dict(ACTIVATION=number % 3)
+    for kernel in NORM:  # Rows of 64 channels, and of FLUX.1's and FLUX.2's transformers.
+        for each, block, dtype in ((1, 4096, "fp16"), *((16, 64, "bf16"), (1, 8192, "bf16")) * (architecture == 90)):
+            vectors = dict.fromkeys(("WEIGHT", "BIAS", "SCALE", "SHIFT", "CENTER"), each == 1)
+            yield kernel, dtype, dict(vectors, WEIGHT=True, ROWS=each, BLOCK=block)
+
+def warps(constants):
+    return warps_for(constants["BLOCK"] * constants.get("ROWS", 1))
 
 for architecture in json.loads(sys.argv[1]):
     for kernel, dtype, constants in cases(architecture):
         wide = "fp64" if dtype == "fp64" else "fp32"
-        constants = dict(constants, BLOCK=1024, COMPUTE=tl.float64 if wide == "fp64" else tl.float32)
+        constants = dict(dict(BLOCK=1024), **constants, COMPUTE=tl.float64 if wide == "fp64" else tl.float32)
         signature, attributes, chosen = {}, {}, {}
         for index, name in enumerate(kernel.arg_names):
             if name.isupper():
@@ -59,7 +68,7 @@ for architecture in json.loads(sys.argv[1]):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         built = triton.compile(ASTSource(kernel, signature, chosen, attributes),
                                target=GPUTarget("cuda", architecture, 32),
-                               options={"num_warps": 4, "enable_fp_fusion": False})
+                               options={"num_warps": warps(constants), "enable_fp_fusion": False})
         print(json.dumps(dict(kernel=kernel.__name__, architecture=architecture, dtype=dtype,
                               last=constants.get("CHANNELS_LAST", False), cubin=len(built.asm["cubin"]),
                               ptx=built.asm["ptx"])))
@@ -87,9 +96,9 @@ def built(tmp_path_factory) -> list[dict]:
 
 
 def test_every_kernel_is_compiled_for_every_architecture(built):
-    from doodl_fast.ops.backends import triton_gated_kernels, triton_layer_kernels
+    from doodl_fast.ops.backends import triton_gated_kernels, triton_layer_kernels, triton_norm_kernels
 
-    modules = (triton_layer_kernels, triton_gated_kernels)
+    modules = (triton_layer_kernels, triton_gated_kernels, triton_norm_kernels)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(case["kernel"], case["architecture"]) for case in built}
     assert found == {(name, architecture) for name in kernels for architecture in ARCHITECTURES}

@@ -13,19 +13,30 @@ BLOCK = 1024
 WARPS = 4
 
 
+def warps_for(elements: int) -> int:
+    """Returns how many warps compute a program's elements: of many, each thread would have too many in registers."""
+    return WARPS if elements <= 2 * BLOCK else min(16, elements // 512)
+
+
 def launch(
-    name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, block: int = BLOCK, **constants: Any
+    name: str,
+    grid: tuple[int, ...],
+    like: Tensor,
+    *arguments: Any,
+    block: int = BLOCK,
+    warps: int = WARPS,
+    **constants: Any,
 ) -> None:
     """Launches a kernel on the device of a tensor. arguments: its pointers and numbers; constants: its constexprs."""
-    from . import triton_gated_kernels, triton_kernels, triton_lattice, triton_layer_kernels
+    from . import triton_gated_kernels, triton_kernels, triton_lattice, triton_layer_kernels, triton_norm_kernels
 
-    modules = (triton_kernels, triton_lattice, triton_layer_kernels, triton_gated_kernels)
+    modules = (triton_kernels, triton_lattice, triton_layer_kernels, triton_gated_kernels, triton_norm_kernels)
     kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     if like.is_cpu:  # The interpreter takes no options of the compiler.
         kernel[grid](*arguments, **constants, BLOCK=block)
         return
     with torch.cuda.device(like.device):
-        kernel[grid](*arguments, **constants, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False)
+        kernel[grid](*arguments, **constants, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
 
 
 def arithmetic(*tensors: Tensor | None, **coefficients: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import signatures
-from .triton_launch import BLOCK, arithmetic, blocks, launch
+from .triton_launch import BLOCK, arithmetic, blocks, launch, warps_for
 
 LARGEST_PARTS = 128
 
@@ -105,9 +105,45 @@ def _gated_activation_backward(call: Any) -> None:
     _gated("gated_backward_kernel", call, call.grad_x, call.grad_y, call.x)
 
 
+def _over_rows(name: str, x: Tensor, tensors: tuple[Any, ...], *numbers: float, **constants: Any) -> None:
+    """Launches a kernel of a norm of the last dimension on a few rows each, which fit into the registers of a block."""
+    channels = x.shape[-1]
+    rows, block = x.numel() // channels, 1 << (channels - 1).bit_length()
+    each = max(1, BLOCK // block)
+    sizes = (rows, channels, rows // x.shape[0])
+    launch(
+        name,
+        (-(-rows // each),),
+        x,
+        *(*tensors, *sizes, *numbers),
+        block=block,
+        warps=warps_for(each * block),
+        **arithmetic(x),
+        **constants,
+        ROWS=each,
+    )
+
+
+def _modulated_norm(call: Any) -> None:
+    """Launches `modulated_norm`."""
+    vectors = (call.weight, call.bias, call.scale, call.shift)
+    there = dict(zip(("WEIGHT", "BIAS", "SCALE", "SHIFT"), (z is not None for z in vectors), strict=True))
+    tensors = (call.y, call.mean, call.rstd, call.x, *vectors)
+    _over_rows("modulated_norm_kernel", call.x, tensors, float(call.eps), CENTER=call.center, **there)
+
+
+def _modulated_norm_backward(call: Any) -> None:
+    """Launches `modulated_norm_backward`."""
+    tensors = (call.grad_x, call.grad_y, call.x, call.mean, call.rstd, call.weight, call.scale)
+    there = {"WEIGHT": call.weight is not None, "SCALE": call.scale is not None}
+    _over_rows("modulated_norm_backward_kernel", call.x, tensors, CENTER=call.center, **there)
+
+
 KERNELS = (
     (signatures.GROUP_NORM_SILU, _group_norm_silu),
     (signatures.GROUP_NORM_SILU_BACKWARD, _group_norm_silu_backward),
     (signatures.GATED_ACTIVATION, _gated_activation),
     (signatures.GATED_ACTIVATION_BACKWARD, _gated_activation_backward),
+    (signatures.MODULATED_NORM, _modulated_norm),
+    (signatures.MODULATED_NORM_BACKWARD, _modulated_norm_backward),
 )
