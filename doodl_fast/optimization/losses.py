@@ -40,11 +40,19 @@ class Term:
             label: What the loss is called in error messages.
 
         Raises:
-            ValueError: The loss returns no scalar, or one without a graph while gradients are recorded.
+            ValueError: The loss returns no scalar, or it leaves PyTorch, so that there is no gradient.
         """
         takes_images, names = signature_of(self.function, frozenset(given))
         first = (images,) if takes_images else ()
-        value = self.function(*first, **{name: given[name] for name in names})
+        try:
+            value = self.function(*first, **{name: given[name] for name in names})
+        except RuntimeError as error:
+            if "Can't call numpy() on Tensor that requires grad" not in str(error):
+                raise
+            raise ValueError(
+                f"{label}: expected a loss that stays in PyTorch, as NumPy and PIL have no gradient; resize, crop and "
+                f"normalise by torch.nn.functional.interpolate and arithmetic ({error})"
+            ) from error
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             got = f"shape {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{label}: expected a differentiable scalar tensor, got {got}; reduce it with .mean()")

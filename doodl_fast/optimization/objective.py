@@ -21,6 +21,7 @@ from .ignored_leaves import warn_of_ignored_leaves
 from .losses import NAMES, Losses
 from .result import Pair, as_images
 from .variables import NOISE, START
+from .without_gradient import warn_of_constant_losses, warn_of_zero_gradients
 
 Gradient = tuple[tuple[float, ...], tuple[Tensor, ...], list[Tensor]]
 Scores = tuple[tuple[float, ...], tuple[Tensor, ...]]
@@ -124,6 +125,7 @@ class Objective:
         named += [(name, t) for name, tensors in leaves.items() for t in tensors]
         inputs = [leaf for _, leaf in named]
         scores, images, cotangents = [], [], []
+        is_first = self._first
         sums: list[Tensor | None] = [None] * len(inputs)
         with together() as reads:
             ends = self._run(start, leaves)
@@ -150,6 +152,8 @@ class Objective:
             if not all_finite(given):  # The loss made it, and not the chain.
                 self._blame(ends, start, leaves, inputs, step)
             raise
+        if is_first:
+            warn_of_zero_gradients([name for name, _ in named], gradients)
         return Evaluation(**numbers, images=as_images(images), starts=self.starts, **self._sorted(named, gradients))
 
     def _blame(
@@ -224,6 +228,7 @@ class Objective:
         given[NOISE] = noise
         if not self.per_sample:
             found = losses.values(image, {name: value for name, value in given.items() if value is not None})
+            self._warn_once(losses, found)
             return image, losses.total(found), _row(found)[None]
         batch = end.shape[0]
         if image.shape[0] != batch:
@@ -234,10 +239,17 @@ class Objective:
         for sample in range(batch):
             own = {name: _of_sample(value, sample, batch) for name, value in given.items() if value is not None}
             found = losses.values(image[sample : sample + 1], {**own, "sample": sample})
+            if not sample:
+                self._warn_once(losses, found)
             rows.append(_row(found))
             total = losses.total(found) if total is None else total + losses.total(found)
         assert total is not None
         return image, total, torch.stack(rows)
+
+    def _warn_once(self, losses: Losses, values: list[Tensor]) -> None:
+        """Warns in the first evaluation of losses without a gradient."""
+        if self._first and torch.is_grad_enabled():
+            warn_of_constant_losses(losses, values)
 
     def _numbers(self, table: list[list[list[float]]], step: int | None = None) -> dict[str, Any]:
         """The sums and means of losses (members, samples, losses). Raises FloatingPointError if one is not finite."""
