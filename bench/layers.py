@@ -97,9 +97,40 @@ def lean_norm_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.mem
     return Case(f"lean norm and SiLU {'x'.join(map(str, shape))}", x, grad, eager, forward, backward)
 
 
+def modulated_norm_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> Case:
+    """LayerNorm and the modulation of a diffusion transformer, or for 4 dimensions the RMSNorm of diffusers."""
+    from diffusers.models.normalization import RMSNorm
+
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    scale, shift = torch.randn(2, shape[0], shape[-1], device=device).to(dtype)
+    layer, centred = RMSNorm(shape[-1], 1e-6).to(device, dtype).requires_grad_(False), len(shape) == 3
+    vectors = {"scale": scale, "shift": shift} if centred else {"weight": layer.weight}
+
+    def eager(x: Tensor) -> Tensor:
+        if centred:
+            return F.layer_norm(x, shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+        y: Tensor = layer(x)
+        return y
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, mean, rstd = ops.modulated_norm(x, **vectors, center=centred)
+        return y, (x, mean, rstd)
+
+    def backward(kept: tuple[Tensor, ...], grad: Tensor) -> Tensor:
+        others = {name: vector for name, vector in vectors.items() if name != "shift"}
+        return ops.modulated_norm_backward(grad, *kept, **others, center=centred)
+
+    name = f"{'modulated_norm' if centred else 'modulated_norm as RMSNorm'} {'x'.join(map(str, shape))}"
+    return Case(name, x, grad, eager, forward, backward)
+
+
+ROWS = ((1, 4608, 3072), (2, 4096, 1536), (2, 1024, 1536), (2, 256, 384), (2, 24, 4096, 64))
+"""The rows of FLUX.1 and of Stable Diffusion 3 with images of 1024 x 1024 and 512 x 512, of a small transformer, and
+those of a head's queries."""
 NORMS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (1, 512, 64, 64), (1, 128, 512, 512))
 CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "group_norm_silu": (group_norm_case, NORMS),
+    "modulated_norm": (modulated_norm_case, ROWS),
     "lean_norm": (lean_norm_case, (*NORMS, (1, 512, 128, 128), (1, 256, 256, 256))),
 }
 

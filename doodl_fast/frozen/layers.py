@@ -1,8 +1,8 @@
 """The layers that have a leaner way to run, by the full name of their class, and that way.
 
 A row of the table makes the `forward` of a class. Every such `forward` calls the same kernels as the class's own, with
-and without a graph, so values and gradients have the same bits; `group_norm.py` has the one exception. Classes are
-found by name, so that neither diffusers nor transformers is imported for them.
+and without a graph, so values and gradients have the same bits, but for those of `group_norm.py` and
+`modulated_norm.py`. Classes are found by name, so that neither diffusers nor transformers is imported for them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .convolution import Geometry, convolution
 from .functions import activation, gated, recomputed
 from .group_norm import activated, fused
 from .level import Level
+from .modulated_norm import adaptive, root_mean_square
 from .recipes import active, recipe_of, remember
 
 Forward = Callable[..., Any]
@@ -281,27 +282,53 @@ def _attention(cls: Any) -> Forward:
     return forward
 
 
+def _rms_norm(cls: Any) -> Forward:
+    """RMSNorm, of which the op keeps the input, or what that follows from."""
+    whole = _whole(cls)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        result = root_mean_square(self, args[0]) if len(args) == 1 and not kwargs else None
+        return whole(self, *args, **kwargs) if result is None else result
+
+    return forward
+
+
+def _adaptive(cls: Any) -> Forward:
+    """A norm with a modulation by an embedding, by the op where that is used."""
+    recording, known = _recording(cls), getattr(cls.forward, "__module__", "") == cls.__module__
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        leanest = self._doodl_fast_level is Level.RECOMPUTE
+        result = adaptive(self, args, kwargs, recipe=leanest) if known else None
+        if result is not None:
+            return result
+        return recording(self, *args, **kwargs) if leanest else cls.forward(self, *args, **kwargs)
+
+    return forward
+
+
 _CONVOLUTION = Pattern(_convolution, refuse=_padding_by_name)
 _TRANSPOSED = Pattern(_transposed_convolution)
 _SILU = Pattern(_silu, refuse=_in_place)
 _ATTENTION = Pattern(_recording, gains=True)
-_MODULATION = Pattern(_recording, Level.RECOMPUTE)
+_ADAPTIVE = Pattern(_adaptive)
+_RMS_NORM = Pattern(_rms_norm)
 
 PATTERNS: dict[str, Pattern] = {
     **{f"torch.nn.modules.conv.Conv{n}d": _CONVOLUTION for n in (1, 2, 3)},
     **{f"torch.nn.modules.conv.ConvTranspose{n}d": _TRANSPOSED for n in (1, 2, 3)},
     "torch.nn.modules.normalization.GroupNorm": Pattern(_group_norm),
     "torch.nn.modules.normalization.LayerNorm": Pattern(_layer_norm, Level.RECOMPUTE),
-    "torch.nn.modules.normalization.RMSNorm": Pattern(_whole),
+    "torch.nn.modules.normalization.RMSNorm": _RMS_NORM,
     "torch.nn.modules.linear.Linear": Pattern(_linear, Level.RECOMPUTE),
     "torch.nn.modules.activation.SiLU": _SILU,
     "torch.nn.modules.activation.GELU": Pattern(_elementwise(_gelu, _gelu_backward)),
-    "diffusers.models.normalization.RMSNorm": Pattern(_whole),
+    "diffusers.models.normalization.RMSNorm": _RMS_NORM,
     "diffusers.models.normalization.FP32LayerNorm": Pattern(_whole),
-    "diffusers.models.normalization.AdaLayerNormZero": _MODULATION,
-    "diffusers.models.normalization.AdaLayerNormZeroSingle": _MODULATION,
-    "diffusers.models.normalization.AdaLayerNormContinuous": _MODULATION,
-    "diffusers.models.normalization.SD35AdaLayerNormZeroX": _MODULATION,
+    "diffusers.models.normalization.AdaLayerNormZero": _ADAPTIVE,
+    "diffusers.models.normalization.AdaLayerNormZeroSingle": _ADAPTIVE,
+    "diffusers.models.normalization.AdaLayerNormContinuous": _ADAPTIVE,
+    "diffusers.models.normalization.SD35AdaLayerNormZeroX": _ADAPTIVE,
     "diffusers.models.activations.GEGLU": Pattern(_projected(_geglu), gains=True),
     "diffusers.models.activations.SwiGLU": Pattern(_projected(_swiglu), gains=True),
     "diffusers.models.activations.ApproximateGELU": Pattern(_projected(_whole_quick_gelu), gains=True),
