@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU on PyTorch's meta device with the memory of the kernel that lean layers have on GPUs."""
+"""Norms on PyTorch's meta device with the memory of the kernels that lean layers have on GPUs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..frozen import group_norm
+from ..frozen import group_norm, modulated_norm
 
 
 @contextlib.contextmanager
 def fused_norms() -> Iterator[None]:
-    """Lets lean layers call the op on the meta device, as they do on GPUs with Triton (docs/lean.md).
+    """Lets lean layers call the ops of norms on the meta device, as they do on GPUs with Triton (docs/lean.md).
 
-    The op holds its result and the statistics of the groups, and its gradient the input's gradient.
+    An op holds its result and the statistics of groups or rows, and its gradient the input's gradient.
     """
-    pays = group_norm._pays
+    pays, modulated_pays = group_norm._pays, modulated_norm._pays
 
     def is_used(x: Tensor) -> bool:
         return x.is_meta or pays(x)
+
+    def is_modulated(x: Tensor, same_bits: bool) -> bool:
+        return x.shape[-1] <= modulated_norm.MOST if x.is_meta else modulated_pays(x, same_bits)
 
     with (
         mock.patch.object(group_norm, "_pays", is_used),
         mock.patch.object(ops, "group_norm_silu", _on_meta(ops.group_norm_silu, _forward)),
         mock.patch.object(ops, "group_norm_silu_backward", _on_meta(ops.group_norm_silu_backward, _backward)),
+        mock.patch.object(modulated_norm, "_pays", is_modulated),
+        mock.patch.object(ops, "modulated_norm", _on_meta(ops.modulated_norm, _modulated)),
+        mock.patch.object(ops, "modulated_norm_backward", _on_meta(ops.modulated_norm_backward, _backward)),
     ):
         yield
 
@@ -45,6 +51,11 @@ def _on_meta(function: Any, other: Any) -> Any:
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
     return torch.empty_like(x), mean, rstd
+
+
+def _modulated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    center, rstd = rest[-1], x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(rstd) if center else rstd.new_empty(0), rstd
 
 
 def _backward(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:

@@ -1,0 +1,53 @@
+"""Lean norms on the meta device hold as much as the ops do where these are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models import normalization
+from ops_cases import require
+from torch import nn
+
+from doodl_fast import ops
+from doodl_fast.chain.memory.tracker import Tracker
+from doodl_fast.cli.meta_norms import fused_norms
+from doodl_fast.diffusion.module_copies import ModuleCopies
+from doodl_fast.frozen import Level, modulated_norm
+
+pytestmark = pytest.mark.usefixtures("lean_small_tensors")
+
+
+class Norms(nn.Module):
+    """An adaptive norm, and RMSNorm of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.zero, self.rms = normalization.AdaLayerNormZeroSingle(256), normalization.RMSNorm(64, 1e-6)
+
+    def forward(self, x, emb):
+        return self.rms(self.zero(x, emb=emb)[0].unflatten(-1, (4, 64)).transpose(1, 2))
+
+
+def held(device):
+    """The bytes that a graph holds, and the peak of a call and its gradient."""
+    with torch.device(device):
+        network = Norms().half().eval().requires_grad_(False)
+        x, emb = torch.zeros(2, 64, 256, dtype=torch.float16), torch.zeros(2, 256, dtype=torch.float16)
+    lean = ModuleCopies(network, lean=Level.ON).of(network)
+    with Tracker(device) as tracker:
+        output = lean(x.requires_grad_(), emb)
+        kept = tracker.held
+        torch.autograd.grad(output, x, torch.ones_like(output))
+    return kept, tracker.peak
+
+
+def test_lean_norms_hold_the_same_on_the_meta_device(monkeypatch):
+    require("native", "cpu")
+    with fused_norms():
+        estimated = held("meta")
+    assert held("meta")[1] > estimated[1]  # Without the ops, PyTorch's operators hold more for a while.
+    monkeypatch.setattr(modulated_norm, "_pays", lambda x, same_bits: ops.has_kernel("modulated_norm", x))
+    with ops.backend("native"):
+        measured = held("cpu")
+    assert estimated[0] == pytest.approx(measured[0], rel=0.01)
+    assert estimated[1] == pytest.approx(measured[1], rel=0.05)
