@@ -71,7 +71,7 @@ fuzz: $(READY)
 	set -e; for target in picture lattice_state run_state; do \
 	  $(BIN)/python fuzz/run.py $$target --seconds $(SECONDS_EACH); done
 
-# Sessions that need another torch are not among the default ones: see noxfile.py, and .github/workflows/test.yml.
+# Sessions that need another torch are not among these: `.venv-release/bin/nox -l` lists them, and what they are for.
 matrix: $(TOOLS)/.ready
 	$(TOOLS)/bin/nox -s syntax docs
 

@@ -1,18 +1,30 @@
 """The matrix of Python and torch that the project supports: `nox -l` lists the sessions, `make matrix` runs those here.
 
 Each session has an environment of its own. It installs a torch, builds the package with it, and runs the tests. The
-sessions of Python versions that are not installed are skipped. By default they take torch from PyPI; for the smaller
-builds for the CPU name their index in PIP_EXTRA_INDEX_URL, as .github/workflows/test.yml does.
+sessions of Python versions that are not installed are skipped; pyenv's are found. By default they take torch from
+PyPI; for the smaller builds for the CPU name their index in PIP_EXTRA_INDEX_URL, as .github/workflows/test.yml does.
 """
 
 from __future__ import annotations
 
+import os
+import platform
+from pathlib import Path
+
 import nox
 
+ROOT = Path(__file__).resolve().parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 OLDEST_TORCH, NEWEST_TORCH = "2.11", ""
 """The oldest torch that pyproject.toml admits, and whatever is newest."""
 QUICK = ("tests/chain", "tests/ops", "tests/test_layout.py", "tests/test_readme.py", "tests/test_install.py")
+
+# pyenv's commands run those of its versions alone that this variable names, or else a single one.
+pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+found = [folder.name for version in PYTHONS for folder in sorted(pyenv.glob(f"{version}.*"))]
+if found:
+    own = [name for name in found if name == platform.python_version()]
+    os.environ.setdefault("PYENV_VERSION", ":".join([*own, *(name for name in found if name not in own)]))
 
 nox.options.sessions = ["syntax", "lint", "docs"]
 nox.options.error_on_missing_interpreters = False
@@ -56,6 +68,19 @@ def quick(session: nox.Session, torch: str) -> None:
     """The engine, the operators and the installation: a few minutes."""
     install(session, torch, "dev")
     session.run("pytest", "-q", "-n", "auto", "--dist", "loadfile", *(session.posargs or QUICK))
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("torch", [OLDEST_TORCH, NEWEST_TORCH], ids=["oldest", "newest"])
+def wheel(session: nox.Session, torch: str) -> None:
+    """README's example with the wheel in dist/, from `make wheel`: one wheel serves every Python and torch."""
+    (file,) = (ROOT / "dist").glob("*.whl")
+    session.install(f"torch=={torch}.*" if torch else "torch", str(file), "pytest", "hypothesis")
+    session.chdir(session.create_tmp())  # away from the sources, which lie in the repository's folder
+    code = "from doodl_fast import ops; assert ops.resolve('cpu') == 'native', ops.why_not('native', 'cpu')"
+    session.run("python", "-c", code)
+    session.run("doodl-fast", "doctor")
+    session.run("pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_readme.py"))
 
 
 @nox.session(python="3.11")
