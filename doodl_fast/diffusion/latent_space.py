@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -58,9 +59,7 @@ class LatentSpace:
     ) -> Tensor:
         """Draws standard normal latents. See `DiffusionChain.noise`."""
         rest = self._shape(*self._checked_size(height, width), num_frames)
-        seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [seed]
-        if not seeds or any(isinstance(one, bool) or not isinstance(one, int) for one in seeds):
-            raise ValueError(f"seed: expected an int, or a list of ints, one for each picture, got {seed!r}")
+        seeds = [0] if generator is not None else checked_seeds(seed)
         if batch is None:
             batch = max(self.prompts, len(seeds))
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
@@ -95,6 +94,14 @@ class LatentSpace:
         if num_frames is not None:
             raise ValueError(f"num_frames: expected None, because this chain makes pictures, got {num_frames!r}")
         return self.channels, height // self.scale_factor, width // self.scale_factor
+
+
+def checked_seeds(seed: Any) -> list[int]:
+    """Returns one seed, or the seed of each picture, as a list. Raises ValueError for what is no int."""
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    if not seeds or any(isinstance(one, bool) or not isinstance(one, Integral) for one in seeds):
+        raise ValueError(f"seed: expected an int, or a list of ints, one for each picture, got {seed!r}")
+    return [int(one) for one in seeds]
 
 
 def check_size(name: str, size: Any, factor: int, patch: int = 1, largest: int | None = None) -> None:

@@ -142,7 +142,7 @@ def _is_untouched(norm: Any) -> bool:
 
 
 def _embedding(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The embedding that a layer is called with, or None if it is called in another way than transformers do."""
+    """The embedding that a layer is called with, or None if it is called in another way than diffusers' blocks do."""
     if len(args) == 1 and kwargs.keys() == {"emb"}:
         return kwargs["emb"]
     # The second argument of AdaLayerNormZero is a timestep.

@@ -258,7 +258,7 @@ class DiffusionChain(Chain):
         not applied.
 
         Args:
-            seed: Of the noise, unless there is a generator. A list has a seed for each picture, whose noise is then
+            seed: Of the noise; a generator takes its place. A list has a seed for each picture, whose noise is then
                 the same in every batch.
             batch: How many latents B. None is one for each prompt of the chain, or for each seed of a list.
             height: Height of the pictures in pixels. None is that of the chain.

@@ -232,6 +232,9 @@ def test_a_seed_for_each_picture_gives_its_noise_in_every_batch(pipeline: Any) -
     chain = EDICT.from_pipeline(pipeline, "a dog", num_inference_steps=2)
     together = chain.noise(seed=[5, 7, 5])
     assert torch.equal(together, torch.cat([chain.noise(seed) for seed in (5, 7, 5)]))
+    assert torch.equal(chain.noise(seed=np.int64(5)), chain.noise(seed=5))
+    drawn = chain.noise(seed=None, generator=torch.Generator().manual_seed(5))  # type: ignore[arg-type]
+    assert torch.equal(drawn, chain.noise(seed=5))
     for seed in ([], 1.5, [1, "a"], True):
         with pytest.raises(ValueError, match="seed: expected an int, or a list of ints, one for each picture, got"):
             chain.noise(seed=seed)  # type: ignore[arg-type]

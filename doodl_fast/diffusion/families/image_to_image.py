@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import Decoder, latent_channels
-from ..latent_space import LatentSpace
+from ..latent_space import LatentSpace, checked_seeds
 from ..span import Span
 from .additions import Addition, Build
 from .base import Request
@@ -52,9 +52,11 @@ class FromPicture(LatentSpace):
     ) -> Tensor:
         """Encodes the picture and adds noise, both drawn in the order in which the pipeline draws them."""
         assert self.image is not None
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed: expected an int, of what is drawn for all pictures together, got {seed!r}")
-        source = torch.Generator().manual_seed(seed) if generator is None else generator
+        source = generator
+        if source is None:
+            if isinstance(seed, (list, tuple)):
+                raise ValueError(f"seed: expected an int, of what is drawn for all pictures together, got {seed!r}")
+            source = torch.Generator().manual_seed(*checked_seeds(seed))
         rows = len(self.image)
         batch = max(rows, self.prompts) if batch is None else batch
         if isinstance(batch, int) and batch % rows:
