@@ -21,7 +21,8 @@ void set_torch(GatedCall& call) {
   const bool divided = call.activation != Activation::silu && n > GELU_DIVIDED;
   call.gradient_range = torch_range(n, TORCH_GRAIN);
   call.value_range = torch_range(n, divided ? n / torch::stable::get_num_threads() : TORCH_GRAIN);
-  call.tail_step = call.dtype == Dtype::f32 && call.activation != Activation::gelu_tanh ? torch_step() : 1;
+  if (call.dtype == Dtype::f64 || call.activation == Activation::gelu_tanh) return;  // These have other bits anyway.
+  call.tail_step = call.dtype == Dtype::f32 ? torch_step() : 2 * torch_step();
 }
 
 GatedCall gated_call(const Tensor& x, int64_t activation) {

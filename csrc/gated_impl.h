@@ -1,7 +1,8 @@
 // The first half of each row times an activation of the second half, and the gradient of both halves.
 //
-// For floats the operations are those of PyTorch's own kernels on x86-64 (gelu, silu, their gradients, mul), in the same
-// order and with the same fused multiply-adds, so that the results have the same bits. PyTorch's vectors have the error
+// The operations are those of PyTorch's own kernels on x86-64 (gelu, silu, their gradients, mul), in the same order and with
+// the same fused multiply-adds and the same roundings in between, so that the results have the same bits in float32,
+// bfloat16 and float16. PyTorch's vectors have the error
 // function of Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26. The GELU of the hyperbolic tangent is
 // written as x sigmoid(2 u), which is the same function, but has other bits than PyTorch's.
 #pragma once
@@ -40,8 +41,9 @@ DF_FN Floats error_function(const Floats& x) {
 }
 #endif
 
-// An activation of vectors, or of single numbers, V, of elements T: its value, and its gradient times `grad`.
-template <class V, class T>
+// An activation of vectors, or of single numbers, V, in the arithmetic T of elements S: its value, and `grad` times its
+// derivative.
+template <class V, class T, class S>
 struct Gelu {
   static constexpr T ROOT_HALF = T(0.70710678118654752440), DENSITY = T(0.39894228040143267794);
   const V x, twice;  // twice: two times the share of the normal distribution below x
@@ -50,11 +52,12 @@ struct Gelu {
   DF_FN V gradient(const V& grad) const {
     const V density = DENSITY * exponential(x * x * T(-0.5));
     const V share = T(0.5) * twice;
-    return grad * (sizeof(V) == sizeof(T) ? x * density + share : madd(x, density, share));
+    constexpr bool fused = sizeof(V) > sizeof(T) && sizeof(S) == sizeof(T);  // So it is in PyTorch's own binary.
+    return grad * (fused ? madd(x, density, share) : x * density + share);
   }
 };
 
-template <class V, class T>
+template <class V, class T, class S>
 struct GeluTanh {
   static constexpr T SLOPE = T(1.59576912160573071176), CUBIC = T(0.044715);  // SLOPE: sqrt(8 / pi)
   const V x, square, sigmoid;
@@ -66,7 +69,7 @@ struct GeluTanh {
   }
 };
 
-template <class V, class T>
+template <class V, class T, class S>
 struct Silu {
   const V x;
   DF_FN explicit Silu(const V& gate) : x(gate) {}
@@ -84,25 +87,42 @@ DF_FN void for_row_tails(const GatedCall& call, int64_t range, int64_t begin, in
   }
 }
 
+// Returns numbers as they are after they have been written as elements S.
+template <class S, class T>
+DF_FN Lanes<T> rounded(const Lanes<T>& v) {
+  if (sizeof(S) == sizeof(T)) return v;
+  S memory[WIDTH<T>];
+  Memory<S>::store(memory, v);
+  return Memory<S>::load(memory);
+}
+template <class S, class T>
+DF_FN T rounded_one(T value) {
+  S memory;
+  Memory<S>::put(&memory, value);
+  return Memory<S>::get(&memory);
+}
+
 // In these, `first` is where a row begins in a tensor of halves; in x it begins at 2 first.
 
-template <class S, template <class, class> class Act>
+template <class S, template <class, class, class> class Act>
 void gated_rows(const GatedCall& call, int64_t begin, int64_t end) {
   using T = typename Memory<S>::T;
   for (int64_t first = begin * call.half; first < end * call.half; first += call.half) {
     const S *const hidden = static_cast<const S*>(call.x) + 2 * first, *const gate = hidden + call.half;
     S* const y = static_cast<S*>(call.y) + first;
     by_vectors<T>(call.half, [&](int64_t at, int64_t n) {
-      store<S>(y + at, load<S>(hidden + at, n) * Act<Lanes<T>, T>(load<S>(gate + at, n)).value(), n);
+      const Lanes<T> value = Act<Lanes<T>, T, S>(load<S>(gate + at, n)).value();
+      store<S>(y + at, load<S>(hidden + at, n) * rounded<S, T>(value), n);
     });
     for_row_tails(call, call.value_range, first, first + call.half, [&](int64_t i) {
       i -= first;
-      Memory<S>::put(y + i, Memory<S>::get(hidden + i) * Act<T, T>(Memory<S>::get(gate + i)).value());
+      const T value = Act<T, T, S>(Memory<S>::get(gate + i)).value();
+      Memory<S>::put(y + i, Memory<S>::get(hidden + i) * rounded_one<S, T>(value));
     });
   }
 }
 
-template <class S, template <class, class> class Act>
+template <class S, template <class, class, class> class Act>
 void gated_backward_rows(const GatedCall& call, int64_t begin, int64_t end) {
   using T = typename Memory<S>::T;
   for (int64_t first = begin * call.half; first < end * call.half; first += call.half) {
@@ -111,18 +131,19 @@ void gated_backward_rows(const GatedCall& call, int64_t begin, int64_t end) {
     S *const of_hidden = static_cast<S*>(call.grad_x) + 2 * first, *const of_gate = of_hidden + call.half;
     by_vectors<T>(call.half, [&](int64_t at, int64_t n) {
       const Lanes<T> grad = load<S>(grad_y + at, n), factor = load<S>(hidden + at, n);
-      const Act<Lanes<T>, T> act(load<S>(gate + at, n));
-      store<S>(of_hidden + at, grad * act.value(), n);
-      store<S>(of_gate + at, act.gradient(grad * factor), n);
+      const Act<Lanes<T>, T, S> act(load<S>(gate + at, n));
+      store<S>(of_hidden + at, grad * rounded<S, T>(act.value()), n);
+      store<S>(of_gate + at, act.gradient(rounded<S, T>(grad * factor)), n);
     });
     for_row_tails(call, call.value_range, first, first + call.half, [&](int64_t i) {
       i -= first;
-      Memory<S>::put(of_hidden + i, Memory<S>::get(grad_y + i) * Act<T, T>(Memory<S>::get(gate + i)).value());
+      const T value = Act<T, T, S>(Memory<S>::get(gate + i)).value();
+      Memory<S>::put(of_hidden + i, Memory<S>::get(grad_y + i) * rounded_one<S, T>(value));
     });
     for_row_tails(call, call.gradient_range, first, first + call.half, [&](int64_t i) {
       i -= first;
-      const T grad = Memory<S>::get(grad_y + i) * Memory<S>::get(hidden + i);
-      Memory<S>::put(of_gate + i, Act<T, T>(Memory<S>::get(gate + i)).gradient(grad));
+      const T grad = rounded_one<S, T>(Memory<S>::get(grad_y + i) * Memory<S>::get(hidden + i));
+      Memory<S>::put(of_gate + i, Act<T, T, S>(Memory<S>::get(gate + i)).gradient(grad));
     });
   }
 }

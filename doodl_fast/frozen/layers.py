@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from . import level
 from .attention import Recording
 from .convolution import Geometry, convolution
-from .functions import activation, gated, recomputed
+from .functions import activation, recomputed
+from .gated import GELU, SILU, Gate, gated, may_be_one_op
 from .group_norm import activated, fused
 from .level import Level
 from .modulated_norm import adaptive, root_mean_square
@@ -210,35 +211,44 @@ def _other_gelu(layer: Any) -> str | None:
     return None if act is F.gelu else "it has a function of its own"
 
 
-def _projected(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Forward]:
-    """A row for a projection and an activation: the projection's result is kept, and nothing of the activation.
+_DEVICES = ("cpu", "cuda", "meta")
+"""Where diffusers' projections with an activation compute what is written here."""
 
-    Args:
-        function: It is called with the projection's result, and keeps that alone.
-    """
+
+def _projected_quick_gelu(cls: Any) -> Forward:
+    """A projection and a quick GELU: the projection's result is kept, and nothing of the activation."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = len(args) != 1 or kwargs or _is_small(self, args[0], level.SMALL) or not active(args[0])
+        if plain or args[0].device.type not in _DEVICES:
+            return cls.forward(self, *args, **kwargs)
+        return recomputed(_quick_gelu, self.proj(args[0]))
+
+    return forward
+
+
+def _gated(gate: Gate) -> Callable[[Any], Forward]:
+    """A row for a projection and a gated activation: the projection's result is kept, and nothing of the activation."""
 
     def make(cls: Any) -> Forward:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            plain = len(args) != 1 or kwargs or _is_small(self, args[0], level.SMALL) or not active(args[0])
-            if plain or args[0].device.type not in ("cpu", "cuda", "meta"):
+            if len(args) != 1 or kwargs or args[0].device.type not in _DEVICES:
                 return cls.forward(self, *args, **kwargs)
-            return function(self.proj(args[0]))
+            (x,) = args
+            # The op may round differently. So whether it is called must not depend on the level, which may change in a
+            # run, and not on whether there is a graph.
+            one_op = x.numel() >= level.SMALL and may_be_one_op(x)
+            if not one_op and (_is_small(self, x, level.SMALL) or not active(x)):
+                return cls.forward(self, x)
+            return gated(self.proj(x), gate, one_op)
 
         return forward
 
     return make
 
 
-def _geglu(x: Tensor) -> Tensor:
-    return gated(x, F.gelu, _aten.gelu_backward.grad_input)
-
-
-def _swiglu(x: Tensor) -> Tensor:
-    return gated(x, F.silu, _aten.silu_backward.grad_input)
-
-
-def _whole_quick_gelu(x: Tensor) -> Tensor:
-    return recomputed(_quick_gelu, x)
+def _other_gate(layer: Any) -> str | None:
+    return None if type(layer.activation) is nn.SiLU else "it has a function of its own"
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -329,9 +339,9 @@ PATTERNS: dict[str, Pattern] = {
     "diffusers.models.normalization.AdaLayerNormZeroSingle": _ADAPTIVE,
     "diffusers.models.normalization.AdaLayerNormContinuous": _ADAPTIVE,
     "diffusers.models.normalization.SD35AdaLayerNormZeroX": _ADAPTIVE,
-    "diffusers.models.activations.GEGLU": Pattern(_projected(_geglu), gains=True),
-    "diffusers.models.activations.SwiGLU": Pattern(_projected(_swiglu), gains=True),
-    "diffusers.models.activations.ApproximateGELU": Pattern(_projected(_whole_quick_gelu), gains=True),
+    "diffusers.models.activations.GEGLU": Pattern(_gated(GELU), gains=True),
+    "diffusers.models.activations.SwiGLU": Pattern(_gated(SILU), refuse=_other_gate, gains=True),
+    "diffusers.models.activations.ApproximateGELU": Pattern(_projected_quick_gelu, gains=True),
     "diffusers.models.activations.GELU": Pattern(_gelu_of_projection, Level.RECOMPUTE, gains=True),
     "diffusers.models.attention_processor.Attention": Pattern(_attention, gains=True),
     "diffusers.models.transformers.transformer_flux.FluxAttention": _ATTENTION,

@@ -8,15 +8,16 @@ keeps hidden, gate and act(gate) for a backward pass. These ops need x alone: th
 again, and writes both halves of the gradient in one pass. Gated activations are arXiv 2002.05202, GELU arXiv
 1606.08415; keeping nothing else is the idea of memsave_torch (arXiv 2404.12406) and of Liger-Kernel's GEGLU.
 
-Arithmetic: it is done in float64 for float64, else in float32; y and the gradient are rounded once to x's dtype.
-Backends agree up to rounding, unlike those of the ops on latents. On an x86-64 CPU the native kernels give the bits of
-PyTorch's own kernels for float32 tensors of several rows, with GELU and with SiLU (`matches_torch("gated_activation")`
-finds out whether they do). In float16 and bfloat16 they are closer to the exact result, because PyTorch rounds
-act(gate) to the tensor's dtype.
+Arithmetic: it is done in float64 for float64, else in float32. act(gate), grad_y hidden and the results are rounded to
+x's dtype, as by PyTorch's layers, which write each of them to memory. Backends agree up to rounding, unlike those of
+the ops on latents. On an x86-64 CPU the native kernels give the bits of PyTorch's own kernels for float32, bfloat16 and
+float16 tensors of several rows, with GELU and with SiLU (`matches_torch("gated_activation")` finds out whether they
+do).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -92,15 +93,16 @@ def gated_activation_backward(grad_y: Tensor, x: Tensor, activation: str = "gelu
 def _same_bits() -> bool:
     """Whether values and gradients have the bits of PyTorch's kernels for a few tensors, with GELU and with SiLU."""
     generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     # Odd sizes end in the middle of PyTorch's vectors, and in the middle of a row where its threads divide a tensor.
     for rows, half in ((3, 64), (7, 37), (501, 35), (1009, 37)):
-        x = 3 * torch.randn(rows, 2 * half, generator=generator, device="cpu")
-        grad = torch.randn(rows, half, generator=generator, device="cpu")
-        for kind, act in ((0, F.gelu), (2, F.silu)):
+        draws = [torch.randn(rows, size, generator=generator, device="cpu") for size in (2 * half, half)]
+        for dtype, kind in itertools.product(dtypes, (0, 2)):
+            x, grad = draws[0].mul(3).to(dtype), draws[1].to(dtype)
             with torch.enable_grad():
                 leaf = x.clone().requires_grad_()
                 hidden, gate = leaf.chunk(2, -1)
-                want = hidden * act(gate)
+                want = hidden * _FUNCTIONS[kind][0](gate)
                 (want_grad,) = torch.autograd.grad(want, leaf, grad)
             if not (torch.equal(_forward(x, kind), want) and torch.equal(_backward(grad, x, kind), want_grad)):
                 return False
@@ -197,10 +199,15 @@ def _halves(x: Tensor) -> tuple[Tensor, ...]:
     return x.to(compute_dtype(x.dtype)).chunk(2, -1)
 
 
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a value rounded to a dtype, in its own."""
+    return cast(value, dtype).to(value.dtype)
+
+
 def _product(call: Any) -> Tensor:
     """Returns y in the dtype of the arithmetic."""
     hidden, gate = _halves(call.x)
-    return hidden * _FUNCTIONS[call.activation][0](gate)
+    return hidden * _rounded(_FUNCTIONS[call.activation][0](gate), call.x.dtype)
 
 
 def _gradients(call: Any) -> tuple[Tensor, Tensor]:
@@ -208,7 +215,7 @@ def _gradients(call: Any) -> tuple[Tensor, Tensor]:
     hidden, gate = _halves(call.x)
     value, slope = _FUNCTIONS[call.activation]
     grad = call.grad_y.to(hidden.dtype)
-    return grad * value(gate), grad * hidden * slope(gate)
+    return grad * _rounded(value(gate), call.x.dtype), _rounded(grad * hidden, call.x.dtype) * slope(gate)
 
 
 def _formula(call: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Finds out whether the ops of layers give the bits of PyTorch's own kernels for float32 tensors on the CPU."""
+"""Finds out whether the ops of layers give the bits of PyTorch's own kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def compared(op: str) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
 
 
 def matches_torch(op: str = "group_norm_silu") -> bool:
-    """Whether an op and its gradient give the bits of PyTorch's own kernels here, for contiguous float32 on the CPU.
+    """Whether an op and its gradient give the bits of PyTorch's own kernels here, for contiguous tensors on the CPU.
 
     That depends on the chosen backend, on the processor, and on the compiler that PyTorch was built with. So both are
     compared on a few tensors when this is first called, once for one thread and once for several.
 
     Args:
-        op: "group_norm_silu"; "gated_activation", with GELU and SiLU, for tensors of several rows; or
-            "modulated_norm", with `center=True`, for a multiple of 8 channels.
+        op: "group_norm_silu", for float32; "gated_activation", with GELU and SiLU, for tensors of several rows in
+            float32, bfloat16 and float16; or "modulated_norm", for float32 with `center=True` and a multiple of 8
+            channels.
 
     Raises:
         ValueError: No op of that name is compared.

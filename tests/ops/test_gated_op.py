@@ -39,7 +39,9 @@ def operands(shape, dtype, scale=1.0):
 
 
 def allowed(dtype):
-    return bound(dtype, 4) + (0.0 if dtype == torch.float64 else LIBRARY_ERF)
+    """How far from float64 a result may be, which is rounded twice in half precision."""
+    twice = 2.0 if dtype in (torch.float16, torch.bfloat16) else 1.0
+    return twice * bound(dtype, 4) + (0.0 if dtype == torch.float64 else LIBRARY_ERF)
 
 
 # Against float64
@@ -57,12 +59,13 @@ def test_against_float64(backend, shape, dtype, activation):
 
 @pytest.mark.parametrize("activation", ACTS)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_in_half_precision_it_is_closer_to_float64_than_torch(backend, dtype, activation):
-    """It rounds once. PyTorch rounds the activation, too, and in the gradient the product with the other half."""
+def test_in_half_precision_it_is_as_close_to_float64_as_torch(backend, dtype, activation):
+    """It rounds where PyTorch's layers do, so nearly all elements are the same."""
     x, grad = operands((40, 2 * 130), DTYPES[dtype], 2.0)
     want, torchs = exact(layer(activation), x, grad), with_gradient(layer(activation), x, grad)
     for ours, theirs, truth in zip(fused(x, grad, activation), torchs, want, strict=True):
-        assert distance(ours, truth) <= 0.9 * distance(theirs, truth)
+        assert distance(ours, truth) <= 1.01 * distance(theirs, truth)
+        assert float((ours == theirs).double().mean()) >= 0.98
 
 
 @pytest.mark.parametrize("activation", ACTS)
@@ -96,16 +99,16 @@ def test_the_native_kernels_have_the_bits_of_torch(activation, threads):
             pytest.skip("this PyTorch was compiled in another way, or for another processor")
         for rows in (2, 7, 77, 401):
             for half in (1, 7, 16, 31, 33, 43, 64, 83, 320):
-                for scale in (1.0, 20.0):
-                    x, grad = operands((rows, 2 * half), torch.float32, scale)
+                for dtype, scale in (("fp32", 1.0), ("fp32", 20.0), ("bf16", 2.0), ("fp16", 2.0)):
+                    x, grad = operands((rows, 2 * half), DTYPES[dtype], scale)
                     want = with_gradient(layer(activation), x, grad)
                     for got, theirs in zip(fused(x, grad, activation), want, strict=True):
-                        assert torch.equal(got, theirs), x.shape
+                        assert torch.equal(got, theirs), (x.shape, dtype)
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     ("make", "activation"), [(activations.GEGLU, "gelu"), (activations.SwiGLU, "silu")], ids=["GEGLU", "SwiGLU"]
 )
@@ -118,7 +121,7 @@ def test_diffusers_layers(backend, make, activation, dtype):
         return ops.gated_activation(module.proj(x), activation)
 
     for got, want in zip(with_gradient(ours, x, grad), with_gradient(module, x, grad), strict=True):
-        if backend == "native" and dtype == "fp32" and ops.matches_torch("gated_activation"):
+        if backend == "native" and ops.matches_torch("gated_activation"):
             assert torch.equal(got, want)
         assert distance(got, want) <= 4 * EPSILON[x.dtype]
 
@@ -131,10 +134,11 @@ def test_matches_torch_says_no_for_a_backend_with_other_bits():
         ops.matches_torch("coupling")
 
 
-@pytest.mark.parametrize("activation", ACTS)
-def test_threads_change_no_bit(activation):
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_threads_change_no_bit(dtype):
+    """Elsewhere the elements that PyTorch computes one by one depend on its threads."""
     require("native")
-    x, grad = operands((90, 2 * 401), torch.bfloat16)
+    activation, (x, grad) = "gelu_tanh", operands((90, 2 * 401), DTYPES[dtype])
     before = torch.get_num_threads()
     results = []
     with ops.backend("native"):

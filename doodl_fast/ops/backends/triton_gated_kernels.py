@@ -8,7 +8,7 @@ A program computes a block of one row, so that no element's place takes a divisi
 import triton
 import triton.language as tl
 
-from .triton_kernels import _load, _store
+from .triton_kernels import _load, _store, _to_bfloat16
 
 ROOT_HALF = tl.constexpr(0.70710678118654752440)
 DENSITY = tl.constexpr(0.39894228040143267794)
@@ -36,6 +36,14 @@ def _activation(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _rounded(value, ptr):
+    """Returns what reading would give after value was written to ptr: PyTorch's layers write what is in between."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        return _to_bfloat16(value).to(value.dtype)
+    return value.to(ptr.dtype.element_ty).to(value.dtype)
+
+
+@triton.jit
 def _row(half, BLOCK: tl.constexpr):
     """Returns where this program's row begins in a tensor of halves, and the elements of the row that it computes."""
     return tl.program_id(0).to(tl.int64) * half, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -48,7 +56,7 @@ def gated_kernel(y_ptr, x_ptr, half, COMPUTE: tl.constexpr, ACTIVATION: tl.const
     mask = element < half
     hidden = _load(x_ptr, 2 * first + element, mask, COMPUTE)
     value, _ = _activation(_load(x_ptr, 2 * first + half + element, mask, COMPUTE), ACTIVATION)
-    _store(y_ptr, first + element, hidden * value, mask)
+    _store(y_ptr, first + element, hidden * _rounded(value, x_ptr), mask)
 
 
 @triton.jit
@@ -61,5 +69,5 @@ def gated_backward_kernel(
     grad = _load(grad_ptr, first + element, mask, COMPUTE)
     hidden = _load(x_ptr, 2 * first + element, mask, COMPUTE)
     value, slope = _activation(_load(x_ptr, 2 * first + half + element, mask, COMPUTE), ACTIVATION)
-    _store(out_ptr, 2 * first + element, grad * value, mask)
-    _store(out_ptr, 2 * first + half + element, grad * hidden * slope, mask)
+    _store(out_ptr, 2 * first + element, grad * _rounded(value, x_ptr), mask)
+    _store(out_ptr, 2 * first + half + element, _rounded(grad * hidden, x_ptr) * slope, mask)

@@ -21,6 +21,15 @@ def _load(pointer, offsets, mask, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _to_bfloat16(value):
+    """Returns float32 rounded to the nearest bfloat16, by its bits, because the interpreter's cast truncates."""
+    bits = value.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = tl.where(value != value, 0x7FC0, bits)
+    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def _store(pointer, offsets, value, mask):
     """Writes a block, rounded once. float64 goes to fp16 by way of float32, rounded to odd (see `layout.rounded`)."""
     wide: tl.constexpr = value.dtype == tl.float64
@@ -33,11 +42,7 @@ def _store(pointer, offsets, value, mask):
         bits = tl.where(back != value, bits | 1, bits)
         value = bits.to(tl.float32, bitcast=True)
     if pointer.dtype.element_ty == tl.bfloat16:
-        # The interpreter's cast truncates, so this rounds the bits to nearest even.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        bits = tl.where(value != value, 0x7FC0, bits)
-        tl.store(pointer + offsets, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(pointer + offsets, _to_bfloat16(value), mask=mask)
     else:
         tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
 
