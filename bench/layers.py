@@ -9,7 +9,8 @@ median of the rounds, and "x" is how many times faster than eager the op is. "ke
 for the backward pass. Eager computes the gradient of the input alone, as the weights do not ask for one.
 
 `lean_norm` compares the same two layers in lean copies of a residual block, where PyTorch's own compute the norm again
-in the backward pass: "eager" are lean layers without the op.
+in the backward pass: "eager" are lean layers without the op. `lean_gated` is the same for gated activations, GEGLU
+without its projection. `gated_activation` and `lean_gated` take contiguous tensors alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 from doodl_fast import ops
 from doodl_fast.diffusion.module_copies import ModuleCopies
-from doodl_fast.frozen import Level, kept_by_operator
+from doodl_fast.frozen import Level, gated, kept_by_operator
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -127,10 +128,55 @@ def modulated_norm_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torc
 ROWS = ((1, 4608, 3072), (2, 4096, 1536), (2, 1024, 1536), (2, 256, 384), (2, 24, 4096, 64))
 """The rows of FLUX.1 and of Stable Diffusion 3 with images of 1024 x 1024 and 512 x 512, of a small transformer, and
 those of a head's queries."""
+
+
+def gated_operands(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """The projection of a feed-forward layer, and the gradient of what the gated activation makes of it."""
+    x, grad = torch.randn(shape, device=device), torch.randn(*shape[:-1], shape[-1] // 2, device=device)
+    return x.to(dtype), grad.to(dtype)
+
+
+def gated_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> Case:
+    """GEGLU without its projection, as diffusers computes it and by the op."""
+
+    def eager(x: Tensor) -> Tensor:
+        hidden, gate = x.chunk(2, -1)
+        return hidden * F.gelu(gate)
+
+    return Case(
+        f"gated_activation {'x'.join(map(str, shape))}",
+        *gated_operands(shape, dtype, device),
+        eager,
+        lambda x: (ops.gated_activation(x, "gelu"), (x,)),
+        lambda kept, grad: ops.gated_activation_backward(grad, *kept, "gelu"),
+    )
+
+
+def lean_gated_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> Case:
+    """A lean GEGLU without its projection, by PyTorch's operators and by the op."""
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaf = x.detach().requires_grad_()
+        y = gated.gated(leaf, gated.GELU, one_op=True)
+        return y, (y, leaf)
+
+    return Case(
+        f"lean GEGLU {'x'.join(map(str, shape))}",
+        *gated_operands(shape, dtype, device),
+        lambda x: gated.gated(x, gated.GELU, one_op=False),
+        forward,
+        lambda kept, grad: torch.autograd.grad(*kept, grad, retain_graph=True)[0],
+    )
+
+
 NORMS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (1, 512, 64, 64), (1, 128, 512, 512))
+PROJECTIONS = ((2, 4096, 2560), (2, 1024, 5120), (2, 256, 10240), (2, 64, 10240), (2, 4096, 5120))
+"""Those of Stable Diffusion's four sizes of feed-forward layers, and one of SDXL's."""
 CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "group_norm_silu": (group_norm_case, NORMS),
     "modulated_norm": (modulated_norm_case, ROWS),
+    "gated_activation": (gated_case, PROJECTIONS),
+    "lean_gated": (lean_gated_case, PROJECTIONS),
     "lean_norm": (lean_norm_case, (*NORMS, (1, 512, 128, 128), (1, 256, 256, 256))),
 }
 

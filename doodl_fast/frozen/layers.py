@@ -1,8 +1,8 @@
 """The layers that have a leaner way to run, by the full name of their class, and that way.
 
 A row of the table makes the `forward` of a class. Every such `forward` calls the same kernels as the class's own, with
-and without a graph, so values and gradients have the same bits, but for those of `group_norm.py` and
-`modulated_norm.py`. Classes are found by name, so that neither diffusers nor transformers is imported for them.
+and without a graph, so values and gradients have the same bits, but for those of `group_norm.py`, `modulated_norm.py`
+and `gated.py`. Classes are found by name, so that neither diffusers nor transformers is imported for them.
 """
 
 from __future__ import annotations
