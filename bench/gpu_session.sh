@@ -129,8 +129,8 @@ end_to_end replayed 240
 end_to_end lean 150
 end_to_end decode 30
 needs_gpu launches 60 "$PYTHON" bench/launches.py
-needs_gpu layers-replayed 40 "$PYTHON" bench/layers.py "${LAYERS[@]}" --op lean_norm --replayed
-part layers-NCHW 70 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout contiguous
-part layers-NHWC 70 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout channels_last
+needs_gpu layers-replayed 60 "$PYTHON" bench/layers.py "${LAYERS[@]}" --op lean_norm --op lean_gated --replayed
+part layers-NCHW 130 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout contiguous
+part layers-NHWC 70 "$PYTHON" bench/layers.py "${LAYERS[@]}" --op group_norm_silu --op lean_norm --layout channels_last
 part ops 180 "$PYTHON" bench/ops.py --device="$DEVICE" "${SIZES[@]}" --json="$OUT/ops.json" --table="$SCRATCH/ops.md"
 echo "$SECONDS s; see $OUT"

@@ -10,7 +10,8 @@ for the backward pass. Eager computes the gradient of the input alone, as the we
 
 `lean_norm` compares the same two layers in lean copies of a residual block, where PyTorch's own compute the norm again
 in the backward pass: "eager" are lean layers without the op. `lean_gated` is the same for gated activations, GEGLU
-without its projection. `gated_activation` and `lean_gated` take contiguous tensors alone.
+without its projection, and `lean_feed_forward` for the layer with its two products. These take contiguous tensors
+alone.
 """
 
 from __future__ import annotations
@@ -169,6 +170,34 @@ def lean_gated_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.me
     )
 
 
+def lean_feed_forward_case(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str
+) -> Case:
+    """A lean feed-forward layer with GEGLU and its two matrix products, by PyTorch's operators and by the op."""
+    from diffusers.models.attention import FeedForward
+
+    with torch.device(device):
+        layer = FeedForward(shape[-1], activation_fn="geglu").to(dtype).eval().requires_grad_(False)
+    lean = ModuleCopies(layer, lean=Level.ON).of(layer)
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+
+    def eager(x: Tensor) -> Tensor:
+        with ops.backend("eager"):
+            y: Tensor = lean(x)
+            return y
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaf = x.detach().requires_grad_()
+        y = lean(leaf)
+        return y, (y, leaf)
+
+    return Case(
+        f"lean feed-forward {'x'.join(map(str, shape))}",
+        *(x, grad, eager, forward),
+        lambda kept, grad: torch.autograd.grad(*kept, grad, retain_graph=True)[0],
+    )
+
+
 NORMS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (1, 512, 64, 64), (1, 128, 512, 512))
 PROJECTIONS = ((2, 4096, 2560), (2, 1024, 5120), (2, 256, 10240), (2, 64, 10240), (2, 4096, 5120))
 """Those of Stable Diffusion's four sizes of feed-forward layers, and one of SDXL's."""
@@ -177,6 +206,7 @@ CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "modulated_norm": (modulated_norm_case, ROWS),
     "gated_activation": (gated_case, PROJECTIONS),
     "lean_gated": (lean_gated_case, PROJECTIONS),
+    "lean_feed_forward": (lean_feed_forward_case, ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280))),
     "lean_norm": (lean_norm_case, (*NORMS, (1, 512, 128, 128), (1, 256, 256, 256))),
 }
 
