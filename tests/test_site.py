@@ -18,7 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FOLDERS = (DOCS / "howto", DOCS / "from")
-RUN = [DOCS / "index.md", DOCS / "start.md", *(page for folder in FOLDERS for page in sorted(folder.glob("*.md")))]
+RUN = [
+    DOCS / "index.md",
+    DOCS / "start.md",
+    DOCS / "embedded.md",
+    *(page for folder in FOLDERS for page in sorted(folder.glob("*.md"))),
+]
 FEW = {"num_optimization_steps": 1, "num_inference_steps": 4}
 
 
