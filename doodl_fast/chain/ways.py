@@ -14,7 +14,7 @@ class Way(NamedTuple):
         recompute: Whether what one matrix product makes of something that is kept is left out, as with
             `Denoiser(lean="recompute")`.
         blocks: Whether the network keeps the inputs of its blocks alone (gradient checkpointing, Chen et al., arXiv
-            1604.06174).
+            1604.06174). A `Denoiser` with lean layers also keeps the small graphs of residual layers.
     """
 
     recompute: bool = False
@@ -48,4 +48,4 @@ WHOLE, RECOMPUTE, BLOCKS, SMALLEST = Way(), Way(recompute=True), Way(blocks=True
 WAYS = (WHOLE, RECOMPUTE, BLOCKS, SMALLEST)
 """All ways, from the one that computes the least again to the one that holds the least at once."""
 KEPT = (WHOLE, RECOMPUTE, BLOCKS)
-"""Ways that differ in what their graphs keep; `SMALLEST` keeps what `BLOCKS` keeps, and holds less of a block."""
+"""Ways whose graphs are worth keeping; `SMALLEST` keeps little less than `BLOCKS` and computes much more again."""

@@ -57,7 +57,8 @@ class ModuleCopies:
         root: The module at the top of the tree.
         dtype: The dtype of floating weights and buffers; None keeps theirs.
         evaluation: Whether the copies are in eval mode.
-        checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are.
+        checkpoints: Whether blocks that can be checkpointed, as those of diffusers, are. With `lean=Level.ON` residual
+            layers among them (see `LAYERS`) are not, because their lean graphs are small.
         layers: Whether the residual layers in those blocks (see `LAYERS`) are as well, when a block is computed again.
         lean: How little of what happens in the copies' layers their graphs keep.
         trained: Tensors that stand in the copies for some of the weights, which want gradients, by the `id` of the
@@ -92,8 +93,9 @@ class ModuleCopies:
                 copied.training = False
             if checkpoints and can_checkpoint(copied):
                 # Some versions of diffusers checkpoint in training mode alone. What is inside the block stays as it is.
+                function = _checkpoint_but_residual if lean is Level.ON else _checkpoint
                 copied.__dict__.update(
-                    training=True, gradient_checkpointing=True, _gradient_checkpointing_func=_checkpoint
+                    training=True, gradient_checkpointing=True, _gradient_checkpointing_func=function
                 )
         if not self._trained.keys() <= self._copies.keys():
             raise RuntimeError(
@@ -293,6 +295,15 @@ def _is_plainly_hooked(module: nn.Module) -> bool:
 def _checkpoint(block: Any, *args: Any) -> Any:
     """Calls a block so that its activations are computed again for a gradient. It draws no random numbers."""
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _checkpoint_but_residual(block: Any, *args: Any) -> Any:
+    """Calls a block as `_checkpoint` does, unless it is a residual layer, whose graph is kept.
+
+    The lean graph of a residual layer is a few tensors of its output's size, while its convolutions are expensive to
+    compute again. A block of transformers keeps many times as much for as many operations (bench/block_mixes.py).
+    """
+    return block(*args) if isinstance(block, nn.Module) and is_residual_layer(block) else _checkpoint(block, *args)
 
 
 def is_residual_layer(module: nn.Module) -> bool:
