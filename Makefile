@@ -1,6 +1,6 @@
 # make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint, types, imports, sizes.
 # make coverage: tests, and the lines that none of them runs.   make bench: ops against eager, compiled eager and a copy.
-# make docs: the site, in site/.   make examples: every script in examples/.
+# make docs: the site, in site/.   make docs-browser: the site and a gallery in a headless Chromium.   make examples: every script in examples/.
 # make paper: the comparison of methods, hours on a CPU; with QUICK=1 a small version, with DEVICE=cuda on a GPU.
 # make wheel: builds a wheel, checks it, runs README's example in an empty environment with it.
 # make sanitize: the kernels' tests under AddressSanitizer and UBSan.   make matrix: what of the matrix of Pythons can run here.
@@ -12,7 +12,7 @@ READY  := $(VENV)/.ready
 DOCS   := .venv-docs
 TOOLS  := .venv-release
 
-.PHONY: demo test check coverage bench paper docs examples wheel sanitize fuzz matrix audit install clean
+.PHONY: demo test check coverage bench paper docs docs-browser examples wheel sanitize fuzz matrix audit install clean
 
 demo: $(READY)
 	$(BIN)/doodl-fast demo --out demo
@@ -45,6 +45,13 @@ paper: $(READY)
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 	$(DOCS)/bin/python .ci/check_site.py site
+
+# CHROMIUM=/path chooses the browser. Its pictures of all pages are in build/screenshots, to be looked at.
+docs-browser: docs $(READY) .venv-browser/.ready
+	$(BIN)/doodl-fast sweep --out build/sweep --set 'prompts=["a red star", "a blue circle"]' --set seeds=2 \
+	  --set 'guides=["clip-text"]' --set 'methods=["none", "ddim"]' --set options.model=shapes --set options.steps=6 \
+	  --set options.optimization_steps=4
+	.venv-browser/bin/python .ci/check_browser.py site build/sweep/gallery.html --screenshots build/screenshots
 
 # The requirements of the extra of that name alone, without the package and torch.
 .venv-%/.ready: pyproject.toml
@@ -97,4 +104,4 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(TOOLS) site dist .nox fuzz/found fuzz/corpus examples/out build *.egg-info demo doodl_fast/_native*
+	rm -rf $(VENV) $(DOCS) $(TOOLS) .venv-browser site dist .nox fuzz/found fuzz/corpus examples/out build *.egg-info demo doodl_fast/_native*

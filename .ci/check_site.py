@@ -1,4 +1,4 @@
-"""Checks the HTML of a site: every link inside of it leads somewhere, and nothing is loaded from another place.
+"""Checks the HTML of a site: links inside of it lead somewhere, examples are code, nothing is loaded from elsewhere.
 
 python .ci/check_site.py site
 """
@@ -24,6 +24,7 @@ class Page(HTMLParser):
         self.anchors: set[str] = set()
         self.links: list[str] = []
         self.loads: list[str] = []
+        self.depth = self.deepest = 0  # of quotations in one another
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -34,6 +35,12 @@ class Page(HTMLParser):
             self.loads.append(values.get("href", ""))
         if tag == "a" and "href" in values:
             self.links.append(values["href"])
+        if tag == "blockquote":
+            self.depth += 1
+            self.deepest = max(self.deepest, self.depth)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.depth -= tag == "blockquote"
 
 
 def problems(site: Path) -> list[str]:
@@ -44,6 +51,8 @@ def problems(site: Path) -> list[str]:
         name = path.relative_to(site).as_posix()
         if name in SAMPLES:
             continue
+        if page.deepest > 2:
+            found.append(f"{name}: shows lines that begin with >>> as quotations, and not as code")
         found += [f"{name}: loads {url}" for url in page.loads if urlsplit(url).netloc]
         for url in [*page.links, *(url for url in page.loads if not urlsplit(url).netloc)]:
             parts = urlsplit(url)
