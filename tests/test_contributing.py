@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md. Their files are written into a copy of the package, and pass their own tests."""
+"""CONTRIBUTING.md names every target of the Makefile. Its recipes pass their own tests in a copy of the package."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def recipes() -> dict[str, dict[str, str]]:
     """Returns the files of each recipe, by the last word of its heading."""
     parts = re.split(r"^## How to add an? (\w+)$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)[1:]
     return {name: dict(BLOCK.findall(text)) for name, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def test_it_names_every_target_of_the_makefile() -> None:
+    targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets is not None
+    named = re.findall(r"^    make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(targets[1].split())
 
 
 def test_there_are_three_recipes_each_with_a_test():
