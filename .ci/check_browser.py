@@ -74,7 +74,11 @@ def opened(browser: Any, width: int, scheme: str, found: list[str], where: str) 
     page.set_default_timeout(10_000)
     page.on("console", lambda m: m.type in ("error", "warning") and found.append(f"{name}: console: {m.text}"))
     page.on("pageerror", lambda error: found.append(f"{name}: error: {error}"))
-    page.on("requestfailed", lambda request: found.append(f"{name}: could not load {request.url[:200]}"))
+    # What is still loading when another page is opened is aborted, which is no fault.
+    page.on(
+        "requestfailed",
+        lambda r: r.failure != "net::ERR_ABORTED" and found.append(f"{name}: could not load {r.url[:200]}"),
+    )
     page.on("request", lambda r: r.url.startswith(("http", "ws")) and found.append(f"{name}: asks for {r.url[:200]}"))
     try:
         yield page
@@ -213,13 +217,16 @@ def main(arguments: list[str] | None = None) -> int:
     if executable is None:
         print("not checked: there is no Chromium here; install one (Debian: apt-get install chromium) or set CHROMIUM")
         return 0
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
 
     if options.screenshots:
         options.screenshots.mkdir(parents=True, exist_ok=True)
     found = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable)
+        try:
+            browser = playwright.chromium.launch(executable_path=executable)
+        except Error as error:
+            raise SystemExit(f"CHROMIUM: expected a Chromium that starts, got {executable}:\n{error}") from None
         version = browser.version
         for path in (path.resolve() for path in options.paths):
             found += (check_site if path.is_dir() else check_gallery)(browser, path, options.screenshots)

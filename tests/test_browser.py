@@ -100,6 +100,11 @@ def test_what_is_wrong_is_found(browser: None, gallery: Path) -> None:
     assert not [problem for _, _, problem in FAULTS if not re.search(problem, printed)], printed
 
 
+def test_a_browser_that_does_not_start_is_named(browser: None, gallery: Path) -> None:
+    with pytest.raises(AssertionError, match=f"CHROMIUM: expected a Chromium that starts, got {sys.executable}:"):
+        check(gallery, CHROMIUM=sys.executable)
+
+
 def test_without_a_browser_it_says_so_and_ends_well() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "site"], capture_output=True, text=True, env={"PATH": "", "LANG": "C.UTF-8"}
