@@ -1,8 +1,9 @@
 """Estimates the memory of a gradient with networks on PyTorch's meta device, which hold no memory.
 
 The memory tracker sees the results of every operator on the meta device too. So it gives the sizes of one evaluation,
-one graph and one VJP, with fused attention (Dao et al., arXiv 2205.14135) and fused norms as on a GPU. Not included are
-the scratch memory of operators, the CUDA context (some hundred MB), fragmentation, text encoders and guides.
+one graph and one VJP, with fused attention (Dao et al., arXiv 2205.14135) and fused norms and gates as on a GPU. Not
+included are the scratch memory of operators, the CUDA context (some hundred MB), fragmentation, text encoders and
+guides.
 """
 
 from __future__ import annotations

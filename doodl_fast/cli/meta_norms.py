@@ -1,4 +1,4 @@
-"""Norms on PyTorch's meta device with the memory of the kernels that lean layers have on GPUs."""
+"""Norms and gated activations on the meta device, with the memory of the kernels that lean layers have on GPUs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..frozen import group_norm, modulated_norm
+from ..frozen import gated, group_norm, modulated_norm
 
 
 @contextlib.contextmanager
 def fused_norms() -> Iterator[None]:
-    """Lets lean layers call the ops of norms on the meta device, as they do on GPUs with Triton (docs/lean.md).
+    """Lets lean layers call their ops on the meta device, as they do on GPUs with Triton (docs/lean.md).
 
-    An op holds its result and the statistics of groups or rows, and its gradient the input's gradient.
+    An op holds its result, a norm's also the statistics of groups or rows, and its gradient the input's gradient.
     """
-    pays, modulated_pays = group_norm._pays, modulated_norm._pays
+    pays, modulated_pays, gated_pays = group_norm._pays, modulated_norm._pays, gated._pays
 
     def is_used(x: Tensor) -> bool:
         return x.is_meta or pays(x)
 
     def is_modulated(x: Tensor, same_bits: bool) -> bool:
         return x.shape[-1] <= modulated_norm.MOST if x.is_meta else modulated_pays(x, same_bits)
+
+    def is_gated(x: Tensor) -> bool:
+        return gated._fits(x) if x.is_meta else gated_pays(x)
 
     with (
         mock.patch.object(group_norm, "_pays", is_used),
@@ -35,6 +38,9 @@ def fused_norms() -> Iterator[None]:
         mock.patch.object(modulated_norm, "_pays", is_modulated),
         mock.patch.object(ops, "modulated_norm", _on_meta(ops.modulated_norm, _modulated)),
         mock.patch.object(ops, "modulated_norm_backward", _on_meta(ops.modulated_norm_backward, _backward)),
+        mock.patch.object(gated, "_pays", is_gated),
+        mock.patch.object(ops, "gated_activation", _on_meta(ops.gated_activation, _gated)),
+        mock.patch.object(ops, "gated_activation_backward", _on_meta(ops.gated_activation_backward, _backward)),
     ):
         yield
 
@@ -56,6 +62,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: floa
 def _modulated(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     center, rstd = rest[-1], x.new_empty(x.shape[:-1], dtype=torch.float32)
     return torch.empty_like(x), torch.empty_like(rstd) if center else rstd.new_empty(0), rstd
+
+
+def _gated(x: Tensor, activation: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
 def _backward(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:

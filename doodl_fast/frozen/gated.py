@@ -62,11 +62,16 @@ def _pays(x: Tensor) -> bool:
     alone, and not on whether a graph is made or the call is recorded as a CUDA graph. So all calls of a run with equal
     inputs give the same bits.
     """
-    if type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_contiguous() or x.numel() <= x.shape[-1]:
+    if not _fits(x):
         return False
     if x.is_cpu:
         return ops.matches_torch("gated_activation")
     return x.is_cuda and ops.has_kernel("gated_activation", x)
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether the op takes a tensor as it is, on whatever device it is."""
+    return type(x) is Tensor and x.dtype in _DTYPES and x.is_contiguous() and x.numel() > x.shape[-1]
 
 
 def _product(x: Tensor, gate: Gate) -> Tensor:

@@ -1,10 +1,10 @@
-"""Lean norms on the meta device hold as much as the ops do where these are computed."""
+"""Lean norms and gated activations on the meta device hold as much as the ops do where these are computed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models import normalization
+from diffusers.models import activations, normalization
 from ops_cases import require
 from torch import nn
 
@@ -12,7 +12,7 @@ from doodl_fast import ops
 from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.cli.meta_norms import fused_norms
 from doodl_fast.diffusion.module_copies import ModuleCopies
-from doodl_fast.frozen import Level, modulated_norm
+from doodl_fast.frozen import Level, gated, modulated_norm
 
 pytestmark = pytest.mark.usefixtures("lean_small_tensors")
 
@@ -28,10 +28,21 @@ class Norms(nn.Module):
         return self.rms(self.zero(x, emb=emb)[0].unflatten(-1, (4, 64)).transpose(1, 2))
 
 
-def held(device):
+class Gates(nn.Module):
+    """The two layers with a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.gelu, self.silu = activations.GEGLU(256, 512), activations.SwiGLU(512, 128)
+
+    def forward(self, x, _):
+        return self.silu(self.gelu(x))
+
+
+def held(device, module=Norms):
     """The bytes that a graph holds, and the peak of a call and its gradient."""
     with torch.device(device):
-        network = Norms().half().eval().requires_grad_(False)
+        network = module().half().eval().requires_grad_(False)
         x, emb = torch.zeros(2, 64, 256, dtype=torch.float16), torch.zeros(2, 256, dtype=torch.float16)
     lean = ModuleCopies(network, lean=Level.ON).of(network)
     with Tracker(device) as tracker:
@@ -51,3 +62,24 @@ def test_lean_norms_hold_the_same_on_the_meta_device(monkeypatch):
         measured = held("cpu")
     assert estimated[0] == pytest.approx(measured[0], rel=0.01)
     assert estimated[1] == pytest.approx(measured[1], rel=0.05)
+
+
+def test_lean_gates_hold_the_same_on_the_meta_device(monkeypatch):
+    require("native", "cpu")
+    with fused_norms():
+        estimated = held("meta", Gates)
+    without = held("meta", Gates)
+    assert without[0] == estimated[0]  # With and without the op a graph keeps the projections alone,
+    assert without[1] > estimated[1]  # and PyTorch's operators hold more for a while.
+    monkeypatch.setattr(gated, "_pays", lambda x: ops.has_kernel("gated_activation", x))
+    with ops.backend("native"):
+        measured = held("cpu", Gates)
+    assert estimated == measured
+
+
+def test_the_op_is_counted_where_a_gpu_would_call_it():
+    x = torch.zeros(8, 64, device="meta")
+    with fused_norms():
+        assert gated._pays(x) and gated._pays(x.half())
+        assert not any(gated._pays(other) for other in (x.double(), x.t(), x[:1]))
+    assert not gated._pays(x)
