@@ -140,9 +140,9 @@ def test_regularisers_keep_the_length_that_a_reward_alone_changes(tmp_path):
 
 def test_a_word_is_learnt_by_a_gradient_through_the_chain(tmp_path):
     module = example("textual_inversion")
-    few = ["--steps", "2", "--training-steps", "2", "--batch", "2", "--held-out", "2", "--out", str(tmp_path)]
+    few = ["--steps", "2", "--training-steps", "2", "--batch", "2", "--held-out", "4", "--out", str(tmp_path)]
     found = module.main(few)
-    assert float((found["vector"] - found["first"]).norm()) > 1e-3 and len(found["losses"]) == 2
+    assert float((found["last"] - found["first"]).norm()) > 1e-3 and len(found["losses"]) == 2
     assert (tmp_path / "after_green.png").is_file()
 
     pipe = shapes.load_pipeline()
@@ -152,7 +152,10 @@ def test_a_word_is_learnt_by_a_gradient_through_the_chain(tmp_path):
     table = words.table.clone()
 
     def value(vector):
-        embeds = {"prompt_embeds": words(["a red star"], vector), "negative_prompt_embeds": words([""], words.first)}
+        embeds = {
+            "prompt_embeds": words(["a red star"], vector[None]),
+            "negative_prompt_embeds": words([""], words.first[None]),
+        }
         chain = doodl_fast.DDIM.from_pipeline(pipe, num_inference_steps=2, guidance_scale=4.0, **embeds)
         return chain(chain.noise(seed=0).double())[0].sin().sum()
 
@@ -163,3 +166,36 @@ def test_a_word_is_learnt_by_a_gradient_through_the_chain(tmp_path):
         slope = float(value(leaf + 1e-6 * direction) - value(leaf - 1e-6 * direction)) / 2e-6
     assert abs(slope) > 1e-2 and float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-5)
     assert torch.equal(words.table, table)
+
+
+def test_a_word_that_is_lost_is_not_kept(tmp_path, capsys):
+    few = ["--steps", "4", "--training-steps", "1", "--batch", "2", "--held-out", "12", "--learning-rate", "3"]
+    found = example("textual_inversion").main([*few, "--out", str(tmp_path)])
+    assert float((found["last"] - found["first"]).norm()) > 1
+    assert found["validated"][0] == found["validated"][1] > 0
+    assert torch.equal(found["vector"], found["first"]) and (found["before"] == found["after"]).all()
+    assert "the word of step 0 is kept" in capsys.readouterr().out
+
+
+def test_each_picture_has_a_word_of_its_own():
+    """Prompts with a vector each have the conditions of prompts whose table was changed, and one gradient each."""
+    words = example("textual_inversion").Words(shapes.load_pipeline(), "star")
+    vectors = torch.stack([words.first, 2 * words.first]).requires_grad_()
+    conditions = words(["a red star", "a blue star"], vectors)
+    for place, prompt in enumerate(("a red star", "a blue star")):
+        with torch.no_grad():
+            ids = words.pipe.tokenizer(
+                prompt, return_tensors="pt", padding="max_length", max_length=words.pipe.tokenizer.model_max_length
+            ).input_ids
+            changed = shapes.load_pipeline().text_encoder
+            changed.get_input_embeddings().weight[words.token] = vectors[place]
+            expected = changed(ids)[0]
+        assert torch.allclose(conditions[place], expected[0], atol=1e-5)
+    (gradient,) = torch.autograd.grad(conditions[0].sin().sum(), vectors)
+    assert gradient[0].norm() > 0 and not gradient[1].any()
+
+
+def test_the_word_is_judged_by_a_picture_of_each_colour_at_least(capsys):
+    with pytest.raises(SystemExit):
+        example("textual_inversion").main(["--held-out", "3"])
+    assert "--held-out: expected at least 4" in capsys.readouterr().err
