@@ -1,6 +1,6 @@
 # make demo: environment, install, the demo.   make test: environment, install, tests.   make check: lint, types, imports, sizes.
 # make coverage: tests, and the lines that none of them runs.   make bench: ops against eager, compiled eager and a copy.
-# make docs: the site, in site/.   make docs-browser: the site and a gallery in a headless Chromium.   make examples: every script in examples/.
+# make docs: the site, in site/.   make docs-browser: the site and a gallery in a headless Chromium.   make examples: every script in examples/ (FULL=1: in full size).
 # make paper: the comparison of methods, hours on a CPU; with QUICK=1 a small version, with DEVICE=cuda on a GPU.
 # make wheel: builds a wheel, checks it, runs README's example in an empty environment with it.
 # make sanitize: the kernels' tests under AddressSanitizer and UBSan.   make matrix: what of the matrix of Pythons can run here.
@@ -87,9 +87,14 @@ audit: $(READY) $(TOOLS)/.ready
 	$(BIN)/python -m pip freeze --exclude-editable | sed '/^torch==/s/+cpu//; / @ /d' > build/frozen.txt
 	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r build/frozen.txt
 
-# One after the other, most of them under a minute on an idle core; pictures are in examples/out.
+# One after the other; pictures are in examples/out. The LoRA is trained with fewer pictures and steps than by default;
+# `make examples FULL=1` trains it as docs/weights.md reports.
+ifndef FULL
+SMALL_lora_from_reward := --batch 8 --training-steps 10 --learning-rate 3e-3 --held-out 40 --out examples/out/small_lora
+endif
 examples: $(READY)
-	set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; $(foreach script,$(sort $(wildcard examples/*.py)),echo "== $(script)"; \
+	  $(BIN)/python $(script) $(SMALL_$(basename $(notdir $(script))));)
 
 install: $(READY)
 

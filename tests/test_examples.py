@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -123,7 +124,10 @@ def test_a_lora_learns_from_a_reward_and_goes_on_where_it_was(tmp_path):
 
 
 def test_a_lora_makes_more_pictures_of_held_out_captions_right(tmp_path):
-    few = ["--batch", "8", "--training-steps", "10", "--learning-rate", "3e-3", "--held-out", "40"]
+    makefile = (EXAMPLES.parent / "Makefile").read_text()
+    small = re.search(r"^SMALL_lora_from_reward := (.+)$", makefile, re.MULTILINE)  # What `make examples` runs.
+    assert small is not None
+    few = small[1].split()
     found = example("lora_from_reward").main([*few, "--out", str(tmp_path)])
     assert len(found["before"]) == 40 and 8 <= found["before"].sum() <= 24
     assert found["after"].sum() > found["before"].sum()
