@@ -22,11 +22,11 @@ import torch
 from lean import MIB, REAL, Network, one_way, sizes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
 from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.cli.meta_attention import fused_attention
 from doodl_fast.cli.meta_norms import fused_norms
+from doodl_fast.diffusion.block_checkpoint import checkpoint
 from doodl_fast.diffusion.module_copies import is_residual_layer
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -42,7 +42,7 @@ class Block:
         residual: Whether it is a residual layer.
         kept: What its graph keeps beyond its inputs, in bytes.
         vjp: The FLOPs of its VJP.
-        again: What is computed again of it if its inputs alone are kept. `torch.utils.checkpoint` stops after the last
+        again: What is computed again of it if its inputs alone are kept. A checkpoint stops after the last
             operator whose result the VJP needs, so that is less than the block.
     """
 
@@ -70,7 +70,7 @@ def measure_blocks(network: Network, way: str) -> list[Block]:
         return held, tracker.flops - flops
 
     def measured(block: Any, *args: Any) -> Any:
-        again = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+        again = functools.partial(checkpoint, block)
         kept, vjp = called(block, args)
         residual = isinstance(block, nn.Module) and is_residual_layer(block)
         found.append(Block(residual, kept, vjp, called(again, args)[1] - vjp))

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..frozen import Level, substitute
+from .block_checkpoint import checkpoint
 from .calling import NetworkAdapter
 from .hooks import CASTING, cast_for_calls, hooks_of
 from .networks import FLOAT_DTYPES, blocks_checkpointed, can_checkpoint, frozen, module_tree
@@ -93,7 +93,7 @@ class ModuleCopies:
                 copied.training = False
             if checkpoints and can_checkpoint(copied):
                 # Some versions of diffusers checkpoint in training mode alone. What is inside the block stays as it is.
-                function = _checkpoint_but_residual if lean is Level.ON else _checkpoint
+                function = _checkpoint_but_residual if lean is Level.ON else checkpoint
                 copied.__dict__.update(
                     training=True, gradient_checkpointing=True, _gradient_checkpointing_func=function
                 )
@@ -292,18 +292,13 @@ def _is_plainly_hooked(module: nn.Module) -> bool:
     return getattr(inner, "__func__", None) is type(module).forward
 
 
-def _checkpoint(block: Any, *args: Any) -> Any:
-    """Calls a block so that its activations are computed again for a gradient. It draws no random numbers."""
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-
-
 def _checkpoint_but_residual(block: Any, *args: Any) -> Any:
-    """Calls a block as `_checkpoint` does, unless it is a residual layer, whose graph is kept.
+    """Calls a block as `checkpoint` does, unless it is a residual layer, whose graph is kept.
 
     The lean graph of a residual layer is a few tensors of its output's size, while its convolutions are expensive to
     compute again. A block of transformers keeps many times as much for as many operations (bench/block_mixes.py).
     """
-    return block(*args) if isinstance(block, nn.Module) and is_residual_layer(block) else _checkpoint(block, *args)
+    return block(*args) if isinstance(block, nn.Module) and is_residual_layer(block) else checkpoint(block, *args)
 
 
 def is_residual_layer(module: nn.Module) -> bool:
@@ -317,7 +312,7 @@ def _checkpointed_class(kind: Any) -> Any:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(kind.forward, self)
-        return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(call, *args, **kwargs)
 
     body = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), body)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain.arithmetic import power_of_two
+from .block_checkpoint import checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -272,15 +273,13 @@ def blocks_checkpointed(network: nn.Module) -> Iterator[None]:
 
 def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
     """Calls a block so that its activations are computed again for a gradient, by a block that is frozen then too."""
-    from torch.utils.checkpoint import checkpoint
 
     def call(*args: Any) -> Any:
         module = block if isinstance(block, nn.Module) else nn.Identity()
         with frozen(module), blocks_checkpointed(module):
             return block(*args)
 
-    # A network of a run, or one in eval mode, draws no random numbers, so no generator's state is kept.
-    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(call, *args)
 
 
 def run_in_dtype(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
