@@ -128,11 +128,11 @@ def mixtures(start: Point, whole: list[Block], recompute: list[Block]) -> list[P
 
 def report(title: str, network: Network) -> None:
     """Measures and prints one network."""
-    rows = {way: sizes(network, way, operators=False) for way in ("lean", "recompute")}
-    whole, recompute = (measure_blocks(network, way) for way in rows)
+    rows = {way: sizes(network, way, operators=False) for way in ("lean", "recompute", "blocks")}
+    whole, recompute = (measure_blocks(network, way) for way in ("lean", "recompute"))
     lean, small = rows["lean"], rows["recompute"]
-    inputs = lean["kept"] - sum(block.kept for block in whole)
     residual = [block for block in whole if block.residual]
+    inputs = rows["blocks"]["kept"] - sum(block.kept for block in residual)
     checkpointed = (inputs, sum(block.again for block in whole))
     spared = (
         inputs + sum(block.kept for block in residual),

@@ -1,9 +1,9 @@
 """Gradient checkpointing of a network's blocks (Chen et al., arXiv 1604.06174) that keeps tensors of some KiB.
 
-A checkpointed block keeps its inputs, and is computed again when its gradient is, up to the operator that saves the last
-tensor. `torch.utils.checkpoint` drops every saved tensor. In a block of a diffusion transformer the last one is a gate,
-one number for each channel, and it is saved after the largest matrix products, which are then computed again for it
-alone. `checkpoint` keeps such tensors, and stops before those products.
+A checkpointed block keeps its inputs, and is computed again when its gradient is, up to the operator that saves the
+last tensor. `torch.utils.checkpoint` drops every saved tensor. In a block of a diffusion transformer the last one is a
+gate, one number for each channel, and it is saved after the largest matrix products, which are then computed again for
+it alone. `checkpoint` keeps such tensors, and stops before those products.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class _Frame:
         self._block = block
         self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._wanted = [tensor.requires_grad for tensor in tensors]
         self._inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
         self._small = SMALL_SHARE * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self._autocasts = [_autocast(kind) for kind in {"cpu", *(tensor.device.type for tensor in tensors)}]
@@ -116,8 +115,8 @@ class _Frame:
             return tensor.detach()
 
         leaves = list(self._others)
-        for where, tensor, wanted in zip(self._where, self._inputs.saved_tensors, self._wanted, strict=True):
-            leaves[where] = tensor.detach().requires_grad_(wanted)
+        for where, tensor in zip(self._where, self._inputs.saved_tensors, strict=True):
+            leaves[where] = tensor  # The very tensor of the first call, if no outer checkpoint has dropped it.
         with (
             _entered(self._autocasts),
             torch.enable_grad(),
