@@ -87,10 +87,11 @@ audit: $(READY) $(TOOLS)/.ready
 	$(BIN)/python -m pip freeze --exclude-editable | sed '/^torch==/s/+cpu//; / @ /d' > build/frozen.txt
 	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r build/frozen.txt
 
-# One after the other; pictures are in examples/out. The LoRA is trained with fewer pictures and steps than by default;
-# `make examples FULL=1` trains it as docs/weights.md reports.
+# One after the other; pictures are in examples/out. The LoRA is trained with fewer pictures and steps than by default, and
+# fewer regularisers are compared; `make examples FULL=1` does both as docs/weights.md and docs/rewards.md report.
 ifndef FULL
 SMALL_lora_from_reward := --batch 8 --training-steps 10 --learning-rate 3e-3 --held-out 40 --out examples/out/small_lora
+SMALL_reward_hacking := --prompts 4 --rows 0 1 3 --out examples/out/small_reward_hacking
 endif
 examples: $(READY)
 	set -e; $(foreach script,$(sort $(wildcard examples/*.py)),echo "== $(script)"; \
