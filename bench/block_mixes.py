@@ -4,10 +4,13 @@
 
 A plan of `memory="auto"` keeps the graph of an evaluation whole, without matrix products, or as the inputs of its
 blocks, or does not keep it and evaluates again ("one way for all blocks"). A knapsack could choose for each block:
-most operations saved per byte first ("a way for each block"). The table has both as they share a budget between many
-evaluations: what is computed again, as a share of an evaluation, and the FLOPs of a whole gradient, a forward run and
-its vector-Jacobian product included, in the second case as a share of those in the first. Budgets are shares of a whole
-graph for each evaluation. "before" checkpoints residual layers as all other blocks.
+most operations saved per byte first ("a way for each block"). A row of the table is a budget for each evaluation, as a
+share of its whole graph, which many evaluations may divide among them as they like. Its columns:
+
+- "again": the FLOPs that are computed again, as a share of those of one evaluation, in three cases: all blocks are
+  checkpointed, residual layers too ("alike"); residual layers are not, as in plans ("now"); a way for each block.
+- "gradient": the FLOPs of a forward run, its vector-Jacobian product and what is computed again, in the second and the
+  third case, as a share of those in the first.
 """
 
 from __future__ import annotations
@@ -134,19 +137,16 @@ def report(title: str, network: Network) -> None:
     residual = [block for block in whole if block.residual]
     inputs = rows["blocks"]["kept"] - sum(block.kept for block in residual)
     checkpointed = (inputs, sum(block.again for block in whole))
-    spared = (
-        inputs + sum(block.kept for block in residual),
-        checkpointed[1] - sum(block.again for block in residual),
-    )
+    spared = (rows["blocks"]["kept"], checkpointed[1] - sum(block.again for block in residual))
     uniform = [(0, lean["forward"]), (small["kept"], small["flops"] - lean["flops"]), (lean["kept"], 0)]
-    before, now = [*uniform, checkpointed], [*uniform, spared]
+    alike, now = [*uniform, checkpointed], [*uniform, spared]
     mixed = [*now, *mixtures(checkpointed, whole, recompute)]
     print(f"\n{title}")
     for name, (kept, flops) in (("inputs of blocks", checkpointed), ("and residual layers", spared)):
         print(f"  {name:<20} {kept / MIB:>8.0f} MiB, {flops / lean['forward']:.2f} of an evaluation again")
-    print("  budget   again: before, one way for all blocks, a way for each block   FLOPs of a gradient: now, for each")
+    print("  budget   again: alike, now, a way for each block   gradient: now, a way for each block")
     for share in BUDGETS:
-        flops = [again(points, share * lean["kept"]) for points in (before, now, mixed)]
+        flops = [again(points, share * lean["kept"]) for points in (alike, now, mixed)]
         numbers = " ".join(f"{value / lean['forward']:>8.3f}" for value in flops)
         ratios = " ".join(f"{(lean['flops'] + value) / (lean['flops'] + flops[0]):>8.3f}" for value in flops[1:])
         print(f"  {share:>6.2f} {numbers}   {ratios}", flush=True)

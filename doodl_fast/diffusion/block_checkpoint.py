@@ -23,9 +23,9 @@ SMALL_SHARE = 0.01
 def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a block whose graph keeps its inputs and what is small beside them; the rest is computed again.
 
-    What the block computes must depend on its arguments alone: it draws no random numbers. Graphs may be differentiated
-    more than once, and twice. Calls may be nested, also in `torch.utils.checkpoint`. While torch.compile traces, that
-    is what is called.
+    What the block computes must depend on its arguments alone: it draws no random numbers. A graph may be
+    differentiated several times, and second derivatives can be taken. Calls may be nested, also inside calls of
+    `torch.utils.checkpoint` and around them. While torch.compile traces, `torch.utils.checkpoint` does all of this.
 
     Args:
         block: A module or a function.
@@ -75,7 +75,8 @@ class _Frame:
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
         self._small = SMALL_SHARE * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self._autocasts = [_autocast(kind) for kind in {"cpu", *(tensor.device.type for tensor in tensors)}]
+        kinds = {"cpu", *(tensor.device.type for tensor in tensors)}
+        self._autocasts = [_autocast(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
         self._count = 0
         self._again: dict[int, Tensor] = {}
 
@@ -132,20 +133,17 @@ class _Frame:
             )
 
 
-def _autocast(kind: str) -> torch.autocast | None:
-    """What sets up autocast as it is now on a type of device; None where there is none."""
-    if not torch.amp.is_autocast_available(kind):
-        return None
+def _autocast(kind: str) -> torch.autocast:
+    """What sets up autocast as it is now on a type of device."""
     return torch.autocast(
         kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled()
     )
 
 
 @contextlib.contextmanager
-def _entered(contexts: list[torch.autocast | None]) -> Iterator[None]:
+def _entered(contexts: list[torch.autocast]) -> Iterator[None]:
     """Enters several contexts."""
     with contextlib.ExitStack() as stack:
         for context in contexts:
-            if context is not None:
-                stack.enter_context(context)
+            stack.enter_context(context)
         yield
