@@ -73,7 +73,8 @@ class _Frame:
         self._block = block
         self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
+        # Not its node alone: up to torch 2.11 a node loses what it has saved when its output is freed.
+        self._inputs: Tensor = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
         self._small = SMALL_SHARE * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         kinds = {"cpu", *(tensor.device.type for tensor in tensors)}
         self._autocasts = [_autocast(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
@@ -116,7 +117,8 @@ class _Frame:
             return tensor.detach()
 
         leaves = list(self._others)
-        for where, tensor in zip(self._where, self._inputs.saved_tensors, strict=True):
+        inputs: Any = self._inputs.grad_fn
+        for where, tensor in zip(self._where, inputs.saved_tensors, strict=True):
             leaves[where] = tensor  # The very tensor of the first call, if no outer checkpoint has dropped it.
         with (
             _entered(self._autocasts),

@@ -42,7 +42,8 @@ def test_a_report_and_an_untouched_gradient(memory, tmp_path):
     growing = {"checkpoint": size, "naive": 3 * size, "auto": 3 * size}.get(memory, 0)
     assert report.growth >= growing and (growing or report.growth < 2 * size)
     report.save(tmp_path / "deep")
-    assert Image.open(tmp_path / "deep" / "timeline.png").size == (800, 230)
+    width, height = Image.open(tmp_path / "deep" / "timeline.png").size
+    assert width == 800 and height in (229, 230)  # Versions of matplotlib round differently.
     stored = json.loads((tmp_path / "deep" / "profile.json").read_text())
     assert stored["peak"] == report.peak and len(stored["evaluations"]) == len(graphs)
     assert f"{len(graphs)}, {sum(graphs)} of them with a graph" in str(report)

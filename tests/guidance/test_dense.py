@@ -69,7 +69,10 @@ def estimator() -> Any:
 def processor(kind: str) -> Any:
     import transformers
 
-    return getattr(transformers, f"{kind}ImageProcessor")(size={"height": 32, "width": 32})
+    try:
+        return getattr(transformers, f"{kind}ImageProcessor")(size={"height": 32, "width": 32})
+    except ImportError as error:  # In some versions of transformers SegFormer's needs torchvision.
+        pytest.skip(str(error).strip().split("\n")[0])
 
 
 def pictures(batch: int = 2, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
