@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.cli.meta_attention import fused_attention
-from doodl_fast.cli.meta_norms import fused_norms
+from doodl_fast.cli.meta_ops import fused_ops
 from doodl_fast.diffusion.block_checkpoint import checkpoint
 from doodl_fast.diffusion.module_copies import is_residual_layer
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for name in args.networks:
         title, make = REAL[name]
-        with torch.device("meta"), fused_attention(), fused_norms():
+        with torch.device("meta"), fused_attention(), fused_ops():
             network = make()
             network[0].requires_grad_(False)
             report(title, network)

@@ -198,6 +198,28 @@ def lean_feed_forward_case(
     )
 
 
+def rotary_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> Case:
+    """Rotary embeddings of queries as diffusers' function computes them, whose graph keeps the tables alone as well."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    angles = torch.rand(shape[1], shape[3] // 2, device=device).repeat_interleave(2, -1)
+    tables = angles.cos(), angles.sin()
+
+    def eager(x: Tensor) -> Tensor:
+        y: Tensor = apply_rotary_emb(x, tables, sequence_dim=1)
+        return y
+
+    return Case(
+        f"rotary_embedding {'x'.join(map(str, shape))}",
+        *(x, grad, eager),
+        lambda x: (ops.rotary_embedding(x, *tables), tables),
+        lambda kept, grad: ops.rotary_embedding_backward(grad, *kept),
+    )
+
+
+HEADS = ((1, 4608, 24, 128), (1, 1536, 24, 128), (2, 1280, 16, 64), (1, 1040, 8, 32))
+"""The queries of FLUX.1 with images of 1024 x 1024 and 512 x 512, and of two smaller transformers."""
 NORMS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (1, 512, 64, 64), (1, 128, 512, 512))
 PROJECTIONS = ((2, 4096, 2560), (2, 1024, 5120), (2, 256, 10240), (2, 64, 10240), (2, 4096, 5120))
 """Those of Stable Diffusion's four sizes of feed-forward layers, and one of SDXL's."""
@@ -205,6 +227,7 @@ CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "group_norm_silu": (group_norm_case, NORMS),
     "modulated_norm": (modulated_norm_case, ROWS),
     "gated_activation": (gated_case, PROJECTIONS),
+    "rotary_embedding": (rotary_case, HEADS),
     "lean_gated": (lean_gated_case, PROJECTIONS),
     "lean_feed_forward": (lean_feed_forward_case, ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280))),
     "lean_norm": (lean_norm_case, (*NORMS, (1, 512, 128, 128), (1, 256, 256, 256))),

@@ -27,9 +27,14 @@ from lean import SMALL, Network, one_way
 from torch import Tensor
 
 from doodl_fast import ops
-from doodl_fast.frozen import gated, group_norm, modulated_norm
+from doodl_fast.frozen import gated, group_norm, modulated_norm, rotary
 
-CALLERS = {"group_norm_silu": group_norm, "modulated_norm": modulated_norm, "gated_activation": gated}
+CALLERS = {
+    "group_norm_silu": group_norm,
+    "modulated_norm": modulated_norm,
+    "gated_activation": gated,
+    "rotary_embedding": rotary,
+}
 """The ops that lean layers call, and the modules that decide whether they do."""
 
 

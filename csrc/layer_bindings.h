@@ -21,6 +21,9 @@
 #define SCHEMA_MODULATED_NORM_BACKWARD                                                                                 \
   "modulated_norm_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "     \
   "Tensor? scale, bool center) -> ()"
+#define SCHEMA_ROTARY_EMBEDDING "rotary_embedding(Tensor(a!) y, Tensor x, Tensor cos, Tensor sin, int pairs) -> ()"
+#define SCHEMA_ROTARY_EMBEDDING_BACKWARD \
+  "rotary_embedding_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor cos, Tensor sin, int pairs) -> ()"
 
 namespace {
 

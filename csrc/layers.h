@@ -65,6 +65,19 @@ struct ModulatedNormCall {
   double eps = 0;
 };
 
+// A call of rotary_embedding or of rotary_embedding_backward on contiguous tensors (samples, tokens, heads, size), which
+// reads x and writes y, the gradients in the second case. The tables (tokens, size), or (samples, tokens, size) if samples
+// have their own, have the dtype of the arithmetic.
+struct RotaryCall {
+  const void* x = nullptr;
+  void* y = nullptr;
+  const void *cos = nullptr, *sin = nullptr;
+  Dtype dtype = Dtype::f32;
+  int64_t samples = 0, tokens = 0, heads = 0, size = 0;
+  bool halves = false;  // Whether the channels of a pair are in the two halves of a head, or side by side.
+  bool own_tables = false;
+};
+
 // The kernels for one instruction set.
 struct LayerKernels {
   const char* name;
@@ -81,6 +94,9 @@ struct LayerKernels {
   void (*gated_backward)(const GatedCall&, int64_t begin, int64_t end);
   void (*modulated_norm)(const ModulatedNormCall&, int64_t begin, int64_t end);
   void (*modulated_norm_backward)(const ModulatedNormCall&, int64_t begin, int64_t end);
+  // These compute the tokens [begin, end) of all samples. room: memory for one row of a table
+  void (*rotary)(const RotaryCall&, int64_t begin, int64_t end, void* room);
+  void (*rotary_backward)(const RotaryCall&, int64_t begin, int64_t end, void* room);
 };
 
 const LayerKernels& layer_kernels_default();

@@ -14,6 +14,7 @@
 #include "gated_impl.h"
 #include "modulated_norm_impl.h"
 #include "pixel_norm_impl.h"
+#include "rotary_impl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
@@ -28,7 +29,8 @@ const LayerKernels* layer_kernels_avx512() {
   static constexpr LayerKernels table{"avx512",      group_norm, group_norm_backward,
                                       pixel_moments, pixel_norm, pixel_backward_sums,
                                       pixel_backward, gated,      gated_backward,
-                                      modulated_norm, modulated_norm_backward};
+                                      modulated_norm, modulated_norm_backward,
+                                      rotary, rotary_backward};
   return &table;
 #else
   return nullptr;

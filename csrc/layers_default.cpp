@@ -2,6 +2,7 @@
 #include "gated_impl.h"
 #include "modulated_norm_impl.h"
 #include "pixel_norm_impl.h"
+#include "rotary_impl.h"
 
 namespace doodl_fast {
 
@@ -9,7 +10,8 @@ const LayerKernels& layer_kernels_default() {
   static constexpr LayerKernels table{"baseline",    group_norm, group_norm_backward,
                                       pixel_moments, pixel_norm, pixel_backward_sums,
                                       pixel_backward, gated,      gated_backward,
-                                      modulated_norm, modulated_norm_backward};
+                                      modulated_norm, modulated_norm_backward,
+                                      rotary, rotary_backward};
   return table;
 }
 

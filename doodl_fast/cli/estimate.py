@@ -28,7 +28,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.video import VideoDecoder, VideoSpace
 from ..solvers.edict import EDICT
 from .meta_attention import fused_attention
-from .meta_norms import fused_norms
+from .meta_ops import fused_ops
 from .published import meta_model
 
 CARDS = (6, 8, 12, 16, 24, 40, 80)
@@ -151,7 +151,7 @@ def estimate(
         if resolution < 1:
             raise ValueError(f"resolution: expected a positive number of pixels, got {resolution}")
         call |= {"height": resolution, "width": resolution}
-    with warnings.catch_warnings(), fused_attention(), fused_norms():
+    with warnings.catch_warnings(), fused_attention(), fused_ops():
         warnings.simplefilter("ignore")  # Nothing is run that a warning could be about.
         found = meta_model(model, dtype)
         request = _request(steps, {**found.call, **call})

@@ -344,7 +344,13 @@ PATTERNS: dict[str, Pattern] = {
     "diffusers.models.activations.ApproximateGELU": Pattern(_projected_quick_gelu, gains=True),
     "diffusers.models.activations.GELU": Pattern(_gelu_of_projection, Level.RECOMPUTE, gains=True),
     "diffusers.models.attention_processor.Attention": Pattern(_attention, gains=True),
-    "diffusers.models.transformers.transformer_flux.FluxAttention": _ATTENTION,
+    **{
+        f"diffusers.models.transformers.transformer_{name}Attention": _ATTENTION
+        for name in ("flux.Flux", "flux2.Flux2", "longcat_image.LongCatImage", "ovis_image.OvisImage", "bria.Bria")
+    },
+    # Its queries, keys and values are parts of a larger projection, which is kept at every level.
+    "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttention": Pattern(_recording),
+    "diffusers.models.transformers.transformer_ltx.LTXAttention": _ATTENTION,
     "transformers.activations.QuickGELUActivation": Pattern(_whole),
     "transformers.activations.NewGELUActivation": Pattern(_whole),
     "transformers.activations.FastGELUActivation": Pattern(_whole),

@@ -13,6 +13,7 @@ from torch import nn
 from .group_norm import note_pairs
 from .layers import FREE, PATTERNS, name_of
 from .level import Level, level_of
+from .rotary import use_fused_rotary, why_not_fused
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if "hooks" in name and not value and name[0] == "_")
@@ -78,6 +79,7 @@ def substitute(pairs: Iterable[tuple[nn.Module, nn.Module]], level: Level) -> No
         if name in PATTERNS and not trained and why_not_replaced(original, level) is None:
             kind: Any = lean_class(type(original), level)
             copied.__class__ = kind
+        use_fused_rotary(original, copied)
         blocks.append((name, copied))
     note_pairs(blocks, lean_class(nn.GroupNorm, level), lean_class(nn.SiLU, level))
 
@@ -140,6 +142,7 @@ def lean_report(network: nn.Module, lean: bool | str = True) -> LeanReport:
     for layer in network.modules():
         cls = type(layer)
         name = name_of(cls)
+        _report_rotary(report, layer)
         if report.level is Level.OFF or name not in PATTERNS:
             if name not in FREE and not layer._modules:
                 report.unknown[cls.__name__] += 1
@@ -150,3 +153,16 @@ def lean_report(network: nn.Module, lean: bool | str = True) -> LeanReport:
         elif name not in FREE:
             report.left[cls.__name__, why] += 1
     return report
+
+
+def _report_rotary(report: LeanReport, layer: nn.Module) -> None:
+    """Notes whether the rotary embeddings of an attention layer's processor are one op."""
+    processor = getattr(layer, "processor", None)
+    why = why_not_fused(processor)
+    if why == "" or report.level is Level.OFF:
+        return
+    name = type(processor).__name__
+    if why is None:
+        report.replaced[name] += 1
+    else:
+        report.left[name, why] += 1

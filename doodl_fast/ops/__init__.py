@@ -20,6 +20,7 @@ from .lattice_coupling_op import lattice_coupling
 from .lattice_mix_op import LatticeMixing, lattice_mix
 from .matching import matches_torch
 from .modulated_norm_op import modulated_norm, modulated_norm_backward
+from .rotary_op import rotary_embedding, rotary_embedding_backward
 
 __all__ = [
     "AUTO",
@@ -48,5 +49,7 @@ __all__ = [
     "modulated_norm",
     "modulated_norm_backward",
     "resolve",
+    "rotary_embedding",
+    "rotary_embedding_backward",
     "why_not",
 ]

@@ -195,12 +195,22 @@ MODULATED_NORM_BACKWARD = Signature(
     native_devices=("cpu",),
 )
 
+ROTARY_EMBEDDING = Signature(
+    "rotary_embedding", "Tensor x, Tensor cos, Tensor sin, int pairs", "Tensor y", native_devices=("cpu",)
+)
+ROTARY_EMBEDDING_BACKWARD = Signature(
+    "rotary_embedding_backward",
+    "Tensor grad_y, Tensor cos, Tensor sin, int pairs",
+    "Tensor grad_x",
+    native_devices=("cpu",),
+)
+
 LATENT_OPS = (COUPLING, COUPLING_VJP, COUPLING_MIX, COUPLING_MIX_VJP, LATENT_UPDATE, LATTICE_COUPLING, LATTICE_MIX)
 """The ops on latents."""
 
 LAYER_OPS = (
     *(GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD, GATED_ACTIVATION, GATED_ACTIVATION_BACKWARD),
-    *(MODULATED_NORM, MODULATED_NORM_BACKWARD),
+    *(MODULATED_NORM, MODULATED_NORM_BACKWARD, ROTARY_EMBEDDING, ROTARY_EMBEDDING_BACKWARD),
 )
 """The ops that compute layers of frozen networks, and the gradients of these layers' inputs."""
 

@@ -40,23 +40,29 @@ def test_every_op_is_counted_and_left_out(bench, flux):
         pytest.skip("this CPU's kernels round in another way, so lean layers leave adaptive norms to PyTorch")
     # A block norms the image and the prompt once, a single block both together, and the last norm is one more.
     norms = 2 * BLOCKS + SINGLE_BLOCKS + 1
+    # Queries and keys are rotated in each block, and again for the gradient.
+    rotations = 2 * (BLOCKS + SINGLE_BLOCKS)
+    of_rotations = {"rotary_embedding": 2 * rotations, "rotary_embedding_backward": rotations}
+    of_norms = {"modulated_norm": norms, "modulated_norm_backward": norms - 1}
     with bench.one_way(flux[0], "lean") as run:
         found = bench.calls(flux, run)
         # The first norm of the prompt has an input that does not depend on the network's, and needs no gradient.
-        assert found == {"modulated_norm": norms, "modulated_norm_backward": norms - 1}
+        assert found == of_norms | of_rotations
         with bench.left_out(("gated_activation",)):
             assert bench.calls(flux, run) == found
         with bench.left_out(("modulated_norm",)):
+            assert bench.calls(flux, run) == of_rotations
+        with bench.left_out(("modulated_norm", "rotary_embedding")):
             assert not bench.calls(flux, run)
         assert bench.calls(flux, run) == found
-    (row,) = bench.compared(flux, 1)
-    assert (row["op"], row["calls"], row["backward calls"], row["same bits"]) == (
-        "modulated_norm",
-        norms,
-        norms - 1,
-        True,
-    )
-    assert all(row[part] > 0 for part in ("forward", "VJP", "both"))
+    rows = bench.compared(flux, 1)
+    assert [(row["op"], row["calls"], row["backward calls"]) for row in rows] == [
+        ("modulated_norm", norms, norms - 1),
+        ("rotary_embedding", 2 * rotations, rotations),
+        ("all", norms + 2 * rotations, norms - 1 + rotations),
+    ]
+    for row in rows:
+        assert row["same bits"] and all(row[part] > 0 for part in ("forward", "VJP", "both"))
 
 
 def test_a_difference_of_one_bit_is_reported(bench, flux, monkeypatch):
@@ -70,8 +76,8 @@ def test_a_difference_of_one_bit_is_reported(bench, flux, monkeypatch):
         return torch.nextafter(y, y + 1), *rest
 
     monkeypatch.setattr(ops, "modulated_norm", other)
-    (row,) = bench.compared(flux, 1)
-    assert row["same bits"] is False
+    rows = {row["op"]: row["same bits"] for row in bench.compared(flux, 1)}
+    assert rows == {"modulated_norm": False, "rotary_embedding": True, "all": False}
 
 
 def test_shares_are_medians_of_the_rounds(bench):

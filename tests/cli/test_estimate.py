@@ -13,7 +13,7 @@ from doodl_fast import Decoder, cli, ops
 from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.cli.estimate import CARDS, _decoders, estimate
 from doodl_fast.cli.meta_attention import fused_attention
-from doodl_fast.cli.meta_norms import fused_norms
+from doodl_fast.cli.meta_ops import fused_ops
 from doodl_fast.cli.published import VAE, meta_model
 from doodl_fast.frozen import convolution
 
@@ -65,7 +65,7 @@ def test_decoders_of_real_width_take_what_is_estimated():
         """On a CPU the VJP of a convolution makes a tensor of the input's size, of which it reads the shape alone."""
         return self.weight.new_empty(self.shape) if packed is None else packed
 
-    kernels = fused_norms() if ops.matches_torch() else contextlib.nullcontext()
+    kernels = fused_ops() if ops.matches_torch() else contextlib.nullcontext()
     with torch.device("meta"), fused_attention(), kernels, mock.patch.object(convolution._Saved, "unpack", unpack):
         estimated = _decoders(Decoder(AutoencoderKL(**VAE)), torch.empty(1, 4, 12, 12))
     torch.manual_seed(0)

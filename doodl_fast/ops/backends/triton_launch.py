@@ -28,9 +28,19 @@ def launch(
     **constants: Any,
 ) -> None:
     """Launches a kernel on the device of a tensor. arguments: its pointers and numbers; constants: its constexprs."""
-    from . import triton_gated_kernels, triton_kernels, triton_lattice, triton_layer_kernels, triton_norm_kernels
+    from . import (
+        triton_gated_kernels,
+        triton_kernels,
+        triton_lattice,
+        triton_layer_kernels,
+        triton_norm_kernels,
+        triton_rotary_kernels,
+    )
 
-    modules = (triton_kernels, triton_lattice, triton_layer_kernels, triton_gated_kernels, triton_norm_kernels)
+    modules = (
+        *(triton_kernels, triton_lattice, triton_layer_kernels, triton_gated_kernels, triton_norm_kernels),
+        triton_rotary_kernels,
+    )
     kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     if like.is_cpu:  # The interpreter takes no options of the compiler.
         kernel[grid](*arguments, **constants, BLOCK=block)

@@ -139,6 +139,26 @@ def _modulated_norm_backward(call: Any) -> None:
     _over_rows("modulated_norm_backward_kernel", call.x, tensors, CENTER=call.center, **there)
 
 
+def _rotary(name: str, call: Any, y: Tensor, x: Tensor) -> None:
+    """Launches a kernel of rotary embeddings on each block of each token."""
+    batch, tokens, heads, size = x.shape
+    block = min(BLOCK, 1 << (heads * size - 1).bit_length())
+    grid = (batch * tokens, -(-heads * size // block))
+    tensors, own = (y, x, call.cos, call.sin), call.cos.ndim == 3
+    constants = {**arithmetic(x), "HALVES": call.pairs == 1}
+    launch(name, grid, x, *tensors, batch * tokens if own else tokens, heads, size, block=block, **constants)
+
+
+def _rotary_embedding(call: Any) -> None:
+    """Launches `rotary_embedding`."""
+    _rotary("rotary_kernel", call, call.y, call.x)
+
+
+def _rotary_embedding_backward(call: Any) -> None:
+    """Launches `rotary_embedding_backward`."""
+    _rotary("rotary_backward_kernel", call, call.grad_x, call.grad_y)
+
+
 KERNELS = (
     (signatures.GROUP_NORM_SILU, _group_norm_silu),
     (signatures.GROUP_NORM_SILU_BACKWARD, _group_norm_silu_backward),
@@ -146,4 +166,6 @@ KERNELS = (
     (signatures.GATED_ACTIVATION_BACKWARD, _gated_activation_backward),
     (signatures.MODULATED_NORM, _modulated_norm),
     (signatures.MODULATED_NORM_BACKWARD, _modulated_norm_backward),
+    (signatures.ROTARY_EMBEDDING, _rotary_embedding),
+    (signatures.ROTARY_EMBEDDING_BACKWARD, _rotary_embedding_backward),
 )

@@ -1,18 +1,19 @@
-"""Lean norms and gated activations on the meta device hold as much as the ops do where these are computed."""
+"""Lean layers on the meta device hold as much as their ops do where these are computed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from diffusers.models import activations, normalization
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from ops_cases import require
 from torch import nn
 
 from doodl_fast import ops
 from doodl_fast.chain.memory.tracker import Tracker
-from doodl_fast.cli.meta_norms import fused_norms
+from doodl_fast.cli.meta_ops import fused_ops
 from doodl_fast.diffusion.module_copies import ModuleCopies
-from doodl_fast.frozen import Level, gated, modulated_norm
+from doodl_fast.frozen import Level, gated, modulated_norm, rotary
 
 pytestmark = pytest.mark.usefixtures("lean_small_tensors")
 
@@ -39,6 +40,18 @@ class Gates(nn.Module):
         return self.silu(self.gelu(x))
 
 
+class Rotary(nn.Module):
+    """An attention layer with rotary embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = FluxAttention(256, 4, 64, pre_only=True)
+
+    def forward(self, x, _):
+        tables = torch.zeros(2, x.shape[1], 64, device=x.device).unbind()
+        return self.attention(x, image_rotary_emb=tables)
+
+
 def held(device, module=Norms):
     """The bytes that a graph holds, and the peak of a call and its gradient."""
     with torch.device(device):
@@ -54,7 +67,7 @@ def held(device, module=Norms):
 
 def test_lean_norms_hold_the_same_on_the_meta_device(monkeypatch):
     require("native", "cpu")
-    with fused_norms():
+    with fused_ops():
         estimated = held("meta")
     assert held("meta")[1] > estimated[1]  # Without the ops, PyTorch's operators hold more for a while.
     monkeypatch.setattr(modulated_norm, "_pays", lambda x, same_bits: ops.has_kernel("modulated_norm", x))
@@ -66,7 +79,7 @@ def test_lean_norms_hold_the_same_on_the_meta_device(monkeypatch):
 
 def test_lean_gates_hold_the_same_on_the_meta_device(monkeypatch):
     require("native", "cpu")
-    with fused_norms():
+    with fused_ops():
         estimated = held("meta", Gates)
     without = held("meta", Gates)
     assert without[0] == estimated[0]  # With and without the op a graph keeps the projections alone,
@@ -77,9 +90,21 @@ def test_lean_gates_hold_the_same_on_the_meta_device(monkeypatch):
     assert estimated == measured
 
 
+def test_rotary_embeddings_hold_as_little_as_their_op_on_the_meta_device(monkeypatch):
+    with fused_ops():
+        estimated = held("meta", Rotary)
+        with monkeypatch.context() as patched:
+            patched.setattr(rotary, "_pays", lambda x: False)
+            without = held("meta", Rotary)
+    assert without[0] == estimated[0]  # Neither way keeps anything of queries and keys,
+    assert without[1] > estimated[1]  # and PyTorch's operators hold more for a while.
+
+
 def test_the_op_is_counted_where_a_gpu_would_call_it():
     x = torch.zeros(8, 64, device="meta")
-    with fused_norms():
+    with fused_ops():
         assert gated._pays(x) and gated._pays(x.half())
         assert not any(gated._pays(other) for other in (x.double(), x.t(), x[:1]))
+        assert rotary._pays(x)
     assert not gated._pays(x)
+    assert not rotary._pays(x)

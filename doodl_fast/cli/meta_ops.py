@@ -1,4 +1,4 @@
-"""Norms and gated activations on the meta device, with the memory of the kernels that lean layers have on GPUs."""
+"""The ops of lean layers on the meta device, with the memory of the kernels that they have on GPUs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..frozen import gated, group_norm, modulated_norm
+from ..frozen import gated, group_norm, modulated_norm, rotary
 
 
 @contextlib.contextmanager
-def fused_norms() -> Iterator[None]:
+def fused_ops() -> Iterator[None]:
     """Lets lean layers call their ops on the meta device, as they do on GPUs with Triton (docs/lean.md).
 
     An op holds its result, a norm's also the statistics of groups or rows, and its gradient the input's gradient.
     """
     pays, modulated_pays, gated_pays = group_norm._pays, modulated_norm._pays, gated._pays
+    rotary_pays = rotary._pays
 
     def is_used(x: Tensor) -> bool:
         return x.is_meta or pays(x)
@@ -30,6 +31,9 @@ def fused_norms() -> Iterator[None]:
 
     def is_gated(x: Tensor) -> bool:
         return gated._fits(x) if x.is_meta else gated_pays(x)
+
+    def is_rotary(x: Tensor) -> bool:
+        return x.is_meta or rotary_pays(x)
 
     with (
         mock.patch.object(group_norm, "_pays", is_used),
@@ -41,6 +45,9 @@ def fused_norms() -> Iterator[None]:
         mock.patch.object(gated, "_pays", is_gated),
         mock.patch.object(ops, "gated_activation", _on_meta(ops.gated_activation, _gated)),
         mock.patch.object(ops, "gated_activation_backward", _on_meta(ops.gated_activation_backward, _backward)),
+        mock.patch.object(rotary, "_pays", is_rotary),
+        mock.patch.object(ops, "rotary_embedding", _on_meta(ops.rotary_embedding, _like)),
+        mock.patch.object(ops, "rotary_embedding_backward", _on_meta(ops.rotary_embedding_backward, _like)),
     ):
         yield
 
@@ -69,4 +76,8 @@ def _gated(x: Tensor, activation: str) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _like(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
