@@ -38,8 +38,8 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = "adjacent
     Args:
         x: Queries or keys (B, S, H, D) of B samples, S tokens, H heads and an even number D of channels, in float16,
             bfloat16, float32 or float64. A contiguous tensor is used in place.
-        cos: The cosines (S, D), or (B, S, D) if samples have their own. They are rounded to the dtype of the
-            arithmetic: float64 for float64, else float32. No gradient of the tables is given.
+        cos: The cosines (S, D), or (B, S, D) if samples have their own, in any of these dtypes, but in float64 for
+            a float64 x alone. No gradient of the tables is given.
         sin: The sines, of the same shape and dtype.
         pairs: "adjacent" for channels 2 i and 2 i + 1 (diffusers' `use_real_unbind_dim=-1`), "halves" for channels i
             and i + D / 2 (-2).
@@ -144,6 +144,8 @@ def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"got {tuple(cos.shape)}"
         )
     check_same("cos", cos, sin=sin)
+    if cos.dtype == torch.float64 and x.dtype != torch.float64:
+        raise TypeError(f"cos: expected fp16, bf16 or fp32 with {name} in {x.dtype}, got fp64; round the tables first")
     if cos.device != x.device:
         raise ValueError(f"cos: expected {name}'s device {x.device}, got {cos.device}")
 
@@ -208,8 +210,8 @@ def _spread(x: Tensor, *tables: Tensor) -> list[Tensor]:
 def _value(call: Any) -> Tensor:
     """Returns y in the dtype of the arithmetic."""
     cos, sin = _spread(call.x, call.cos, call.sin)
-    x = call.x.to(cos.dtype)
-    return x * cos + _rotated(x, call.pairs) * sin
+    # Each use of x is converted for itself, so that a derivative is rounded for each, as the gradient is.
+    return call.x.to(cos.dtype) * cos + _rotated(call.x, call.pairs).to(cos.dtype) * sin
 
 
 def _gradient_value(call: Any) -> Tensor:

@@ -183,6 +183,23 @@ def test_derivatives_of_every_kind(backend, pairs):
         torch.testing.assert_close(torch.func.vmap(function)(batch), torch.stack([function(z) for z in batch]))
 
 
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_derivatives_of_transforms_have_the_bits_of_the_kernels(dtype, pairs):
+    x, grad, cos, sin = operands((2, 5, 2, 18), DTYPES[dtype])
+    _, pull = torch.func.vjp(op(cos, sin, pairs), x)
+    assert torch.equal(pull(grad)[0], ops.rotary_embedding_backward(grad, cos, sin, pairs))
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_subnormal_numbers(backend, dtype):
+    x, grad, cos, sin = operands((1, 5, 2, 18), DTYPES[dtype])
+    tiny = 4 * torch.finfo(x.dtype).smallest_normal
+    x, grad = x * tiny, grad * tiny
+    want = with_gradient(diffusers(cos, sin, "adjacent"), x, grad)
+    assert all(map(torch.equal, with_gradient(op(cos, sin, "adjacent"), x, grad), want))
+
+
 def test_compiles_without_a_graph_break(backend):
     x, grad, cos, sin = operands((2, 3, 2, 12), torch.float32)
 
@@ -230,6 +247,10 @@ def test_what_does_not_fit_is_refused():
         ops.rotary_embedding(x, cos, sin[:2])
     with pytest.raises(TypeError, match=r"sin: expected cos's dtype torch\.float32, got torch\.float64"):
         ops.rotary_embedding(x, cos, sin.double())
+    with pytest.raises(
+        TypeError, match=r"cos: expected fp16, bf16 or fp32 with x in torch\.float32, got fp64; round the"
+    ):
+        ops.rotary_embedding(x, cos.double(), sin.double())
     with pytest.raises(ValueError, match=r"cos: expected x's device .*, got meta"):
         ops.rotary_embedding(x, cos.to("meta"), sin.to("meta"))
     for function in (ops.rotary_embedding, ops.rotary_embedding_backward):

@@ -38,8 +38,9 @@ def _activation(gate, ACTIVATION: tl.constexpr):
 @triton.jit
 def _rounded(value, ptr):
     """Returns what reading would give after value was written to ptr: PyTorch's layers write what is in between."""
-    if ptr.dtype.element_ty == tl.bfloat16:
-        return _to_bfloat16(value).to(value.dtype)
+    if ptr.dtype.element_ty == tl.bfloat16:  # The interpreter's cast flushes subnormals.
+        bits = _to_bfloat16(value).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
     return value.to(ptr.dtype.element_ty).to(value.dtype)
 
 
