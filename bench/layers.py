@@ -10,8 +10,8 @@ for the backward pass. Eager computes the gradient of the input alone, as the we
 
 `lean_norm` compares the same two layers in lean copies of a residual block, where PyTorch's own compute the norm again
 in the backward pass: "eager" are lean layers without the op. `lean_gated` is the same for gated activations, GEGLU
-without its projection, and `lean_feed_forward` for the layer with its two products. These take contiguous tensors
-alone.
+without its projection, `lean_feed_forward` for the layer with its two products, and `lean_rotary` for rotary embeddings
+by products of complex numbers, as Qwen-Image has them. These take contiguous tensors alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from doodl_fast import ops
 from doodl_fast.diffusion.module_copies import ModuleCopies
-from doodl_fast.frozen import Level, gated, kept_by_operator
+from doodl_fast.frozen import Level, gated, kept_by_operator, rotary
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -218,6 +218,26 @@ def rotary_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory
     )
 
 
+def lean_rotary_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> Case:
+    """The same as Qwen-Image computes it, by products of complex numbers, and as lean layers do."""
+    from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    angles = torch.rand(shape[1], shape[3] // 2, device=device)
+    factors = torch.polar(torch.ones_like(angles), angles)
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaf = x.detach().requires_grad_()
+        y = rotary.of_qwen(apply_rotary_emb_qwen)(leaf, factors, use_real=False)
+        return y, (y, leaf)
+
+    return Case(
+        f"lean rotary of complex numbers {'x'.join(map(str, shape))}",
+        *(x, grad, lambda x: apply_rotary_emb_qwen(x, factors, use_real=False), forward),
+        lambda kept, grad: torch.autograd.grad(*kept, grad, retain_graph=True)[0],
+    )
+
+
 HEADS = ((1, 4608, 24, 128), (1, 1536, 24, 128), (2, 1280, 16, 64), (1, 1040, 8, 32))
 """The queries of FLUX.1 with images of 1024 x 1024 and 512 x 512, and of two smaller transformers."""
 NORMS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (1, 512, 64, 64), (1, 128, 512, 512))
@@ -228,6 +248,7 @@ CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "modulated_norm": (modulated_norm_case, ROWS),
     "gated_activation": (gated_case, PROJECTIONS),
     "rotary_embedding": (rotary_case, HEADS),
+    "lean_rotary": (lean_rotary_case, HEADS),
     "lean_gated": (lean_gated_case, PROJECTIONS),
     "lean_feed_forward": (lean_feed_forward_case, ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280))),
     "lean_norm": (lean_norm_case, (*NORMS, (1, 512, 128, 128), (1, 256, 256, 256))),

@@ -41,6 +41,7 @@ CHEAP: frozenset[Any] = frozenset(
     }
     | {
         _T.expand,
+        _T.repeat,
         _T.__getitem__,
         torch.cat,
         torch.stack,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models import activations, normalization
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models import activations, embeddings, normalization
 from ops_cases import require
 from torch import nn
 
@@ -38,18 +37,6 @@ class Gates(nn.Module):
 
     def forward(self, x, _):
         return self.silu(self.gelu(x))
-
-
-class Rotary(nn.Module):
-    """An attention layer with rotary embeddings."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = FluxAttention(256, 4, 64, pre_only=True)
-
-    def forward(self, x, _):
-        tables = torch.zeros(2, x.shape[1], 64, device=x.device).unbind()
-        return self.attention(x, image_rotary_emb=tables)
 
 
 def held(device, module=Norms):
@@ -90,14 +77,19 @@ def test_lean_gates_hold_the_same_on_the_meta_device(monkeypatch):
     assert estimated == measured
 
 
-def test_rotary_embeddings_hold_as_little_as_their_op_on_the_meta_device(monkeypatch):
+def test_rotary_embeddings_hold_their_result_alone_on_the_meta_device():
+    x, tables = torch.zeros(2, 64, 4, 64, dtype=torch.float16, device="meta"), torch.zeros(2, 64, 64, device="meta")
+    rotate = rotary.of_embeddings(embeddings.apply_rotary_emb)
+
+    def peak():
+        with Tracker("meta") as tracker:
+            y = rotate(x.requires_grad_(), tables.unbind(), sequence_dim=1)
+            torch.autograd.grad(y, x, torch.ones_like(y))
+        return tracker.peak
+
     with fused_ops():
-        estimated = held("meta", Rotary)
-        with monkeypatch.context() as patched:
-            patched.setattr(rotary, "_pays", lambda x: False)
-            without = held("meta", Rotary)
-    assert without[0] == estimated[0]  # Neither way keeps anything of queries and keys,
-    assert without[1] > estimated[1]  # and PyTorch's operators hold more for a while.
+        assert peak() == 3 * x.numel() * x.element_size()  # The result, its gradient and that of x.
+    assert peak() > 6 * x.numel() * x.element_size()  # PyTorch's operators hold more for a while.
 
 
 def test_the_op_is_counted_where_a_gpu_would_call_it():
