@@ -43,7 +43,7 @@ LINK_FLAGS = ["-Wl,--exclude-libs,ALL"] if sys.platform.startswith("linux") else
 CPU, CUDA = "doodl_fast._native", "doodl_fast._native_cuda"
 CPU_SOURCES = (
     *("cpu", "cpu_default", "cpu_avx2", "cpu_lattice"),
-    *("layers", "layers_default", "layers_avx2", "layers_avx512", "gated", "modulated_norm", "rotary"),
+    *("layers", "layers_default", "layers_avx2", "layers_avx512", "gated", "modulated_norm", "quick_gelu", "rotary"),
 )
 KINDS = {CPU: "cpu", CUDA: "cuda"}
 

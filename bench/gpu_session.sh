@@ -129,7 +129,7 @@ end_to_end replayed 240
 end_to_end lean 150
 end_to_end decode 30
 needs_gpu launches 60 "$PYTHON" bench/launches.py
-needs_gpu layers-replayed 60 "$PYTHON" bench/layers.py "${LAYERS[@]}" --op lean_norm --op lean_gated --replayed
+needs_gpu layers-replayed 60 "$PYTHON" bench/layers.py "${LAYERS[@]}" --op lean_norm --op lean_gated --op lean_quick_gelu --replayed
 part layers-NCHW 130 "$PYTHON" bench/layers.py "${LAYERS[@]}" --layout contiguous
 part layers-NHWC 70 "$PYTHON" bench/layers.py "${LAYERS[@]}" --op group_norm_silu --op lean_norm --layout channels_last
 part ops 180 "$PYTHON" bench/ops.py --device="$DEVICE" "${SIZES[@]}" --json="$OUT/ops.json" --table="$SCRATCH/ops.md"

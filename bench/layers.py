@@ -10,8 +10,9 @@ for the backward pass. Eager computes the gradient of the input alone, as the we
 
 `lean_norm` compares the same two layers in lean copies of a residual block, where PyTorch's own compute the norm again
 in the backward pass: "eager" are lean layers without the op. `lean_gated` is the same for gated activations, GEGLU
-without its projection, `lean_feed_forward` for the layer with its two products, and `lean_rotary` for rotary embeddings
-by products of complex numbers, as Qwen-Image has them. These take contiguous tensors alone.
+without its projection, `lean_feed_forward` for the layer with its two products, `lean_quick_gelu` for quick GELU, and
+`lean_rotary` for rotary embeddings by products of complex numbers, as Qwen-Image has them. These take contiguous
+tensors alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch.nn import functional as F
 
 from doodl_fast import ops
 from doodl_fast.diffusion.module_copies import ModuleCopies
-from doodl_fast.frozen import Level, gated, kept_by_operator, rotary
+from doodl_fast.frozen import Level, gated, kept_by_operator, quick_gelu, rotary
+from doodl_fast.frozen.functions import recomputed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -240,9 +242,42 @@ def lean_rotary_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.m
 
 HEADS = ((1, 4608, 24, 128), (1, 1536, 24, 128), (2, 1280, 16, 64), (1, 1040, 8, 32))
 """The queries of FLUX.1 with images of 1024 x 1024 and 512 x 512, and of two smaller transformers."""
+
+
+def quick_gelu_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> Case:
+    """Quick GELU, as transformers computes it and by the op."""
+    return Case(
+        f"quick_gelu {'x'.join(map(str, shape))}",
+        *(torch.randn(shape, device=device).to(dtype) for _ in range(2)),
+        quick_gelu.by_operators,
+        lambda x: (ops.quick_gelu(x), (x,)),
+        lambda kept, grad: ops.quick_gelu_backward(grad, *kept),
+    )
+
+
+def lean_quick_gelu_case(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> Case:
+    """A lean quick GELU, by PyTorch's operators and by the op."""
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaf = x.detach().requires_grad_()
+        y = quick_gelu.quick_gelu(leaf)
+        assert y is not None, "lean layers do not use the op here"
+        return y, (y, leaf)
+
+    return Case(
+        f"lean quick GELU {'x'.join(map(str, shape))}",
+        *(torch.randn(shape, device=device).to(dtype) for _ in range(2)),
+        lambda x: recomputed(quick_gelu.by_operators, x),
+        forward,
+        lambda kept, grad: torch.autograd.grad(*kept, grad, retain_graph=True)[0],
+    )
+
+
 NORMS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (1, 512, 64, 64), (1, 128, 512, 512))
 PROJECTIONS = ((2, 4096, 2560), (2, 1024, 5120), (2, 256, 10240), (2, 64, 10240), (2, 4096, 5120))
 """Those of Stable Diffusion's four sizes of feed-forward layers, and one of SDXL's."""
+TOKENS = ((16, 257, 4096), (1, 257, 4096), (1, 50, 3072), (8, 257, 1024))
+"""Those of CLIP ViT-L/14 with 16 cutouts and with one, of ViT-B/32, and of the small CLIP of bench/lean.py."""
 CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "group_norm_silu": (group_norm_case, NORMS),
     "modulated_norm": (modulated_norm_case, ROWS),
@@ -251,6 +286,8 @@ CASES: dict[str, tuple[Callable[..., Case], tuple[tuple[int, ...], ...]]] = {
     "lean_rotary": (lean_rotary_case, HEADS),
     "lean_gated": (lean_gated_case, PROJECTIONS),
     "lean_feed_forward": (lean_feed_forward_case, ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280))),
+    "quick_gelu": (quick_gelu_case, TOKENS),
+    "lean_quick_gelu": (lean_quick_gelu_case, TOKENS),
     "lean_norm": (lean_norm_case, (*NORMS, (1, 512, 128, 128), (1, 256, 256, 256))),
 }
 

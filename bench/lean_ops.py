@@ -27,12 +27,13 @@ from lean import SMALL, Network, one_way
 from torch import Tensor
 
 from doodl_fast import ops
-from doodl_fast.frozen import gated, group_norm, modulated_norm, rotary
+from doodl_fast.frozen import gated, group_norm, modulated_norm, quick_gelu, rotary
 
 CALLERS = {
     "group_norm_silu": group_norm,
     "modulated_norm": modulated_norm,
     "gated_activation": gated,
+    "quick_gelu": quick_gelu,
     "rotary_embedding": rotary,
 }
 """The ops that lean layers call, and the modules that decide whether they do."""
@@ -121,7 +122,7 @@ def shares(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=SMALL, default=["flux", "sd35", "sd15"])
+    parser.add_argument("--networks", nargs="+", choices=SMALL, default=["flux", "sd35", "sd15", "clip"])
     parser.add_argument("--rounds", type=int, default=9, help="how often each way is timed (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")

@@ -8,15 +8,9 @@ namespace {
 
 using namespace doodl_fast;
 
-// Returns how many of n elements PyTorch gives to a thread, of which none gets fewer than `grain`.
-int64_t torch_range(int64_t n, int64_t grain) {
-  const int64_t threads = torch::stable::get_num_threads(), parts = std::min(threads, (n + grain - 1) / grain);
-  return n < grain ? n : (n + parts - 1) / parts;
-}
-
 // Fills the fields that say how PyTorch's own kernels would be run.
 void set_torch(GatedCall& call) {
-  constexpr int64_t TORCH_GRAIN = 32768, GELU_DIVIDED = 16384;  // GELU divides more elements than these among all threads.
+  constexpr int64_t GELU_DIVIDED = 16384;  // GELU divides more elements than these among all threads.
   const int64_t n = call.rows * call.half;
   const bool divided = call.activation != Activation::silu && n > GELU_DIVIDED;
   call.gradient_range = torch_range(n, TORCH_GRAIN);

@@ -87,21 +87,6 @@ DF_FN void for_row_tails(const GatedCall& call, int64_t range, int64_t begin, in
   }
 }
 
-// Returns numbers as they are after they have been written as elements S.
-template <class S, class T>
-DF_FN Lanes<T> rounded(const Lanes<T>& v) {
-  if (sizeof(S) == sizeof(T)) return v;
-  S memory[WIDTH<T>];
-  Memory<S>::store(memory, v);
-  return Memory<S>::load(memory);
-}
-template <class S, class T>
-DF_FN T rounded_one(T value) {
-  S memory;
-  Memory<S>::put(&memory, value);
-  return Memory<S>::get(&memory);
-}
-
 // In these, `first` is where a row begins in a tensor of halves; in x it begins at 2 first.
 
 template <class S, template <class, class, class> class Act>
@@ -112,12 +97,12 @@ void gated_rows(const GatedCall& call, int64_t begin, int64_t end) {
     S* const y = static_cast<S*>(call.y) + first;
     by_vectors<T>(call.half, [&](int64_t at, int64_t n) {
       const Lanes<T> value = Act<Lanes<T>, T, S>(load<S>(gate + at, n)).value();
-      store<S>(y + at, load<S>(hidden + at, n) * rounded<S, T>(value), n);
+      store<S>(y + at, load<S>(hidden + at, n) * rounded<S>(value), n);
     });
     for_row_tails(call, call.value_range, first, first + call.half, [&](int64_t i) {
       i -= first;
       const T value = Act<T, T, S>(Memory<S>::get(gate + i)).value();
-      Memory<S>::put(y + i, Memory<S>::get(hidden + i) * rounded_one<S, T>(value));
+      Memory<S>::put(y + i, Memory<S>::get(hidden + i) * rounded<S>(value));
     });
   }
 }
@@ -132,17 +117,17 @@ void gated_backward_rows(const GatedCall& call, int64_t begin, int64_t end) {
     by_vectors<T>(call.half, [&](int64_t at, int64_t n) {
       const Lanes<T> grad = load<S>(grad_y + at, n), factor = load<S>(hidden + at, n);
       const Act<Lanes<T>, T, S> act(load<S>(gate + at, n));
-      store<S>(of_hidden + at, grad * rounded<S, T>(act.value()), n);
-      store<S>(of_gate + at, act.gradient(rounded<S, T>(grad * factor)), n);
+      store<S>(of_hidden + at, grad * rounded<S>(act.value()), n);
+      store<S>(of_gate + at, act.gradient(rounded<S>(grad * factor)), n);
     });
     for_row_tails(call, call.value_range, first, first + call.half, [&](int64_t i) {
       i -= first;
       const T value = Act<T, T, S>(Memory<S>::get(gate + i)).value();
-      Memory<S>::put(of_hidden + i, Memory<S>::get(grad_y + i) * rounded_one<S, T>(value));
+      Memory<S>::put(of_hidden + i, Memory<S>::get(grad_y + i) * rounded<S>(value));
     });
     for_row_tails(call, call.gradient_range, first, first + call.half, [&](int64_t i) {
       i -= first;
-      const T grad = rounded_one<S, T>(Memory<S>::get(grad_y + i) * Memory<S>::get(hidden + i));
+      const T grad = rounded<S>(Memory<S>::get(grad_y + i) * Memory<S>::get(hidden + i));
       Memory<S>::put(of_gate + i, Act<T, T, S>(Memory<S>::get(gate + i)).gradient(grad));
     });
   }

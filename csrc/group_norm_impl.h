@@ -26,10 +26,10 @@ DF_FN V silu_gradient(V grad, V z) {
   return (grad * sigmoid) * madd(z, 1 - sigmoid, V{} + 1);
 }
 
-// Calls work(i) for the elements [begin, end) of memory that PyTorch's SiLU computes with the C library's exp.
-template <class F>
-DF_FN void for_tails(const GroupNormCall& call, int64_t begin, int64_t end, const F& work) {
-  const int64_t numel = call.n * call.channels * call.pixels;
+// Calls work(i) for the elements [begin, end) of memory that PyTorch's kernels, whose tensor has `numel` elements, compute
+// with the C library's exp: those after the last multiple of tail_step in each of its threads' ranges.
+template <class Call, class F>
+DF_FN void for_tails(const Call& call, int64_t numel, int64_t begin, int64_t end, const F& work) {
   for (int64_t start = begin / call.tail_chunk * call.tail_chunk; start < end; start += call.tail_chunk) {
     const int64_t stop = start + call.tail_chunk < numel ? start + call.tail_chunk : numel;
     const int64_t tail = stop - (stop - start) % call.tail_step;
@@ -184,7 +184,7 @@ void forward_groups(const GroupNormCall& call, int64_t begin, int64_t end) {
         store<S>(y + at, silu ? silu_of(z) : z, n);
       });
       if (silu)
-        for_tails(call, row * pixels, (row + 1) * pixels, [&](int64_t index) {
+        for_tails(call, call.n * call.channels * pixels, row * pixels, (row + 1) * pixels, [&](int64_t index) {
           const T z = normalised(Memory<S>::get(static_cast<const S*>(call.x) + index), by);
           Memory<S>::put(static_cast<S*>(call.y) + index, silu_of(z));
         });
@@ -235,7 +235,7 @@ DF_FN void argument_gradient(const GroupNormCall& call, int64_t begin, int64_t e
     const Lanes<T> z = normalised(load<S>(x + begin + at, n), by);
     store<T>(out + at, silu_gradient(load<S>(grad + begin + at, n), z), n);
   });
-  for_tails(call, begin, end, [&](int64_t i) {
+  for_tails(call, call.n * call.channels * call.pixels, begin, end, [&](int64_t i) {
     const T z = normalised(Memory<S>::get(x + i), by);
     out[i - begin] = silu_gradient(Memory<S>::get(grad + i), z);
   });

@@ -171,6 +171,7 @@ struct Memory {  // float and double
     return v;
   }
   static DF_FN void store(S* to, Lanes<T> v) { memcpy(to, &v, sizeof v); }
+  static DF_FN Lanes<T> rounded(Lanes<T> v) { return v; }
 };
 
 template <>
@@ -181,12 +182,20 @@ struct Memory<Half> {
 #if defined(DF_AVX512)
   static DF_FN Floats load(const Half* from) { return Floats(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from))); }
   static DF_FN void store(Half* to, Floats v) {
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256((__m256i*)to, halves(v));
+  }
+  static DF_FN Floats rounded(Floats v) { return Floats(_mm512_cvtph_ps(halves(v))); }
+  static DF_FN __m256i halves(Floats v) {
+    return _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 #elif defined(DF_FMA)
   static DF_FN Floats load(const Half* from) { return Floats(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from))); }
   static DF_FN void store(Half* to, Floats v) {
-    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i*)to, halves(v));
+  }
+  static DF_FN Floats rounded(Floats v) { return Floats(_mm256_cvtph_ps(halves(v))); }
+  static DF_FN __m128i halves(Floats v) {
+    return _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 #else
   static DF_FN Floats load(const Half* from) {
@@ -196,6 +205,10 @@ struct Memory<Half> {
   }
   static DF_FN void store(Half* to, Floats v) {
     for (int64_t i = 0; i < WIDTH<float>; ++i) put(to + i, v[i]);
+  }
+  static DF_FN Floats rounded(Floats v) {
+    for (int64_t i = 0; i < WIDTH<float>; ++i) v[i] = from_half(to_half(v[i]));
+    return v;
   }
 #endif
 };
@@ -213,9 +226,12 @@ struct Memory<Brain> {
   }
   static DF_FN void store(Brain* to, Floats v) {
     typedef uint16_t Words __attribute__((vector_size(DF_BYTES / 2)));
-    const Ints bits = Ints(v), nearest = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
-    const Words words = __builtin_convertvector(v != v ? Ints{} + 0x7fc0 : nearest, Words);
+    const Words words = __builtin_convertvector((Ints(rounded(v)) >> 16) & 0xffff, Words);
     memcpy(to, &words, sizeof words);
+  }
+  static DF_FN Floats rounded(Floats v) {
+    const Ints bits = Ints(v), nearest = (bits + 0x7fff + ((bits >> 16) & 1)) & -0x10000;
+    return Floats(v != v ? Ints{} + 0x7fc00000 : nearest);
   }
 };
 
@@ -231,6 +247,18 @@ template <class S, class T = typename Memory<S>::T>
 DF_FN void store(S* to, Lanes<T> v, int64_t n) {
   if (n >= WIDTH<T>) return Memory<S>::store(to, v);
   for (int64_t i = 0; i < n; ++i) Memory<S>::put(to + i, v[i]);
+}
+
+// Return numbers as they are after they have been written as elements S.
+template <class S>
+DF_FN Lanes<typename Memory<S>::T> rounded(const Lanes<typename Memory<S>::T>& v) {
+  return Memory<S>::rounded(v);
+}
+template <class S>
+DF_FN typename Memory<S>::T rounded(typename Memory<S>::T value) {
+  S memory;
+  Memory<S>::put(&memory, value);
+  return Memory<S>::get(&memory);
 }
 
 // Calls work(at, n) for the vectors of a range of n elements, where n is how many elements the vector has: first for whole

@@ -6,6 +6,8 @@
 #include "layers.h"
 #include "scalar.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #define SCHEMA_GROUP_NORM_SILU                                                                                       \
   "group_norm_silu(Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor x, Tensor? weight, Tensor? bias, int "     \
   "num_groups, float eps, bool silu) -> ()"
@@ -15,6 +17,8 @@
 #define SCHEMA_GATED_ACTIVATION "gated_activation(Tensor(a!) y, Tensor x, int activation) -> ()"
 #define SCHEMA_GATED_ACTIVATION_BACKWARD \
   "gated_activation_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor x, int activation) -> ()"
+#define SCHEMA_QUICK_GELU "quick_gelu(Tensor(a!) y, Tensor x) -> ()"
+#define SCHEMA_QUICK_GELU_BACKWARD "quick_gelu_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor x) -> ()"
 #define SCHEMA_MODULATED_NORM                                                                                          \
   "modulated_norm(Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor x, Tensor? weight, Tensor? bias, Tensor? "    \
   "scale, Tensor? shift, float eps, bool center) -> ()"
@@ -26,6 +30,14 @@
   "rotary_embedding_backward(Tensor(a!) grad_x, Tensor grad_y, Tensor cos, Tensor sin, int pairs) -> ()"
 
 namespace {
+
+constexpr int64_t TORCH_GRAIN = 32768;  // How many elements PyTorch gives to a thread at least.
+
+// Returns how many of n elements PyTorch gives to a thread, of which none gets fewer than `grain`.
+inline int64_t torch_range(int64_t n, int64_t grain) {
+  const int64_t threads = torch::stable::get_num_threads(), parts = std::min(threads, (n + grain - 1) / grain);
+  return n < grain ? n : (n + parts - 1) / parts;
+}
 
 // A vector of weights in the dtype of the arithmetic: the tensor's own memory if it has that dtype, else a copy.
 class Weights {

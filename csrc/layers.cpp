@@ -55,13 +55,9 @@ namespace {
 
 // Fills the fields that say how PyTorch's own kernels would be run.
 void set_torch(GroupNormCall& call) {
-  constexpr int64_t TORCH_GRAIN = 32768;
-  const int64_t numel = call.n * call.channels * call.pixels, ranges = (numel + TORCH_GRAIN - 1) / TORCH_GRAIN;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = numel < TORCH_GRAIN ? 1 : std::min(threads, ranges);
-  call.tail_chunk = (numel + parts - 1) / parts;
+  call.tail_chunk = torch_range(call.n * call.channels * call.pixels, TORCH_GRAIN);
   call.tail_step = call.dtype == Dtype::f32 ? torch_step() : 1;
-  call.threaded = threads > 1 && call.n * call.groups > 1;
+  call.threaded = torch::stable::get_num_threads() > 1 && call.n * call.groups > 1;
 }
 
 GroupNormCall group_norm_call(const Tensor& x, const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu) {

@@ -52,6 +52,15 @@ struct GatedCall {
   int64_t value_range = 1, gradient_range = 1, tail_step = 1;
 };
 
+// A call of quick_gelu or of quick_gelu_backward on n elements. All tensors have one dtype.
+struct QuickGeluCall {
+  const void *x = nullptr, *grad_y = nullptr;
+  void *y = nullptr, *grad_x = nullptr;
+  Dtype dtype = Dtype::f32;
+  int64_t n = 0;
+  int64_t tail_chunk = 1, tail_step = 1;  // As in GroupNormCall, for PyTorch's sigmoid.
+};
+
 // A call of modulated_norm or of modulated_norm_backward on contiguous rows, of which each sample has `tokens`. x, y and
 // the gradients have one dtype. The others have the dtype of the arithmetic: double for double, else float.
 struct ModulatedNormCall {
@@ -92,6 +101,8 @@ struct LayerKernels {
   // These compute the rows [begin, end).
   void (*gated)(const GatedCall&, int64_t begin, int64_t end);
   void (*gated_backward)(const GatedCall&, int64_t begin, int64_t end);
+  void (*quick_gelu)(const QuickGeluCall&, int64_t begin, int64_t end);  // Elements, not rows.
+  void (*quick_gelu_backward)(const QuickGeluCall&, int64_t begin, int64_t end);
   void (*modulated_norm)(const ModulatedNormCall&, int64_t begin, int64_t end);
   void (*modulated_norm_backward)(const ModulatedNormCall&, int64_t begin, int64_t end);
   // These compute the tokens [begin, end) of all samples. room: memory for one row of a table

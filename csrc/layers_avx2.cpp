@@ -13,6 +13,7 @@
 #include "gated_impl.h"
 #include "modulated_norm_impl.h"
 #include "pixel_norm_impl.h"
+#include "quick_gelu_impl.h"
 #include "rotary_impl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -28,6 +29,7 @@ const LayerKernels* layer_kernels_avx2() {
   static constexpr LayerKernels table{"avx2",        group_norm, group_norm_backward,
                                       pixel_moments, pixel_norm, pixel_backward_sums,
                                       pixel_backward, gated,      gated_backward,
+                                      quick_gelu, quick_gelu_backward,
                                       modulated_norm, modulated_norm_backward,
                                       rotary, rotary_backward};
   return &table;

@@ -75,18 +75,18 @@ void rotary_backward_tokens(const RotaryCall& call, int64_t begin, int64_t end, 
     if (!call.halves) {
       by_vectors<T>(call.size, [&](int64_t at, int64_t n) {
         const Lanes<T> grad = load<S>(grad_y + at, n);
-        const Lanes<T> along = rounded<S, T>(grad * load<T>(cos + at, n));
-        store<S>(grad_x + at, along + swapped(rounded<S, T>(grad * load<T>(sin + at, n))), n);
+        const Lanes<T> along = rounded<S>(grad * load<T>(cos + at, n));
+        store<S>(grad_x + at, along + swapped(rounded<S>(grad * load<T>(sin + at, n))), n);
       });
       return;
     }
     by_vectors<T>(half, [&](int64_t at, int64_t n) {
       const int64_t other = at + half;
       const Lanes<T> low = load<S>(grad_y + at, n), high = load<S>(grad_y + other, n);
-      const Lanes<T> from_high = rounded<S, T>(high * load<T>(sin + other, n));
-      const Lanes<T> from_low = rounded<S, T>(low * load<T>(sin + at, n));
-      store<S>(grad_x + at, rounded<S, T>(low * load<T>(cos + at, n)) + from_high, n);
-      store<S>(grad_x + other, rounded<S, T>(high * load<T>(cos + other, n)) + from_low, n);
+      const Lanes<T> from_high = rounded<S>(high * load<T>(sin + other, n));
+      const Lanes<T> from_low = rounded<S>(low * load<T>(sin + at, n));
+      store<S>(grad_x + at, rounded<S>(low * load<T>(cos + at, n)) + from_high, n);
+      store<S>(grad_x + other, rounded<S>(high * load<T>(cos + other, n)) + from_low, n);
     });
   });
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..frozen import gated, group_norm, modulated_norm, rotary
+from ..frozen import gated, group_norm, modulated_norm, quick_gelu, rotary
 
 
 @contextlib.contextmanager
@@ -22,6 +22,7 @@ def fused_ops() -> Iterator[None]:
     """
     pays, modulated_pays, gated_pays = group_norm._pays, modulated_norm._pays, gated._pays
     rotary_pays = rotary._pays
+    quick_pays = quick_gelu._pays
 
     def is_used(x: Tensor) -> bool:
         return x.is_meta or pays(x)
@@ -34,6 +35,9 @@ def fused_ops() -> Iterator[None]:
 
     def is_rotary(x: Tensor) -> bool:
         return x.is_meta or rotary_pays(x)
+
+    def is_quick(x: Tensor) -> bool:
+        return quick_gelu._fits(x) if x.is_meta else quick_pays(x)
 
     with (
         mock.patch.object(group_norm, "_pays", is_used),
@@ -48,6 +52,9 @@ def fused_ops() -> Iterator[None]:
         mock.patch.object(rotary, "_pays", is_rotary),
         mock.patch.object(ops, "rotary_embedding", _on_meta(ops.rotary_embedding, _like)),
         mock.patch.object(ops, "rotary_embedding_backward", _on_meta(ops.rotary_embedding_backward, _like)),
+        mock.patch.object(quick_gelu, "_pays", is_quick),
+        mock.patch.object(ops, "quick_gelu", _on_meta(ops.quick_gelu, torch.empty_like)),
+        mock.patch.object(ops, "quick_gelu_backward", _on_meta(ops.quick_gelu_backward, _backward)),
     ):
         yield
 

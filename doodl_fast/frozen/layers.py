@@ -1,8 +1,9 @@
 """The layers that have a leaner way to run, by the full name of their class, and that way.
 
 A row of the table makes the `forward` of a class. Every such `forward` calls the same kernels as the class's own, with
-and without a graph, so values and gradients have the same bits, but for those of `group_norm.py`, `modulated_norm.py`
-and `gated.py`. Classes are found by name, so that neither diffusers nor transformers is imported for them.
+and without a graph, so values and gradients have the same bits, but for those of `group_norm.py`, `modulated_norm.py`,
+`gated.py` and `quick_gelu.py`. Classes are found by name, so that neither diffusers nor transformers is imported for
+them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .gated import GELU, SILU, Gate, gated, may_be_one_op
 from .group_norm import activated, fused
 from .level import Level
 from .modulated_norm import adaptive, root_mean_square
+from .quick_gelu import by_operators, quick_gelu
 from .recipes import active, recipe_of, remember
 
 Forward = Callable[..., Any]
@@ -154,6 +156,17 @@ def _whole(cls: Any) -> Forward:
     return forward
 
 
+def _quick_gelu(cls: Any) -> Forward:
+    """transformers' quick GELU, by the op where that is used."""
+    whole, known = _whole(cls), cls.forward.__module__ == cls.__module__
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        result = quick_gelu(args[0]) if known and len(args) == 1 and not kwargs else None
+        return whole(self, *args, **kwargs) if result is None else result
+
+    return forward
+
+
 def _elementwise(function: Callable[[Any], Callable[[Tensor], Tensor]], backward: Callable[..., Any]) -> Any:
     """A row for an activation function.
 
@@ -219,10 +232,14 @@ def _projected_quick_gelu(cls: Any) -> Forward:
     """A projection and a quick GELU: the projection's result is kept, and nothing of the activation."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = len(args) != 1 or kwargs or _is_small(self, args[0], level.SMALL) or not active(args[0])
-        if plain or args[0].device.type not in _DEVICES:
+        if len(args) != 1 or kwargs or args[0].device.type not in _DEVICES:
             return cls.forward(self, *args, **kwargs)
-        return recomputed(_quick_gelu, self.proj(args[0]))
+        x = self.proj(args[0])
+        result = quick_gelu(x)
+        if result is not None:
+            return result
+        lean = active(args[0]) and not _is_small(self, args[0], level.SMALL)
+        return recomputed(by_operators, x) if lean else by_operators(x)
 
     return forward
 
@@ -249,10 +266,6 @@ def _gated(gate: Gate) -> Callable[[Any], Forward]:
 
 def _other_gate(layer: Any) -> str | None:
     return None if type(layer.activation) is nn.SiLU else "it has a function of its own"
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
 
 
 def _gelu_of_projection(cls: Any) -> Forward:
@@ -351,7 +364,7 @@ PATTERNS: dict[str, Pattern] = {
     # Its queries, keys and values are parts of a larger projection, which is kept at every level.
     "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttention": Pattern(_recording),
     "diffusers.models.transformers.transformer_ltx.LTXAttention": _ATTENTION,
-    "transformers.activations.QuickGELUActivation": Pattern(_whole),
+    "transformers.activations.QuickGELUActivation": Pattern(_quick_gelu),
     "transformers.activations.NewGELUActivation": Pattern(_whole),
     "transformers.activations.FastGELUActivation": Pattern(_whole),
     "transformers.activations.AccurateGELUActivation": Pattern(_whole),

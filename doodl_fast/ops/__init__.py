@@ -20,6 +20,7 @@ from .lattice_coupling_op import lattice_coupling
 from .lattice_mix_op import LatticeMixing, lattice_mix
 from .matching import matches_torch
 from .modulated_norm_op import modulated_norm, modulated_norm_backward
+from .quick_gelu_op import quick_gelu, quick_gelu_backward
 from .rotary_op import rotary_embedding, rotary_embedding_backward
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "mix_inverse",
     "modulated_norm",
     "modulated_norm_backward",
+    "quick_gelu",
+    "quick_gelu_backward",
     "resolve",
     "rotary_embedding",
     "rotary_embedding_backward",

@@ -33,7 +33,7 @@ def matches_torch(op: str = "group_norm_silu") -> bool:
     Args:
         op: "group_norm_silu", for float32; "gated_activation", with GELU and SiLU, for tensors of several rows in
             float32, bfloat16 and float16; "modulated_norm", for float32 with `center=True` and a multiple of 8
-            channels; or "rotary_embedding", for float32, bfloat16 and float16.
+            channels; "quick_gelu" or "rotary_embedding", for float32, bfloat16 and float16.
 
     Raises:
         ValueError: No op of that name is compared.

@@ -182,6 +182,11 @@ GATED_ACTIVATION_BACKWARD = Signature(
     "gated_activation_backward", "Tensor grad_y, Tensor x, int activation", "Tensor grad_x", native_devices=("cpu",)
 )
 
+QUICK_GELU = Signature("quick_gelu", "Tensor x", "Tensor y", native_devices=("cpu",))
+QUICK_GELU_BACKWARD = Signature(
+    "quick_gelu_backward", "Tensor grad_y, Tensor x", "Tensor grad_x", native_devices=("cpu",)
+)
+
 MODULATED_NORM = Signature(
     "modulated_norm",
     "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, bool center",
@@ -211,6 +216,7 @@ LATENT_OPS = (COUPLING, COUPLING_VJP, COUPLING_MIX, COUPLING_MIX_VJP, LATENT_UPD
 LAYER_OPS = (
     *(GROUP_NORM_SILU, GROUP_NORM_SILU_BACKWARD, GATED_ACTIVATION, GATED_ACTIVATION_BACKWARD),
     *(MODULATED_NORM, MODULATED_NORM_BACKWARD, ROTARY_EMBEDDING, ROTARY_EMBEDDING_BACKWARD),
+    *(QUICK_GELU, QUICK_GELU_BACKWARD),
 )
 """The ops that compute layers of frozen networks, and the gradients of these layers' inputs."""
 

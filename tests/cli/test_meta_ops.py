@@ -7,12 +7,13 @@ import torch
 from diffusers.models import activations, embeddings, normalization
 from ops_cases import require
 from torch import nn
+from transformers.activations import QuickGELUActivation
 
 from doodl_fast import ops
 from doodl_fast.chain.memory.tracker import Tracker
 from doodl_fast.cli.meta_ops import fused_ops
 from doodl_fast.diffusion.module_copies import ModuleCopies
-from doodl_fast.frozen import Level, gated, modulated_norm, rotary
+from doodl_fast.frozen import Level, gated, modulated_norm, quick_gelu, rotary
 
 pytestmark = pytest.mark.usefixtures("lean_small_tensors")
 
@@ -37,6 +38,18 @@ class Gates(nn.Module):
 
     def forward(self, x, _):
         return self.silu(self.gelu(x))
+
+
+class QuickGelus(nn.Module):
+    """The two layers with a quick GELU."""
+
+    def __init__(self):
+        super().__init__()
+        self.projected, self.linear = activations.ApproximateGELU(256, 512), nn.Linear(512, 128)
+        self.activation = QuickGELUActivation()
+
+    def forward(self, x, _):
+        return self.activation(self.linear(self.projected(x)))
 
 
 def held(device, module=Norms):
@@ -92,11 +105,26 @@ def test_rotary_embeddings_hold_their_result_alone_on_the_meta_device():
     assert peak() > 6 * x.numel() * x.element_size()  # PyTorch's operators hold more for a while.
 
 
+def test_lean_quick_gelus_hold_the_same_on_the_meta_device(monkeypatch):
+    require("native", "cpu")
+    with fused_ops():
+        estimated = held("meta", QuickGelus)
+    without = held("meta", QuickGelus)
+    assert without[0] == estimated[0]  # With and without the op a graph keeps the arguments alone,
+    assert without[1] > estimated[1]  # and PyTorch's operators hold more for a while.
+    monkeypatch.setattr(quick_gelu, "_pays", lambda x: ops.has_kernel("quick_gelu", x))
+    with ops.backend("native"):
+        measured = held("cpu", QuickGelus)
+    assert estimated == measured
+
+
 def test_the_op_is_counted_where_a_gpu_would_call_it():
     x = torch.zeros(8, 64, device="meta")
     with fused_ops():
         assert gated._pays(x) and gated._pays(x.half())
         assert not any(gated._pays(other) for other in (x.double(), x.t(), x[:1]))
         assert rotary._pays(x)
-    assert not gated._pays(x)
+        assert quick_gelu._pays(x) and quick_gelu._pays(x.half())
+        assert not any(quick_gelu._pays(other) for other in (x.double(), x.t()))
+    assert not gated._pays(x) and not quick_gelu._pays(x)
     assert not rotary._pays(x)

@@ -22,6 +22,7 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from doodl_fast.ops.backends import triton_gated_kernels, triton_layer_kernels as k, triton_norm_kernels
+from doodl_fast.ops.backends import triton_quick_gelu_kernels as quick
 from doodl_fast.ops.backends import triton_rotary_kernels
 from doodl_fast.ops.backends.triton_launch import warps_for
 
@@ -29,6 +30,7 @@ GROUP_NORM = (k.group_moments_kernel, k.group_norm_kernel, k.group_norm_backward
               k.group_norm_backward_kernel)
 GATED = (triton_gated_kernels.gated_kernel, triton_gated_kernels.gated_backward_kernel)
 NORM = (triton_norm_kernels.modulated_norm_kernel, triton_norm_kernels.modulated_norm_backward_kernel)
+QUICK_GELU = (quick.quick_gelu_kernel, quick.quick_gelu_backward_kernel)
 ROTARY = (triton_rotary_kernels.rotary_kernel, triton_rotary_kernels.rotary_backward_kernel)
 WIDE = ("mean_ptr", "rstd_ptr", "parts_ptr", "cos_ptr", "sin_ptr")
 
@@ -46,6 +48,9 @@ def cases(architecture):
     for kernel in ROTARY:
         for number, dtype in enumerate(("bf16", "fp16", "fp32", "fp64") if architecture == 90 else ("fp16",)):
             yield kernel, dtype, dict(HALVES=number % 2 == 1)
+    for kernel in QUICK_GELU:
+        for dtype in ("fp16", "bf16", "fp32", "fp64") if architecture == 90 else ("fp16",):
+            yield kernel, dtype, {}
     for kernel in NORM:  # Rows of 64 channels, and of FLUX.1's and FLUX.2's transformers.
         for each, block, dtype in ((1, 4096, "fp16"), *((16, 64, "bf16"), (1, 8192, "bf16")) * (architecture == 90)):
             vectors = dict.fromkeys(("WEIGHT", "BIAS", "SCALE", "SHIFT", "CENTER"), each == 1)
@@ -105,10 +110,14 @@ def test_every_kernel_is_compiled_for_every_architecture(built):
         triton_gated_kernels,
         triton_layer_kernels,
         triton_norm_kernels,
+        triton_quick_gelu_kernels,
         triton_rotary_kernels,
     )
 
-    modules = (triton_layer_kernels, triton_gated_kernels, triton_norm_kernels, triton_rotary_kernels)
+    modules = (
+        *(triton_layer_kernels, triton_gated_kernels, triton_norm_kernels),
+        *(triton_quick_gelu_kernels, triton_rotary_kernels),
+    )
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     found = {(case["kernel"], case["architecture"]) for case in built}
     assert found == {(name, architecture) for name in kernels for architecture in ARCHITECTURES}

@@ -34,12 +34,13 @@ def launch(
         triton_lattice,
         triton_layer_kernels,
         triton_norm_kernels,
+        triton_quick_gelu_kernels,
         triton_rotary_kernels,
     )
 
     modules = (
         *(triton_kernels, triton_lattice, triton_layer_kernels, triton_gated_kernels, triton_norm_kernels),
-        triton_rotary_kernels,
+        *(triton_quick_gelu_kernels, triton_rotary_kernels),
     )
     kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     if like.is_cpu:  # The interpreter takes no options of the compiler.

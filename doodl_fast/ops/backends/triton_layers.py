@@ -159,6 +159,18 @@ def _rotary_embedding_backward(call: Any) -> None:
     _rotary("rotary_backward_kernel", call, call.grad_x, call.grad_y)
 
 
+def _quick_gelu(call: Any) -> None:
+    """Launches `quick_gelu`."""
+    n = call.x.numel()
+    launch("quick_gelu_kernel", (blocks(n),), call.x, call.y, call.x, n, **arithmetic(call.x))
+
+
+def _quick_gelu_backward(call: Any) -> None:
+    """Launches `quick_gelu_backward`."""
+    n, tensors = call.x.numel(), (call.grad_x, call.grad_y, call.x)
+    launch("quick_gelu_backward_kernel", (blocks(n),), call.x, *tensors, n, **arithmetic(call.x))
+
+
 KERNELS = (
     (signatures.GROUP_NORM_SILU, _group_norm_silu),
     (signatures.GROUP_NORM_SILU_BACKWARD, _group_norm_silu_backward),
@@ -168,4 +180,6 @@ KERNELS = (
     (signatures.MODULATED_NORM_BACKWARD, _modulated_norm_backward),
     (signatures.ROTARY_EMBEDDING, _rotary_embedding),
     (signatures.ROTARY_EMBEDDING_BACKWARD, _rotary_embedding_backward),
+    (signatures.QUICK_GELU, _quick_gelu),
+    (signatures.QUICK_GELU_BACKWARD, _quick_gelu_backward),
 )
