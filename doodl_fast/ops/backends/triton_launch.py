@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,16 +19,9 @@ def warps_for(elements: int) -> int:
     return WARPS if elements <= 2 * BLOCK else min(16, elements // 512)
 
 
-def launch(
-    name: str,
-    grid: tuple[int, ...],
-    like: Tensor,
-    *arguments: Any,
-    block: int = BLOCK,
-    warps: int = WARPS,
-    **constants: Any,
-) -> None:
-    """Launches a kernel on the device of a tensor. arguments: its pointers and numbers; constants: its constexprs."""
+@functools.cache
+def _kernel(name: str) -> Any:
+    """The kernel of a name. Triton is imported when one is asked for."""
     from . import (
         triton_gated_kernels,
         triton_kernels,
@@ -42,7 +36,20 @@ def launch(
         *(triton_kernels, triton_lattice, triton_layer_kernels, triton_gated_kernels, triton_norm_kernels),
         *(triton_quick_gelu_kernels, triton_rotary_kernels),
     )
-    kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def launch(
+    name: str,
+    grid: tuple[int, ...],
+    like: Tensor,
+    *arguments: Any,
+    block: int = BLOCK,
+    warps: int = WARPS,
+    **constants: Any,
+) -> None:
+    """Launches a kernel on the device of a tensor. arguments: its pointers and numbers; constants: its constexprs."""
+    kernel = _kernel(name)
     if like.is_cpu:  # The interpreter takes no options of the compiler.
         kernel[grid](*arguments, **constants, BLOCK=block)
         return
