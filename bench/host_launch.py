@@ -9,11 +9,12 @@ the point where the GPU's driver would be called:
 - "native": the op on CPU tensors of 16 elements, through the same Python and the same dispatcher as on a GPU. The
   arithmetic takes next to nothing.
 - "triton": the op with Triton's own launcher and kernels compiled for compute capability 9.0, on the same tensors. In
-  the place of Triton's driver stands one that names a GPU and launches nothing, and `torch.cuda.device` does nothing.
+  the place of Triton's driver stands one that names a GPU and launches nothing, and `torch.cuda.current_device` gives
+  the number that CPU tensors have for a device, so that theirs is the current one.
 
 What both must do beyond that, the driver's own launch of some microseconds, is counted in neither, nor is what Triton's
-launcher does in C, or choosing a GPU. The ways run in turn; a figure is the median of the rounds, each the mean of many
-calls. A step of EDICT launches what the last line says (docs/results/h200.md), of which ops of this library are a part.
+launcher does in C, or asking CUDA which GPU is the current one. The ways run in turn; a figure is the median of the
+rounds, each the mean of many calls. A step of EDICT calls four of the ops (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -85,17 +86,9 @@ class Driver:
         return lambda *_: None
 
 
-class Chosen:
-    """Stands for `torch.cuda.device`, which chooses a GPU for a `with` block."""
-
-    def __init__(self, device: Any) -> None:
-        self.device = device
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
+def _number_of_the_cpu() -> int:
+    """What `Tensor.get_device` returns for CPU tensors."""
+    return -1
 
 
 @contextmanager
@@ -106,7 +99,7 @@ def by_triton() -> Iterator[None]:
     kernels = backend.kernels("cuda")
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(registry._chosen, {("cpu", registry._environment): kernels}))
-        stack.enter_context(mock.patch.object(torch.cuda, "device", Chosen))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", _number_of_the_cpu))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cpu", False))
         yield
 

@@ -1,6 +1,9 @@
-"""Mixed devices are refused by name, and a clip beyond the range of fp32 means the same on every backend."""
+"""Mixed devices are refused by name, kernels run on the tensors' GPU, a clip beyond fp32 means the same everywhere."""
 
 from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from conftest import DEVICE
 from ops_cases import BACKENDS, require
 
 from doodl_fast import ops
+from doodl_fast.ops.backends import triton_launch
 
 X, META = torch.ones(2, 3), torch.ones(2, 3, device="meta")
 N, META_N = X.int(), META.int()
@@ -64,3 +68,25 @@ def test_a_clip_above_the_range_of_fp32_clips_nothing(name):
 def test_a_clip_that_bounds_nothing_is_refused(clip):
     with pytest.raises(ValueError, match="clip: expected None or a number that is not negative, got"):
         ops.latent_update((X, X), (X, X), (X, X), clip=clip)
+
+
+@pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [1])])
+def test_triton_launches_on_the_tensors_own_gpu(monkeypatch, current, entered):
+    """Another GPU than the current one is made current for the launch alone, and the current one is not entered."""
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def device(index):
+        inside.append(index)
+        yield
+        inside.pop()
+
+    def kernel(*arguments, **constants):
+        seen.append((arguments, list(inside)))
+
+    monkeypatch.setattr(triton_launch, "_kernel", lambda name: {(1,): kernel})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    on_gpu = SimpleNamespace(is_cpu=False, get_device=lambda: 1)
+    triton_launch.launch("a_kernel", (1,), on_gpu, 5)
+    assert seen == [((5,), entered)] and inside == []

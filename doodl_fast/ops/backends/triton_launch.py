@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -53,17 +54,25 @@ def launch(
     if like.is_cpu:  # The interpreter takes no options of the compiler.
         kernel[grid](*arguments, **constants, BLOCK=block)
         return
-    with torch.cuda.device(like.device):
+    # Entering a device takes some microseconds of Python, and where there is one GPU it is the current one already.
+    index = like.get_device()
+    with contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
         kernel[grid](*arguments, **constants, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
 
 
 def arithmetic(*tensors: Tensor | None, **coefficients: float) -> dict[str, Any]:
     """Returns constants of a kernel: the dtype of the arithmetic, and which of the coefficients are not zero in it."""
-    import triton.language as tl
-
     dtype = compute_dtype(*(tensor.dtype for tensor in tensors if tensor is not None))
     there = {f"HAS_{name.upper()}": not vanishes(value, dtype) for name, value in coefficients.items()}
-    return {"COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32, **there}
+    return {"COMPUTE": _triton_dtype(dtype), **there}
+
+
+@functools.cache
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    """Returns what Triton calls the dtype of the arithmetic."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def blocks(n: int) -> int:
