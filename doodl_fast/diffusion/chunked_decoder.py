@@ -32,6 +32,8 @@ class RecomputedInPlace(nn.Module):
             frames = self.decoder(x, feat_cache=after, feat_idx=position, **options)
             return frames, after, position
 
+        # The checkpoint of this package's blocks would not compute less again here, and its peak was 1.15 times as high
+        # with a small Wan.
         frames: Tensor
         frames, feat_cache[:], feat_idx[:] = checkpoint(call, x, list(feat_cache), list(feat_idx), use_reentrant=False)
         return frames

@@ -160,6 +160,8 @@ class Decoder:
 
         if not self._singly or len(z) == 1:
             return self._images(z)
+        # The checkpoint of this package's blocks would not compute less again here: with a small AutoencoderKL both had
+        # the same peak and the same number of operations.
         return torch.cat(
             [checkpoint(self._images, one, use_reentrant=False, preserve_rng_state=False) for one in z.split(1)]
         )
