@@ -96,8 +96,8 @@ def _pays(x: Tensor) -> bool:
     """Whether the op is faster than PyTorch's operators and has their bits.
 
     On a GPU it rounds where they do, but for products with complex numbers, whose terms the operators may add with one
-    rounding. This depends on x's device, dtype, layout and size alone, and not on whether a
-    graph is made or the call is recorded as a CUDA graph. So all calls of a run with equal inputs give the same bits.
+    rounding. This depends on x's device, dtype, layout and size alone, and not on whether a graph is made or the call
+    is recorded as a CUDA graph. So all calls of a run with equal inputs give the same bits.
     """
     if x.is_cpu:
         return ops.has_kernel("rotary_embedding", x) and ops.matches_torch("rotary_embedding")
@@ -165,7 +165,7 @@ def _by_operators(original: Callable[..., Tensor], x: Any, *args: Any) -> Tensor
 
 
 def of_embeddings(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The one of diffusers.models.embeddings, which takes two tables, or complex numbers of each sample."""
+    """The one for diffusers.models.embeddings, which takes two tables, or complex numbers of each sample."""
 
     @functools.wraps(original)
     def apply_rotary_emb(
@@ -182,11 +182,12 @@ def of_embeddings(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _are_two(tables: Any) -> bool:
+    """Whether tables are one of cosines and one of sines."""
     return type(tables) is tuple and len(tables) == 2
 
 
 def of_qwen(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The one of Qwen-Image, which takes complex numbers for all samples."""
+    """The one for Qwen-Image, which takes complex numbers for all samples."""
 
     @functools.wraps(original)
     def apply_rotary_emb_qwen(x: Any, freqs_cis: Any, use_real: bool = True, use_real_unbind_dim: int = -1) -> Tensor:
@@ -198,7 +199,7 @@ def of_qwen(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def of_ltx(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The one of LTX, for tensors (batch, tokens, channels) of all heads."""
+    """The one for LTX, which takes tensors (batch, tokens, channels) of all heads."""
 
     @functools.wraps(original)
     def apply_rotary_emb(x: Any, freqs: Any) -> Tensor:
