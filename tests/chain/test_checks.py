@@ -43,6 +43,7 @@ def gradients(chain: Chain, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
 def silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")  # torch.compile's
         yield
 
 
