@@ -109,6 +109,8 @@ LAYERS = {
 
 
 def made(kind, dtype=torch.float32):
+    if kind == "Qwen-Image" and rotary.why_not_fused(qwen.QwenDoubleStreamAttnProcessor2_0()) is not None:
+        pytest.skip("in this version of diffusers it takes its function from a table, and is left alone")
     torch.manual_seed(0)
     return LAYERS[kind]().to(DEVICE, dtype).requires_grad_(False).eval()
 

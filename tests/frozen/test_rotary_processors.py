@@ -106,5 +106,7 @@ def test_every_processor_of_the_table_calls_the_function_that_is_replaced():
         if importlib.util.find_spec(module) is None:
             continue  # An older diffusers has not all of these families.
         found += 1
-        assert rotary.why_not_fused(object.__new__(getattr(importlib.import_module(module), cls))) is None, name
+        why = rotary.why_not_fused(object.__new__(getattr(importlib.import_module(module), cls)))
+        # Qwen-Image's takes its function from a table in diffusers 0.41, and is left alone there.
+        assert why is None or (why == "" and "Qwen" in cls), name
     assert found >= len(rotary.PROCESSORS) // 2
