@@ -138,8 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"argument --rounds: expected at least 1, got {args.rounds}")
-    for backend, device in (("native", "cpu"), ("triton", None)):
-        why = ops.why_not(backend, device) if device else _without_triton()
+    for backend, why in (("native", ops.why_not("native", "cpu")), ("triton", _without_triton())):
         if why is not None:
             parser.error(f"the {backend} backend is needed: {why}")
     torch.set_num_threads(1)

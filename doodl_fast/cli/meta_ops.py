@@ -20,42 +20,12 @@ def fused_ops() -> Iterator[None]:
 
     An op holds its result, a norm's also the statistics of groups or rows, and its gradient the input's gradient.
     """
-    pays, modulated_pays, gated_pays = group_norm._pays, modulated_norm._pays, gated._pays
-    rotary_pays = rotary._pays
-    quick_pays = quick_gelu._pays
-
-    def is_used(x: Tensor) -> bool:
-        return x.is_meta or pays(x)
-
-    def is_modulated(x: Tensor, same_bits: bool) -> bool:
-        return x.shape[-1] <= modulated_norm.MOST if x.is_meta else modulated_pays(x, same_bits)
-
-    def is_gated(x: Tensor) -> bool:
-        return gated._fits(x) if x.is_meta else gated_pays(x)
-
-    def is_rotary(x: Tensor) -> bool:
-        return x.is_meta or rotary_pays(x)
-
-    def is_quick(x: Tensor) -> bool:
-        return quick_gelu._fits(x) if x.is_meta else quick_pays(x)
-
-    with (
-        mock.patch.object(group_norm, "_pays", is_used),
-        mock.patch.object(ops, "group_norm_silu", _on_meta(ops.group_norm_silu, _forward)),
-        mock.patch.object(ops, "group_norm_silu_backward", _on_meta(ops.group_norm_silu_backward, _backward)),
-        mock.patch.object(modulated_norm, "_pays", is_modulated),
-        mock.patch.object(ops, "modulated_norm", _on_meta(ops.modulated_norm, _modulated)),
-        mock.patch.object(ops, "modulated_norm_backward", _on_meta(ops.modulated_norm_backward, _backward)),
-        mock.patch.object(gated, "_pays", is_gated),
-        mock.patch.object(ops, "gated_activation", _on_meta(ops.gated_activation, _gated)),
-        mock.patch.object(ops, "gated_activation_backward", _on_meta(ops.gated_activation_backward, _backward)),
-        mock.patch.object(rotary, "_pays", is_rotary),
-        mock.patch.object(ops, "rotary_embedding", _on_meta(ops.rotary_embedding, _like)),
-        mock.patch.object(ops, "rotary_embedding_backward", _on_meta(ops.rotary_embedding_backward, _like)),
-        mock.patch.object(quick_gelu, "_pays", is_quick),
-        mock.patch.object(ops, "quick_gelu", _on_meta(ops.quick_gelu, torch.empty_like)),
-        mock.patch.object(ops, "quick_gelu_backward", _on_meta(ops.quick_gelu_backward, _backward)),
-    ):
+    with contextlib.ExitStack() as stack:
+        for name, (module, pays, forward, backward) in _OPS.items():
+            replaced = ((module, "_pays", pays), (ops, name, forward), (ops, f"{name}_backward", backward))
+            for owner, attribute, other in replaced:
+                function = _on_meta(getattr(owner, attribute), other)
+                stack.enter_context(mock.patch.object(owner, attribute, function))
         yield
 
 
@@ -66,6 +36,14 @@ def _on_meta(function: Any, other: Any) -> Any:
         return (other if x.is_meta else function)(x, *args, **kwargs)
 
     return call
+
+
+def _always(x: Tensor) -> bool:
+    return True
+
+
+def _is_narrow(x: Tensor, same_bits: bool) -> bool:
+    return x.shape[-1] <= modulated_norm.MOST
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,9 +60,20 @@ def _gated(x: Tensor, activation: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
+def _like(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _backward(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _like(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x)
+_OPS = {
+    "group_norm_silu": (group_norm, _always, _forward, _backward),
+    "modulated_norm": (modulated_norm, _is_narrow, _modulated, _backward),
+    "gated_activation": (gated, gated._fits, _gated, _backward),
+    "quick_gelu": (quick_gelu, quick_gelu._fits, _like, _backward),
+    "rotary_embedding": (rotary, _always, _like, _like),
+}
+"""For each op: the module of the lean layers that call it, whether they do, and what has the sizes of its results and
+of its gradient."""

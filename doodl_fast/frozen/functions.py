@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from .recipes import load, recipe_of, save
 
 Function = Callable[..., Tensor]
+
+
+def entered(backend: str) -> contextlib.AbstractContextManager[Any]:
+    """Chooses a backend of the ops, if it is not chosen already: entering one takes longer than asking for it."""
+    return contextlib.nullcontext() if ops.choice() == backend else ops.backend(backend)
 
 
 class _Recomputed(torch.autograd.Function):

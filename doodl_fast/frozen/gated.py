@@ -6,7 +6,6 @@ both in one pass, and its gradient writes both halves in another.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops.transforms import is_plain
+from .functions import entered
 from .recipes import load, recipe_of, save
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -94,8 +94,7 @@ class _Gated(torch.autograd.Function):
         if torch.is_grad_enabled():  # A second derivative needs the way back to x.
             return *torch.autograd.grad(_product(x, gate), x, grad, create_graph=True), None, None, None
         if ctx.backend is not None:
-            # Entering a backend takes longer than asking for the current one.
-            with contextlib.nullcontext() if ops.choice() == ctx.backend else ops.backend(ctx.backend):
+            with entered(ctx.backend):
                 return ops.gated_activation_backward(grad, x, gate.name), None, None, None
         hidden, argument = x.chunk(2, dim=-1)
         result = x.new_empty(x.shape)  # Autograd would make the two halves, and copy them.

@@ -8,7 +8,6 @@ is known to call the one with the result of the other.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..ops.transforms import is_plain
+from .functions import entered
 from .recipes import load, recipe_of, save
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -152,6 +152,5 @@ class _GroupNormSilu(torch.autograd.Function):
             y = F.silu(F.group_norm(x, ctx.num_groups, weight, bias, ctx.eps))
             return *torch.autograd.grad(y, x, grad_outputs, create_graph=True), None, None, None, None, None
         given = (grad_outputs[0], x, mean, rstd, _tensor(weight), _tensor(bias), ctx.num_groups)
-        # Entering a backend takes longer than asking for the current one.
-        with contextlib.nullcontext() if ops.choice() == ctx.backend else ops.backend(ctx.backend):
+        with entered(ctx.backend):
             return ops.group_norm_silu_backward(*given), None, None, None, None, None

@@ -388,6 +388,6 @@ FREE = frozenset(
 """Layers of which PyTorch keeps nothing that could be left out without a matrix product."""
 
 
-def name_of(cls: type) -> str:
-    """The full name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+def name_of(named: Any) -> str:
+    """The full name of a class or of a function. What has none gets one that no class has."""
+    return f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', '')}"

@@ -7,7 +7,6 @@ still. The op `ops.modulated_norm` takes one, forward and backward, and keeps as
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import ops
 from ..ops.transforms import is_plain
 from . import level
+from .functions import entered
 from .recipes import load, recipe_of, remember, save
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,8 +54,7 @@ class _Norm(torch.autograd.Function):
             return of_x, None, None, None, of_scale, of_shift, None, None
         weight, bias, scale, _ = map(_tensor, vectors)
         tokens, of_x, of_scale = tuple(range(1, x.ndim - 1)), None, None
-        # Entering a backend takes longer than asking for the current one.
-        with contextlib.nullcontext() if ops.choice() == ctx.backend else ops.backend(ctx.backend):
+        with entered(ctx.backend):
             if needs[0]:
                 of_x = ops.modulated_norm_backward(grad, x, mean, rstd, weight, scale, ctx.center)
             if needs[1]:
@@ -85,7 +84,7 @@ def _tensor(vector: Tensor | None) -> Tensor | None:
 
 def _again(backend: str, *args: Any) -> Tensor:
     """The norm again, by the backend that has computed it."""
-    with ops.backend(backend):
+    with entered(backend):
         return ops.modulated_norm(*args)[0]
 
 

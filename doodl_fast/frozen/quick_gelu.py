@@ -6,7 +6,6 @@ PyTorch reads and writes tensors once for each of three operators, and for each 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from . import level
+from .functions import entered
 from .gated import may_be_one_op
 from .recipes import load, recipe_of, remember, save
 
@@ -60,14 +60,9 @@ def _fits(x: Tensor) -> bool:
     return x.dtype in _DTYPES and x.is_contiguous()
 
 
-def _entered(backend: str) -> contextlib.AbstractContextManager[Any]:
-    """Chooses a backend. Entering one takes longer than asking for the current one."""
-    return contextlib.nullcontext() if ops.choice() == backend else ops.backend(backend)
-
-
 def _again(x: Tensor, backend: str) -> Tensor:
     """Computes the layer once more, for a gradient of what follows it."""
-    with _entered(backend):
+    with entered(backend):
         return ops.quick_gelu(x)
 
 
@@ -85,5 +80,5 @@ class _QuickGelu(torch.autograd.Function):
         (x,), (grad,) = load(ctx), grad_outputs
         if torch.is_grad_enabled():  # A second derivative needs the way back to x.
             return *torch.autograd.grad(by_operators(x), x, grad, create_graph=True), None, None
-        with _entered(ctx.backend):
+        with entered(ctx.backend):
             return ops.quick_gelu_backward(grad, x), None, None

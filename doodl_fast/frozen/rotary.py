@@ -13,7 +13,6 @@ own modules and the caller's processors are not changed.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -26,6 +25,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import ops
 from ..ops.transforms import is_plain
 from . import level
+from .functions import entered
+from .layers import name_of
 from .recipes import active, recipe_of, remember
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,8 +66,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), tables = grad_outputs, ctx.saved_tensors
-        # Entering a backend takes longer than asking for the current one.
-        with contextlib.nullcontext() if ops.choice() == ctx.backend else ops.backend(ctx.backend):
+        with entered(ctx.backend):
             if len(tables) == 1:  # Autograd rounds the gradient of a product with complex numbers once.
                 of_x = _op(grad, ctx.pairs, tables[0].conj())
             else:
@@ -88,7 +88,7 @@ def _cosines_and_sines(factors: Tensor) -> list[Tensor]:
 
 def _again(backend: str, *args: Any) -> Tensor:
     """The rotated tensor again, by the backend that has computed it."""
-    with ops.backend(backend):
+    with entered(backend):
         return _op(*args)
 
 
@@ -233,19 +233,15 @@ def _function(cls: type) -> tuple[str, Any]:
     return "", None
 
 
-def _full_name(named: Any) -> str:
-    return f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', '')}"
-
-
 def why_not_fused(processor: Any) -> str | None:
     """Why a processor's rotary embeddings are computed by PyTorch's operators, "" if it has none, None if by the op."""
     cls = type(processor)
     code = getattr(getattr(processor, "__call__", None), "__code__", None)  # noqa: B004
     if code is None or not {*NAMES} & {*code.co_names, *code.co_varnames}:
         return ""
-    if _full_name(cls) not in PROCESSORS:
+    if name_of(cls) not in PROCESSORS:
         return "its rotary embeddings are PyTorch's operators, as its class is not known"
-    if _full_name(_function(cls)[1]) not in _REPLACED:
+    if name_of(_function(cls)[1]) not in _REPLACED:
         return "its rotary embeddings are a function that was replaced"
     return None
 
@@ -263,7 +259,7 @@ def _class_of_copies(cls: type) -> type:
         # torch.compile would look for the function in a module that is named here.
         inner = {key: value for key, value in now.items() if key != "__name__"}
         name, original = _function(cls)
-        inner[name] = _REPLACED[_full_name(original)](original)
+        inner[name] = _REPLACED[name_of(original)](original)
         function = types.FunctionType(call.__code__, inner, call.__name__, call.__defaults__)
         function.__kwdefaults__ = call.__kwdefaults__
         body = {"__call__": function, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -272,18 +268,18 @@ def _class_of_copies(cls: type) -> type:
     return kind
 
 
-def use_fused_rotary(original: nn.Module, copied: nn.Module) -> None:
+def use_fused_rotary(name: str, copied: nn.Module) -> None:
     """Gives a copied attention layer a copy of its processor whose rotary embeddings are the op, if that is known.
 
     Args:
-        original: The caller's layer, which is only read, as is its processor.
-        copied: The copy. If it is itself a processor, it gets the other class.
+        name: The full name of the layer's class. A processor that is a module itself gets the other class.
+        copied: The copy of the caller's layer. Its processor is the caller's, and only read.
     """
     processor = copied.__dict__.get("processor")
     if processor is not None and why_not_fused(processor) is None:
         clone: Any = object.__new__(_class_of_copies(type(processor)))
         clone.__dict__.update(processor.__dict__)
         copied.__dict__["processor"] = clone
-    elif _full_name(type(original)) in PROCESSORS and why_not_fused(original) is None:
-        kind: Any = _class_of_copies(type(original))
+    elif name in PROCESSORS and why_not_fused(copied) is None:
+        kind: Any = _class_of_copies(type(copied))
         copied.__class__ = kind

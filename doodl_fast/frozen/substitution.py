@@ -79,7 +79,7 @@ def substitute(pairs: Iterable[tuple[nn.Module, nn.Module]], level: Level) -> No
         if name in PATTERNS and not trained and why_not_replaced(original, level) is None:
             kind: Any = lean_class(type(original), level)
             copied.__class__ = kind
-        use_fused_rotary(original, copied)
+        use_fused_rotary(name, copied)
         blocks.append((name, copied))
     note_pairs(blocks, lean_class(nn.GroupNorm, level), lean_class(nn.SiLU, level))
 

@@ -53,7 +53,10 @@ def test_a_compiled_function_around_a_chain(memory):
 
 
 def test_a_compiled_graph_is_no_larger(denoiser):
-    """So a plan made for the network itself, which is what a tracker sees, holds."""
+    """So a plan made for the network itself, which is what a tracker sees, holds.
+
+    A graph that is compiled for one timestep keeps its embedding and a number beside what grows with the latents.
+    """
     x = latents(1, 3, 64, dtype=torch.float32, grad=True)[0]
     held = []
     for made in (Denoiser(denoiser.unet, denoiser.cond, denoiser.uncond, 3.0), denoiser):
@@ -65,5 +68,5 @@ def test_a_compiled_graph_is_no_larger(denoiser):
 
         with made.running(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             made(x, 3)
-        held.append(sum(saved.values()))
-    assert 0 < held[1] <= held[0] + 64  # torch 2.14 keeps a few single numbers as well.
+        held.append(sum(size for size in saved.values() if size > 64))
+    assert 0 < held[1] <= held[0]

@@ -5,14 +5,20 @@ On the CPU both have the same bits. Elsewhere the op rounds where PyTorch does, 
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-
 import pytest
 import torch
-from conftest import DEVICE, relative
+from conftest import DEVICE
 from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention import BasicTransformerBlock
+from lean_cases import (
+    check,
+    check_autocast_compile_and_transforms,
+    check_gradient_of_weights_alone,
+    check_second_derivatives,
+    check_tritons_kernels,
+    counting,
+    on_card,
+)
 from ops_cases import require
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +26,6 @@ from torch.nn import functional as F
 from doodl_fast import ops
 from doodl_fast.diffusion.module_copies import ModuleCopies
 from doodl_fast.frozen import Level, gated, lean_report, level
-from doodl_fast.ops.backends import registry
 
 LAYERS = {"GEGLU": GEGLU, "SwiGLU": SwiGLU}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,20 +36,7 @@ def calls(monkeypatch, lean_small_tensors):
     """Counts the calls of the op and of its gradient."""
     if DEVICE.type != "cpu" or not ops.matches_torch("gated_activation"):
         pytest.skip("the op has other bits than PyTorch here, so it is not used")
-    counts = Counter()
-
-    def counted(name):
-        function = getattr(ops, name)
-
-        def call(*args):
-            counts[name.removeprefix("gated_activation")] += 1
-            return function(*args)
-
-        return call
-
-    for name in ("gated_activation", "gated_activation_backward"):
-        monkeypatch.setattr(ops, name, counted(name))
-    return counts
+    return counting(monkeypatch, "gated_activation")
 
 
 def made(kind, dtype=torch.float32):
@@ -55,23 +47,6 @@ def made(kind, dtype=torch.float32):
 def operand(dtype=torch.float32, rows=9):
     generator = torch.Generator().manual_seed(1)
     return (2 * torch.randn(2 if rows > 1 else 1, rows, 12, generator=generator)).to(dtype).requires_grad_()
-
-
-def gradient(network, x):
-    output = network(x)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
-    return output.detach(), torch.autograd.grad(output, x, weights)[0]
-
-
-def check(layer, x, how_lean=Level.ON):
-    """Asserts that a lean copy gives the bits of a plain one, with and without a graph."""
-    want = gradient(ModuleCopies(layer).of(layer), x)
-    lean = ModuleCopies(layer, lean=how_lean).of(layer)
-    for got, expected in zip(gradient(lean, x), want, strict=True):
-        assert torch.equal(got, expected)
-    with torch.no_grad():
-        assert torch.equal(lean(x), want[0])
-    assert want[1].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("how_lean", [Level.ON, Level.RECOMPUTE])
@@ -120,30 +95,14 @@ def test_small_tensors_are_left_to_torch_at_every_level(calls, monkeypatch, how_
 
 def test_autocast_compile_and_transforms_run_as_before(calls):
     layer, x = made("SwiGLU"), operand()
-    plain, lean = (ModuleCopies(layer, lean=how_lean).of(layer) for how_lean in (Level.OFF, Level.ON))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(plain(x), lean(x))
-    torch.compiler.reset()
-    assert torch.equal(torch.compile(lean, backend="eager", fullgraph=True)(x), plain(x))
-    for transform in (
-        lambda f: torch.func.vmap(f)(x),
-        lambda f: torch.func.jvp(f, (x,), (x.detach().cos(),))[1],
-        lambda f: torch.func.grad(lambda x: f(x).sin().sum())(x),
-    ):
-        assert torch.equal(transform(lean), transform(plain))
+    check_autocast_compile_and_transforms(layer, x)
     assert not calls
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_second_derivatives(calls, kind):
-    layer, x = made(kind), operand()
-    found = []
-    for how_lean in (Level.OFF, Level.ON):
-        network = ModuleCopies(layer, lean=how_lean).of(layer)
-        (grad,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    check_second_derivatives(made(kind), operand())
     assert calls == {"": 1, "_backward": 1}  # The second gradient also passes the layer itself.
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4 * float(found[0].abs().max()))
 
 
 def test_a_graph_is_used_again_with_the_backend_of_its_forward_run(calls):
@@ -160,13 +119,8 @@ def test_a_graph_is_used_again_with_the_backend_of_its_forward_run(calls):
 
 def test_a_gradient_of_the_projections_weights_alone(calls):
     """The layer's input wants no gradient, as that of a network's first layer."""
-    found = []
-    for how_lean in (Level.OFF, Level.ON):
-        layer = made("GEGLU")
-        lean = ModuleCopies(layer, lean=how_lean).of(layer)
-        lean.proj.weight.requires_grad_()
-        found.append(torch.autograd.grad(lean(operand().detach()).square().sum(), lean.proj.weight)[0])
-    assert torch.equal(*found) and calls == {"": 1, "_backward": 1}
+    check_gradient_of_weights_alone(lambda: made("GEGLU"), operand())
+    assert calls == {"": 1, "_backward": 1}
 
 
 def test_another_activation_in_a_swiglu_is_left_alone(calls):
@@ -183,32 +137,16 @@ def test_tritons_kernels_are_as_exact_as_pytorch(monkeypatch, calls, kind, dtype
     """On a GPU the op is used for every dtype. Here Triton's interpreter runs its kernels."""
     require("triton")
     monkeypatch.setattr(gated, "_pays", lambda x: ops.has_kernel("gated_activation", x))
-    layer, x = made(kind, dtype), operand(dtype)
-    truth = gradient(copy.deepcopy(layer).double(), x.detach().double().requires_grad_())
-    plain = gradient(ModuleCopies(layer).of(layer), x)
-    lean = ModuleCopies(layer, lean=Level.ON).of(layer)
-    with ops.backend("triton"):
-        found = gradient(lean, x)
-        with torch.no_grad():
-            assert torch.equal(lean(x), found[0])
-    for got, other, want in zip(found, plain, truth, strict=True):
-        assert relative(got, want) <= 1.1 * relative(other, want)
+    check_tritons_kernels(made(kind, dtype), operand(dtype))
     assert calls == {"": 2, "_backward": 1}
-
-
-class OnCard(torch.Tensor):
-    """What the choice of the op reads from a tensor, as if the tensor were on a CUDA device."""
 
 
 @pytest.mark.parametrize("kernels", [{}, {"gated_activation": "a kernel"}], ids=["eager", "triton"])
 def test_on_a_gpu_the_op_is_used_wherever_it_has_a_kernel(monkeypatch, kernels):
-    monkeypatch.setitem(registry._chosen, ("cuda", registry._environment), {**registry.EAGER, **kernels})
-    monkeypatch.setattr(OnCard, "is_cuda", True, raising=False)
-    monkeypatch.setattr(OnCard, "is_cpu", False, raising=False)
-    monkeypatch.setattr(OnCard, "device", torch.device("cuda"), raising=False)
-    monkeypatch.setattr(gated, "Tensor", OnCard)
+    card = on_card(monkeypatch, kernels)
+    monkeypatch.setattr(gated, "Tensor", card)
     for dtype in (*DTYPES, torch.float64):
-        x = torch.randn(3, 8).to(dtype).as_subclass(OnCard)
+        x = torch.randn(3, 8).to(dtype).as_subclass(card)
         assert gated._pays(x) == (bool(kernels) and dtype != torch.float64)
         assert not gated._pays(x.t())  # It would have to be copied.
 

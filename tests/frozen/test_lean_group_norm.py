@@ -7,13 +7,13 @@ the one without it.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
 import pytest
 import tiny_pipeline
 import torch
 from conftest import DEVICE, golden_unet, relative
 from diffusers.models.resnet import ResnetBlock2D
+from lean_cases import counting, gradient
 from ops_cases import require
 from torch import nn
 
@@ -32,18 +32,7 @@ def calls(monkeypatch):
     """Counts the calls of the op and of its gradient."""
     if DEVICE.type != "cpu" or not ops.matches_torch():
         pytest.skip("the op has other bits than PyTorch here, so it is not used")
-    counts = Counter()
-    for name in ("group_norm_silu", "group_norm_silu_backward"):
-        monkeypatch.setattr(ops, name, counted(counts, name.removeprefix("group_norm_silu"), getattr(ops, name)))
-    return counts
-
-
-def counted(counts, name, function):
-    def call(*args):
-        counts[name] += 1
-        return function(*args)
-
-    return call
+    return counting(monkeypatch, "group_norm_silu")
 
 
 def block(**options):
@@ -60,13 +49,6 @@ def operands(dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     x, temb = (torch.randn(shape, generator=generator) for shape in ((2, 8, 6, 7), (2, 6)))
     return x.to(dtype).requires_grad_(), temb.to(dtype)
-
-
-def gradient(network, x, *args):
-    output = network(x, *args)
-    output = getattr(output, "sample", output)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
-    return output.detach(), torch.autograd.grad(output, x, weights)[0]
 
 
 def check(network, x, *args, level=Level.ON):

@@ -7,12 +7,13 @@ those without it.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
+import lean_cases
 import pytest
 import torch
 from conftest import DEVICE, relative
 from diffusers.models import normalization
+from lean_cases import counting, gradient
 from ops_cases import require
 from torch import nn
 
@@ -61,18 +62,7 @@ def calls(monkeypatch):
     """Counts the calls of the op and of its gradient."""
     if DEVICE.type != "cpu" or not ops.matches_torch("modulated_norm"):
         pytest.skip("the op has other bits than PyTorch here, so it is not used")
-    counts = Counter()
-
-    def counted(name, function):
-        def call(*args):
-            counts[name] += 1
-            return function(*args)
-
-        return call
-
-    for name in ("modulated_norm", "modulated_norm_backward"):
-        monkeypatch.setattr(ops, name, counted(name.removeprefix("modulated_norm"), getattr(ops, name)))
-    return counts
+    return counting(monkeypatch, "modulated_norm")
 
 
 @pytest.fixture
@@ -99,21 +89,8 @@ def operands(dtype=torch.float32):
     return (x + 0.5).to(dtype).requires_grad_(), emb.to(dtype)
 
 
-def gradient(network, x, *args):
-    output = network(x, *args)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
-    return output.detach(), torch.autograd.grad(output, x, weights)[0]
-
-
 def check(network, x, *args, level=Level.ON):
-    """Asserts that a lean copy gives the bits of a plain one, with and without a graph."""
-    want = gradient(ModuleCopies(network).of(network), x, *args)
-    lean = ModuleCopies(network, lean=level).of(network)
-    for got, expected in zip(gradient(lean, x, *args), want, strict=True):
-        assert torch.equal(got, expected)
-    with torch.no_grad():
-        assert torch.equal(lean(x, *args), want[0])
-    assert want[1].abs().max() > 1e-3
+    lean_cases.check(network, x, level, args, least=1e-3)
 
 
 @pytest.mark.parametrize("level", [Level.ON, Level.RECOMPUTE])

@@ -6,8 +6,8 @@ The op has the bits of PyTorch's operators, so outputs and gradients must be equ
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
+import diffusers
 import pytest
 import torch
 from conftest import DEVICE
@@ -23,6 +23,7 @@ from diffusers.models.transformers import transformer_ltx as ltx
 from diffusers.models.transformers import transformer_lumina2 as lumina2
 from diffusers.models.transformers import transformer_ovis_image as ovis
 from diffusers.models.transformers import transformer_qwenimage as qwen
+from lean_cases import counting, gradient
 from ops_cases import require
 from torch import nn
 
@@ -36,6 +37,9 @@ pytestmark = pytest.mark.usefixtures("lean_small_tensors", "op_for_complex_numbe
 TOKENS, HEADS, SIZE = 10, 2, 8
 WIDTH = HEADS * SIZE
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+OLDER = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42)
 
 
 def tables(tokens, *batch, size=SIZE, seed=3):
@@ -109,7 +113,7 @@ LAYERS = {
 
 
 def made(kind, dtype=torch.float32):
-    if kind == "Qwen-Image" and rotary.why_not_fused(qwen.QwenDoubleStreamAttnProcessor2_0()) is not None:
+    if kind == "Qwen-Image" and OLDER:
         pytest.skip("in this version of diffusers it takes its function from a table, and is left alone")
     torch.manual_seed(0)
     return LAYERS[kind]().to(DEVICE, dtype).requires_grad_(False).eval()
@@ -118,13 +122,6 @@ def made(kind, dtype=torch.float32):
 def drawn(dtype=torch.float32):
     x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     return x.to(DEVICE, dtype).requires_grad_()
-
-
-def results(layer, x):
-    """The output, and the gradient of the input for a cotangent that is not constant."""
-    y = layer(x)
-    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
-    return y.detach(), *torch.autograd.grad(y, x, cotangent)
 
 
 def copied(layer, level=Level.ON):
@@ -143,18 +140,7 @@ def calls(monkeypatch):
     if not rotary._pays(torch.empty(1, device=DEVICE)):
         pytest.skip("there is no kernel of the op here, so it is not used")
     rotary._complex_products_match(WIDTH, torch.get_num_threads() > 1)  # It calls the op once for all.
-    counts = Counter()
-
-    def counted(name, function):
-        def call(*args):
-            counts[name] += 1
-            return function(*args)
-
-        return call
-
-    for name in ("rotary_embedding", "rotary_embedding_backward"):
-        monkeypatch.setattr(ops, name, counted(name.removeprefix("rotary_embedding"), getattr(ops, name)))
-    return counts
+    return counting(monkeypatch, "rotary_embedding")
 
 
 @pytest.mark.parametrize("level", [Level.ON, Level.RECOMPUTE], ids=str)
@@ -162,9 +148,9 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_processors_call_the_op_and_keep_every_bit(kind, dtype, level, calls):
     layer, x = made(kind, dtype), drawn(dtype)
-    expected = results(layer, x)
+    expected = gradient(layer, x)
     assert not calls
-    found = results(copied(layer, level), x)
+    found = gradient(copied(layer, level), x)
     assert all(map(torch.equal, found, expected))
     if kind in COMPLEX:  # The gradient of a product with complex numbers is a rotation as well.
         of_prompt = 2 * (kind == "Qwen-Image")  # Its queries and keys are rotated apart, and need no gradient.
@@ -194,7 +180,7 @@ def test_queries_and_keys_are_not_kept(kind, calls):
 def test_small_products_of_complex_numbers_are_pytorchs(kind, calls, monkeypatch):
     monkeypatch.setattr(rotary, "LEAST", 10**6)
     layer, x = made(kind), drawn()
-    assert all(map(torch.equal, results(copied(layer), x), results(layer, x)))
+    assert all(map(torch.equal, gradient(copied(layer), x), gradient(layer, x)))
     assert not calls
     test_queries_and_keys_are_not_kept(kind, calls)
 
@@ -220,7 +206,7 @@ def test_the_backward_pass_has_the_backend_of_the_forward_pass(calls, monkeypatc
 def test_with_the_eager_backend_operators_are_pytorchs(calls):
     layer, x = made("FLUX.1, double"), drawn()
     with ops.backend("eager"):
-        assert all(map(torch.equal, results(copied(layer), x), results(layer, x)))
+        assert all(map(torch.equal, gradient(copied(layer), x), gradient(layer, x)))
     assert not calls
 
 
@@ -230,9 +216,9 @@ def test_the_kernels_of_gpus_keep_every_bit_too(kind, dtype, calls, monkeypatch)
     require("triton")
     monkeypatch.setattr(rotary, "_pays", lambda x: True)
     layer, x = made(kind, dtype), drawn(dtype)
-    expected = results(layer, x)
+    expected = gradient(layer, x)
     with ops.backend("triton"):
-        found = results(copied(layer, Level.RECOMPUTE), x)
+        found = gradient(copied(layer, Level.RECOMPUTE), x)
     assert calls[""] >= 4
     assert all(map(torch.equal, found, expected))
 
@@ -270,7 +256,7 @@ def test_the_ip_adapters_processor_which_is_a_module(calls):
 
     network = WithPicture()
     lean = copied(network)
-    assert all(map(torch.equal, results(lean, x), results(network, x)))
+    assert all(map(torch.equal, gradient(lean, x), gradient(network, x)))
     assert calls == {"": 4, "_backward": 2}  # Queries and keys are computed again for the gradient.
     assert type(layer.layer.processor) is flux.FluxIPAdapterAttnProcessor
 
@@ -324,9 +310,9 @@ def test_small_tensors_are_left_to_pytorch(monkeypatch, calls):
 def test_compiled_copies(calls):
     """torch.compile fuses PyTorch's operators itself, so the op is not called there."""
     layer, x = made("FLUX.1, double"), drawn()
-    expected = results(layer, x)
+    expected = gradient(layer, x)
     compiled = torch.compile(copied(layer), backend="aot_eager")
-    assert all(map(torch.equal, results(compiled, x), expected))
+    assert all(map(torch.equal, gradient(compiled, x), expected))
     assert not calls
 
 
@@ -334,5 +320,5 @@ def test_copies_of_copies(calls):
     """A copied network may be copied again, for instance by a second denoiser."""
     layer, x = made("FLUX.1, single"), drawn()
     lean = copied(copied(layer))
-    assert all(map(torch.equal, results(lean, x), results(layer, x)))
+    assert all(map(torch.equal, gradient(lean, x), gradient(layer, x)))
     assert copy.copy(lean.layer.processor)._attention_backend is None

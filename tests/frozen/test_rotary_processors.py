@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers.models import embeddings
 from diffusers.models.transformers import transformer_flux as flux
-from test_lean_rotary import calls, copied, drawn, made, op_for_complex_numbers, results
+from lean_cases import gradient
+from test_lean_rotary import OLDER, calls, copied, drawn, made, op_for_complex_numbers
 from torch import nn
 
 from doodl_fast.frozen import Level, lean_report, rotary
@@ -48,7 +49,7 @@ def test_subclasses_of_processors_are_left_alone():
     layer.layer.set_processor(OwnProcessor())
     lean = copied(layer)
     assert lean.layer.processor is layer.layer.processor
-    assert all(map(torch.equal, results(lean, x), results(layer, x)))
+    assert all(map(torch.equal, gradient(lean, x), gradient(layer, x)))
 
 
 def test_a_function_that_somebody_has_replaced_is_called(monkeypatch):
@@ -107,6 +108,5 @@ def test_every_processor_of_the_table_calls_the_function_that_is_replaced():
             continue  # An older diffusers has not all of these families.
         found += 1
         why = rotary.why_not_fused(object.__new__(getattr(importlib.import_module(module), cls)))
-        # Qwen-Image's takes its function from a table in diffusers 0.41, and is left alone there.
-        assert why is None or (why == "" and "Qwen" in cls), name
+        assert why == ("" if OLDER and "Qwen" in cls else None), name
     assert found >= len(rotary.PROCESSORS) // 2
